@@ -1,0 +1,27 @@
+# docker build -t yuan-grpc .                             for CPUs
+# docker build -t yuan-grpc:cuda --build-arg EXTRA=cuda . for NVIDIA GPUs
+
+FROM python:3.11-slim-bookworm AS build
+ARG EXTRA=cpu
+ENV PIP_NO_CACHE_DIR=1
+WORKDIR /src
+RUN python -m venv /venv
+# The packages before the code: a change of the code leaves their layer be.
+COPY requirements requirements
+RUN requirements/install.sh /venv/bin/python "$EXTRA"
+COPY pyproject.toml README.md LICENSE ./
+COPY yuan_grpc yuan_grpc
+RUN /venv/bin/pip install --no-deps .
+
+FROM python:3.11-slim-bookworm
+# libnuma1: vLLM's CPU build links to it. g++: torch.compile and Triton build kernels on the machine that runs them.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ libnuma1 \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --create-home yuan
+COPY --from=build /venv /venv
+ENV PATH=/venv/bin:$PATH
+USER yuan
+WORKDIR /home/yuan
+EXPOSE 50051
+ENTRYPOINT ["yuan-grpc", "serve", "--host", "0.0.0.0"]

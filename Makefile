@@ -1,0 +1,80 @@
+# Every command a reader needs: `make` lists them. CI runs `make check`.
+
+PYTHON ?= python3
+# cpu or cuda. Unless named, what .venv was made for: `make test` after `make setup EXTRA=cuda` stays with it.
+EXTRA ?= $(or $(patsubst .venv/.ready-%,%,$(wildcard .venv/.ready-*)),cpu)
+READY := .venv/.ready-$(EXTRA)
+PROTO_READY := .venv-proto/.ready
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # `check` ends with the tests
+.PHONY: help setup serve test check proto proto-check lint format lock clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## build .venv from the locked packages, once (EXTRA=cuda for NVIDIA GPUs)
+
+serve: $(READY) ## run the server (ARGS="..." goes to yuan-grpc serve)
+	.venv/bin/yuan-grpc serve $(ARGS)
+
+test: $(READY) ## run the tests (ARGS="..." goes to pytest)
+	.venv/bin/pytest $(ARGS)
+
+check: lint proto-check test ## all that CI runs: lint, proto-check, test
+
+proto: $(PROTO_READY) ## generate yuan_grpc/v1 from protos/
+	protos/generate.sh
+
+proto-check: $(PROTO_READY) ## compare yuan_grpc/v1 with what protos/ generates
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && protos/generate.sh "$$fresh" && \
+	diff -ru -x __init__.py -x __pycache__ yuan_grpc/v1 "$$fresh" || \
+	{ echo "yuan_grpc/v1 is not what protos/ generates: run 'make proto'" >&2; exit 1; }
+
+lint: $(READY) ## check style, types, who imports whom, and the proto
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/buf lint
+
+format: $(READY) ## format the code and mend what ruff can mend
+	.venv/bin/ruff check --fix-only
+	.venv/bin/ruff format
+
+# Reads package metadata only, no wheels. It keeps the pins that still fit.
+COMPILE = .venv/bin/uv pip compile --quiet --python-version 3.11 --python-platform linux --no-annotate \
+  --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(ARGS)
+TORCH_CPU = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
+NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton)
+
+lock: $(READY) ## pin requirements/*.txt anew after a change of pyproject.toml (ARGS=--upgrade moves every pin)
+	$(COMPILE) pyproject.toml --extra cpu --group dev $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
+	$(COMPILE) pyproject.toml --extra cuda --group dev -o requirements/cuda.txt >/dev/null
+	$(COMPILE) --group proto -o requirements/proto.txt >/dev/null
+
+clean: ## delete what these commands made
+	rm -rf .venv .venv-proto .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# $(call need,command,what to say when it fails)
+need = @$(1) >/dev/null 2>&1 || { echo "make: $(2)" >&2; exit 1; }
+define need_python
+$(call need,$(PYTHON) -c 'import sys; assert sys.hexversion >= 0x030B0000',Python 3.11 or newer is needed and $(PYTHON) is not: install one and name it with PYTHON=...)
+$(call need,$(PYTHON) -c 'import ensurepip',$(PYTHON) cannot make virtual environments: install its venv module (on Debian: apt-get install python3-venv))
+endef
+
+# In place when the environment is of the same kind; from nothing when it is of the other, or was left half made.
+$(READY): pyproject.toml requirements/$(EXTRA).txt requirements/install.sh
+	$(need_python)
+	@$(PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv
+	@requirements/install.sh .venv/bin/python $(EXTRA)
+	@.venv/bin/pip install --quiet --quiet --no-deps --editable .
+	@touch $@
+
+# Apart from .venv, because grpcio-tools pins protobuf below 6.
+$(PROTO_READY): requirements/proto.txt
+	$(need_python)
+	@$(PYTHON) -m venv --clear .venv-proto
+	@.venv-proto/bin/pip install --quiet --quiet --no-deps --requirement requirements/proto.txt
+	@touch $@
