@@ -1,0 +1,5 @@
+"""Yuan 2.0 over gRPC: the stubs for callers, the server, and the vLLM plugin with the model."""
+
+from importlib.metadata import version
+
+__version__ = version("yuan-grpc")

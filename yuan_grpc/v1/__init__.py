@@ -1,0 +1,1 @@
+"""The generated stubs of package `yuan.v1`. Do not edit: `make proto` writes them."""
