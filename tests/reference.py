@@ -1,0 +1,87 @@
+"""Yuan 2.0 in plain torch, float32, whole sequences, no cache: the formulas, to hold the engine against."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import silu, softmax
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A greedy continuation and the log-probability of each of its tokens."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class ReferenceYuan:
+    """One checkpoint, computed a whole sequence at a time."""
+
+    def __init__(self, checkpoint: Path, known_tokens: int) -> None:
+        self.config = json.loads((checkpoint / "config.json").read_text())
+        self.weights = {
+            name: weight.float()
+            for file in sorted(checkpoint.glob("*.safetensors"))
+            for name, weight in load_file(file).items()
+        }
+        self.known_tokens = known_tokens
+        self.heads = self.config["num_attention_heads"]
+        self.head_dim = self.config["hidden_size"] // self.heads
+
+    def logprobs(self, token_ids: list[int]) -> Tensor:
+        """[tokens] ids -> [tokens, known tokens] log-probabilities of what comes next; padding ids are no tokens."""
+        x = self.weights["model.embed_tokens.weight"][token_ids]
+        for layer in range(self.config["num_hidden_layers"]):
+            x = self._layer(x, f"model.layers.{layer}.")
+        logits = self._norm(x, "model.norm.weight") @ self.weights["lm_head.weight"].T
+        return torch.log_softmax(logits[:, : self.known_tokens], dim=-1)
+
+    def continue_greedily(self, prompt: list[int], tokens: int) -> Continuation:
+        """Appends the most likely token, again and again."""
+        ids, logprobs = list(prompt), []
+        for _ in range(tokens):
+            logprob, token = self.logprobs(ids)[-1].max(dim=-1)
+            ids.append(int(token))
+            logprobs.append(float(logprob))
+        return Continuation(ids[len(prompt) :], logprobs)
+
+    def _layer(self, x: Tensor, at: str) -> Tensor:
+        y = self._norm(x, at + "input_layernorm.weight")
+        v = y @ self.weights[at + "self_attn.v_proj.weight"].T
+        z = self._filter(y, at + "self_attn.lf_gate.")
+        qk = torch.cat([z @ self.weights[at + f"self_attn.{name}_proj.weight"].T for name in "qk"], dim=-1)
+        qk = qk.view(-1, self.heads, 2 * self.head_dim)
+        q, k = self._rotate(qk[..., : self.head_dim]), self._rotate(qk[..., self.head_dim :])
+        scores = torch.einsum("shd,thd->hst", q, k) * self.head_dim**-0.5
+        future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+        mixed = torch.einsum("hst,thd->shd", softmax(scores.masked_fill(future, -torch.inf), dim=-1), v.view_as(q))
+        x = x + mixed.flatten(1) @ self.weights[at + "self_attn.o_proj.weight"].T
+        y = self._norm(x, at + "post_attention_layernorm.weight")
+        up, gate = (y @ self.weights[at + f"mlp.{name}_proj.weight"].T for name in ("up", "gate"))
+        return x + (silu(up) * gate) @ self.weights[at + "mlp.down_proj.weight"].T
+
+    def _filter(self, y: Tensor, at: str) -> Tensor:
+        h1 = self._convolve(y, at + "conv1.")
+        h2 = self._convolve(h1, at + "conv2.")
+        return self._norm(h2 + y, at + "output_layernorm.weight", eps=1e-6)
+
+    def _convolve(self, x: Tensor, at: str) -> Tensor:
+        kernel, bias = self.weights[at + "weight"], self.weights[at + "bias"]  # [out, in, 2, 1], [out]
+        previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+        return previous @ kernel[:, :, 0, 0].T + x @ kernel[:, :, 1, 0].T + bias
+
+    def _norm(self, x: Tensor, name: str, eps: float | None = None) -> Tensor:
+        eps = self.config["rms_norm_eps"] if eps is None else eps
+        return self.weights[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """NeoX-style rotary embedding over the whole head: [tokens, heads, head_dim]."""
+        frequencies = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        angles = torch.arange(len(x))[:, None] * frequencies
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

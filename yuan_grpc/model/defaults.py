@@ -1,0 +1,27 @@
+"""What the architecture asks of vLLM's configuration."""
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from yuan_grpc.model import TOKENIZER_MODE
+
+
+class YuanModelConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for one architecture, called while it puts its configuration together."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Reads the tokenizer with our class, for transformers' encodes differently without saying so.
+
+        Raises:
+            ValueError: another tokenizer mode was asked for.
+        """
+        if model_config.tokenizer_mode not in ("auto", TOKENIZER_MODE):
+            raise ValueError(
+                f"`tokenizer_mode` must be '{TOKENIZER_MODE}' for a Yuan model, not '{model_config.tokenizer_mode}'"
+            )
+        model_config.tokenizer_mode = TOKENIZER_MODE
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Nothing here: what hybrid models need, vLLM sets for all of them."""

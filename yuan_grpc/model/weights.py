@@ -1,0 +1,64 @@
+"""Loading a published checkpoint: what happens to each weight on its way into the model."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from yuan_grpc.model.config import YuanConfig
+from yuan_grpc.model.layout import DERIVED, HEAD, published_shapes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a published weight goes: a module's parameter, and which part of it where several share one."""
+
+    param: nn.Parameter
+    part: int | None
+
+    def load(self, loaded: torch.Tensor) -> None:
+        """Copies the weight, or this rank's share of it, into the parameter."""
+        if loaded.dim() == 4:  # a convolution, [out, in, 2, 1]: see LocalizedFiltering
+            loaded = loaded.flatten(1)
+        if loader := getattr(self.param, "weight_loader", None):  # takes this rank's share
+            loader(self.param, loaded, *() if self.part is None else (self.part,))
+        else:
+            self.param.data.copy_(loaded)
+
+
+def load_checkpoint(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: YuanConfig,
+    placement: Callable[[str], Placement | None],
+) -> torch.Tensor | None:
+    """Loads weights in whatever order they come, each as it comes, and checks that they are the ones there must be.
+
+    Returns:
+        The stored `lm_head.weight` of a model whose configuration ties it to the embedding, if there is one: whether
+        it is needed can be told only once the embedding is loaded.
+
+    Raises:
+        ValueError: a weight is missing, unknown or of another shape; the message names it.
+    """
+    expected = published_shapes(config)
+    missing = dict.fromkeys(expected)
+    stored_head = None
+    for name, loaded in weights:
+        if name.endswith(DERIVED):
+            continue
+        if name not in expected:
+            raise ValueError(f"the checkpoint has a weight no Yuan model has: {name}")
+        if loaded.shape != expected[name]:
+            raise ValueError(f"{name} must be of shape {list(expected[name])}, not {list(loaded.shape)}")
+        missing.pop(name, None)
+        if name == HEAD and config.tie_word_embeddings:
+            stored_head = loaded
+        elif place := placement(name):
+            place.load(loaded)
+    if config.tie_word_embeddings:
+        missing.pop(HEAD, None)
+    if missing:
+        first, *others = missing
+        raise ValueError(f"the checkpoint lacks {first}" + (f" and {len(others)} other weights" if others else ""))
+    return stored_head
