@@ -1,0 +1,56 @@
+"""Settings: a flag, else the environment, else the default, and what is said of a wrong one."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from yuan_grpc.server import settings
+from yuan_grpc.server.settings import DEMO, Settings
+
+
+def read(*arguments: str, **environment: str) -> Settings:
+    parser = argparse.ArgumentParser(prog="yuan-grpc serve", allow_abbrev=False)
+    settings.add_options(parser, environment)
+    return settings.read(*parser.parse_known_args(arguments))
+
+
+def test_without_options_the_demo_is_served_on_loopback() -> None:
+    assert read() == Settings(model=DEMO, host="127.0.0.1", port=50051, grace_seconds=30, engine_flags=())
+    assert read().is_demo
+
+
+def test_a_flag_comes_before_the_environment() -> None:
+    assert read("--port", "1", YUAN_GRPC_PORT="2").port == 1
+    assert read(YUAN_GRPC_PORT="2").port == 2
+
+
+@pytest.mark.parametrize("value", ["65536", "-1", "http", "", "１２"])
+def test_a_malformed_variable_stops_the_start_and_is_named(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(YUAN_GRPC_PORT=value)
+    assert f"environment variable YUAN_GRPC_PORT: must be a port, 0 to 65535, not {value!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
+def test_a_malformed_flag_stops_the_start_and_is_named(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(f"--grace-seconds={value}")
+    assert f"argument --grace-seconds: must be a number of seconds, 0 or more, not {value!r}" in capsys.readouterr().err
+
+
+def test_vllms_flags_pass_through_and_win(tmp_path: Path) -> None:
+    chosen = read("--model", str(tmp_path / "yuan"), "--max-model-len", "4096", "--served-model-name", "mine")
+    assert chosen.engine_flags == ("--max-model-len", "4096", "--served-model-name", "mine")
+    assert chosen.vllm_flags[-4:] == list(chosen.engine_flags)
+
+
+def test_a_folder_is_called_by_its_last_part(tmp_path: Path) -> None:
+    (tmp_path / "Yuan2-2B").mkdir()
+    flags = read("--model", str(tmp_path / "Yuan2-2B")).vllm_flags
+    assert flags[flags.index("--served-model-name") + 1] == "Yuan2-2B"
+
+
+def test_a_hub_id_is_called_as_it_is() -> None:
+    flags = read("--model", "IEITYuan/Yuan2-2B-hf").vllm_flags
+    assert flags[flags.index("--served-model-name") + 1] == "IEITYuan/Yuan2-2B-hf"
