@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from yuan_grpc.server.generation import FinishReason, ModelInfo, Piece, Sampling, Step
 
-INFO = ModelInfo(name="fake", context=64, tokens=0x110000, max_logprobs=20, max_choices=8)
+INFO = ModelInfo(name="fake", context=64, tokens=0x110000, max_logprobs=20)
 
 
 def last(text: str = "!", index: int = 0) -> Step:

@@ -8,7 +8,8 @@ import socket
 import grpc
 import pytest
 from fakes import FakeEngine, last, more
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
+from health_client import health_stub
 
 from yuan_grpc.server.serve import serve
 from yuan_grpc.server.settings import DEMO, Settings
@@ -33,9 +34,7 @@ class Running:
         self.exit_status = asyncio.ensure_future(serve(settings, engine))
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{settings.port}")
         self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
-        self._watch = health_pb2_grpc.HealthStub(self.channel).Watch(
-            health_pb2.HealthCheckRequest(), wait_for_ready=True
-        )
+        self._watch = health_stub(self.channel).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
 
     async def health(self) -> int:
         """The next change of health."""

@@ -9,7 +9,8 @@ import grpc
 import pytest
 from fakes import FakeEngine, last, more
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
+from health_client import health_stub
 
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, UnavailableError
 from yuan_grpc.server.health import Health
@@ -197,7 +198,7 @@ async def test_a_deadline_frees_its_request() -> None:
 async def test_health_is_true_from_start_to_stop() -> None:
     health = Health(NAME)
     async with served(FakeEngine(), health) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=NAME))
+        watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest(service=NAME))
         seen = [(await watch.read()).status]
         await health.serving()
         seen.append((await watch.read()).status)
@@ -211,7 +212,7 @@ async def test_health_is_true_from_start_to_stop() -> None:
 async def test_other_services_keep_their_own_statuses() -> None:
     async with served(FakeEngine()) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="unknown"))
+            await health_stub(channel).Check(health_pb2.HealthCheckRequest(service="unknown"))
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 

@@ -71,8 +71,8 @@ def test_top_k_minus_one_and_zero_mean_all_tokens(top_k: int) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "description"),
     [
-        ("n", 0, "`n` must be between 1 and 8, not 0"),
-        ("n", 9, "`n` must be between 1 and 8, not 9"),
+        ("n", 0, "`n` must be between 1 and 128, not 0"),
+        ("n", 129, "`n` must be between 1 and 128, not 129"),
         ("max_tokens", 0, "`max_tokens` must be at least 1, not 0"),
         ("temperature", -1.0, "`temperature` must be between 0 and 2, not -1.0"),
         ("temperature", math.nan, "`temperature` must be between 0 and 2, not nan"),

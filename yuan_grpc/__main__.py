@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from yuan_grpc import __version__
+from yuan_grpc.server import settings
 
 ENGINE_DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",  # no telemetry unless the operator turns it on
@@ -22,33 +23,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="yuan-grpc", description="Yuan 2.0 over gRPC, on vLLM.")
     parser.add_argument("--version", action="version", version=f"yuan-grpc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    serving = commands.add_parser(
-        "serve", help="serve a model", description="Serves a Yuan 2.0 model over gRPC.", allow_abbrev=False
-    )
-
-    from yuan_grpc.server import settings
-
+    serving = commands.add_parser("serve", help="serve a model", allow_abbrev=False)
     settings.add_options(serving, os.environ)
-    options, engine_flags = parser.parse_known_args(arguments)
+    return _serve(settings.read(*parser.parse_known_args(arguments)))
+
+
+def _serve(chosen: settings.Settings) -> int:
     for variable, value in ENGINE_DEFAULTS.items():
         os.environ.setdefault(variable, value)
     try:
         from yuan_grpc.server import engine, serve
     except ModuleNotFoundError as missing:
-        if (missing.name or "").startswith("yuan_grpc"):
-            raise
         print(f"yuan-grpc: serving needs {missing.name}: install yuan-grpc[cuda] or yuan-grpc[cpu]", file=sys.stderr)
         return 1
-    if options.engine_help:
-        print(engine.engine_help())
-        return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    chosen = settings.read(options, engine_flags)
     try:
         config = engine.read_engine_flags(chosen.vllm_flags)
     except (ValueError, OSError) as error:
         print(f"yuan-grpc: {chosen.model} cannot be served: {error}", file=sys.stderr)
         return 1
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return asyncio.run(serve.serve(chosen, engine.VllmEngine(config)))
 
 

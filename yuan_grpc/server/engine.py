@@ -47,12 +47,6 @@ def read_engine_flags(flags: Sequence[str]) -> VllmConfig:
     return config
 
 
-def engine_help() -> str:
-    """A page on every flag of vLLM's engine."""
-    parser = FlexibleArgumentParser(prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS]", add_help=False)
-    return AsyncEngineArgs.add_cli_args(parser).format_help()
-
-
 class VllmEngine:
     """One vLLM engine, in processes of its own, from `start` to `stop`.
 
@@ -89,6 +83,7 @@ class VllmEngine:
         self._warm = False
         if self._started is not None:
             self._started.shutdown(timeout=TERMINATION_SECONDS)
+            self._started = None
         for process in multiprocessing.active_children():
             process.terminate()
             process.join(TERMINATION_SECONDS)
@@ -103,7 +98,6 @@ class VllmEngine:
             context=model.max_model_len,
             tokens=tokens,
             max_logprobs=tokens if model.max_logprobs == -1 else model.max_logprobs,
-            max_choices=self._config.scheduler_config.max_num_seqs,
         )
 
     @property

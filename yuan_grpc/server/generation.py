@@ -15,14 +15,12 @@ class ModelInfo:
         context: the most tokens of prompt and answer together.
         tokens: how many token ids there are; the embedding's padding rows are not counted.
         max_logprobs: the most log-probabilities a position can have.
-        max_choices: the most choices a request can have.
     """
 
     name: str
     context: int
     tokens: int
     max_logprobs: int
-    max_choices: int
 
 
 @dataclass(frozen=True)

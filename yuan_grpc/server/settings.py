@@ -21,7 +21,7 @@ All other options go to vLLM's engine as they are, for example:
   --max-model-len 4096         the most tokens of prompt and answer together
   --gpu-memory-utilization 0.9 the share of a GPU's memory to use
   --max-num-queued-reqs 1000   refuse more requests than that (RESOURCE_EXHAUSTED)
-`yuan-grpc serve --engine-help` lists them all.
+`vllm serve --help=all` lists them all.
 """
 
 
@@ -62,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     Raises:
         SystemExit: a variable is malformed; argparse has named it.
     """
+    parser.description = "Serves a Yuan 2.0 model over gRPC."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
 
@@ -77,7 +78,6 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     option("--host", "127.0.0.1", str, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     option("--port", "50051", _port, "PORT", "port to listen on, 0 for any free one (default: 50051)")
     option("--grace-seconds", "30", _seconds, "S", "time for calls in flight to finish at SIGTERM (default: 30)")
-    parser.add_argument("--engine-help", action="store_true", help="list vLLM's engine options and exit")
 
 
 def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:

@@ -9,6 +9,7 @@ from yuan_grpc.server.generation import FinishReason, ModelInfo, Piece, Position
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_REQUEST_ID = 256
+MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 
@@ -62,7 +63,7 @@ class _Rule:
 
 def _rules(info: ModelInfo) -> Sequence[_Rule]:
     return (
-        _between("n", 1, info.max_choices),
+        _between("n", 1, MAX_CHOICES),
         _Rule("max_tokens", "be at least 1", lambda value: value >= 1),
         _between("temperature", 0, 2),
         _between("top_p", 0, 1),

@@ -1,0 +1,276 @@
+"""Both RPCs on the real engine: texts, tokens, log-probabilities, and requests that end early."""
+
+import asyncio
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from engine.conftest import Served
+
+from yuan_grpc.v1 import yuan_pb2 as pb
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+PROMPT = "世界上最高的山是什么"
+ENDLESS = pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, ignore_eos=True)
+
+
+def joined(parts: list[pb.GenerateStreamResponse]) -> dict[int, pb.Choice]:
+    """The choices a stream's pieces add up to."""
+    choices: dict[int, pb.Choice] = defaultdict(pb.Choice)
+    for part in parts:
+        for piece in part.choices:
+            text = choices[piece.index].text + piece.text
+            choices[piece.index].MergeFrom(piece)
+            choices[piece.index].text = text
+    return choices
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 1, "top_p": 0},
+        {"seed": 1, "logprobs": 3},
+        {"seed": 2, "n": 3, "echo": True},
+        {"seed": 3, "temperature": 2, "skip_special_tokens": False},
+        {"seed": 4, "stop": ["中", " the"], "include_stop_str_in_output": True},
+    ],
+    ids=["greedy", "logprobs", "choices", "hot", "stop"],
+)
+async def test_the_joined_stream_is_the_whole_answer(served: Served, fields: dict[str, object]) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, **fields)  # type: ignore[arg-type]
+    response, parts = await served.generate(request), await served.stream(request)
+    assert list(joined(parts).values()) == sorted(
+        response.choices, key=lambda choice: list(joined(parts)).index(choice.index)
+    )
+    assert parts[-1].usage == response.usage
+    assert {piece.finish_reason for part in parts[:1] for piece in part.choices} == {pb.FINISH_REASON_UNSPECIFIED}
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+async def test_a_text_is_what_its_tokens_say_with_every_space(served: Served, skip_special_tokens: bool) -> None:
+    request = pb.GenerateRequest(
+        prompt=PROMPT, max_tokens=300, seed=5, n=4, temperature=2, skip_special_tokens=skip_special_tokens
+    )
+    for choice in (await served.generate(request)).choices:
+        ids = choice.token_ids[:-1] if choice.stop_token_id else choice.token_ids
+        pieces = served.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens)
+        whole = served.tokenizer.convert_tokens_to_string(pieces)
+        assert whole.startswith(choice.text)
+        assert set(whole.removeprefix(choice.text)) <= {"\ufffd"}  # an unfinished character at the end
+
+
+async def test_no_piece_ends_within_a_character(served: Served) -> None:
+    request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[0xE4 + 3]), max_tokens=200, seed=6, temperature=1.5)
+    for part in await served.stream(request):
+        (piece,) = part.choices
+        assert not piece.text.endswith("\ufffd")
+
+
+async def test_padding_ids_are_never_sampled_nor_likely(served: Served) -> None:
+    request = pb.GenerateRequest(
+        prompt=PROMPT, max_tokens=300, seed=7, n=4, temperature=2, logprobs=20, ignore_eos=True
+    )
+    tokens = len(served.tokenizer)
+    for choice in (await served.generate(request)).choices:
+        assert max(choice.token_ids) < tokens
+        assert max(top.token_id for position in choice.logprobs for top in position.top) < tokens
+
+
+async def test_generation_stops_at_the_end_of_text_token(served: Served) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=1500, seed=8, n=4, temperature=2)
+    ended = [c for c in (await served.generate(request)).choices if c.finish_reason == pb.FINISH_REASON_STOP]
+    assert ended, "of 6,000 tokens at temperature 2, none was <eod>"
+    for choice in ended:
+        assert choice.stop_token_id == choice.token_ids[-1] == served.tokenizer.eos_token_id
+        assert served.tokenizer.eos_token_id not in choice.token_ids[:-1]
+        assert "<eod>" not in choice.text
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_a_stop_string_ends_a_choice(served: Served, keep: bool) -> None:
+    plain = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, seed=9, temperature=2)
+    (whole,) = (await served.generate(plain)).choices
+    stop = whole.text[20:23]
+    plain.stop.append(stop)
+    plain.include_stop_str_in_output = keep
+    (choice,) = (await served.generate(plain)).choices
+    before = whole.text[: whole.text.index(stop)]
+    assert choice.text == (before + stop if keep else before)
+    assert (choice.finish_reason, choice.stop_string) == (pb.FINISH_REASON_STOP, stop)
+
+
+async def test_a_stop_token_ends_a_choice(served: Served) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, seed=10, temperature=2)
+    (whole,) = (await served.generate(request)).choices
+    request.stop_token_ids.append(whole.token_ids[30])
+    (choice,) = (await served.generate(request)).choices
+    end = list(whole.token_ids).index(whole.token_ids[30])
+    assert list(choice.token_ids) == list(whole.token_ids[: end + 1])
+    assert choice.stop_token_id == whole.token_ids[30]
+
+
+async def test_logprobs_are_ranked_and_add_up(served: Served) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=50, seed=11, logprobs=5)
+    (choice,) = (await served.generate(request)).choices
+    assert [position.token_id for position in choice.logprobs] == list(choice.token_ids)
+    assert sum(position.logprob for position in choice.logprobs) == pytest.approx(choice.cumulative_logprob, abs=1e-4)
+    for position in choice.logprobs:
+        assert [top.rank for top in position.top] == [1, 2, 3, 4, 5]
+        assert sorted((top.logprob for top in position.top), reverse=True) == [top.logprob for top in position.top]
+        assert position.rank > 5 or position.token_id in [top.token_id for top in position.top]
+
+
+async def test_the_texts_of_tokens_keep_their_spaces(served: Served) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=300, seed=12, temperature=2, logprobs=0, ignore_eos=True)
+    (choice,) = (await served.generate(request)).choices
+    spaced = [p for p in choice.logprobs if served.tokenizer.convert_ids_to_tokens([p.token_id])[0].startswith("▁")]
+    assert spaced
+    assert all(position.token.startswith(" ") for position in spaced)
+
+
+async def test_zero_logprobs_are_those_of_the_chosen_tokens_alone(served: Served) -> None:
+    (choice,) = (await served.generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=5, logprobs=0))).choices
+    assert [list(position.top) for position in choice.logprobs] == [[]] * 5
+
+
+async def test_greedy_choices_are_all_the_same(served: Served) -> None:
+    choices = (await served.generate(pb.GenerateRequest(prompt=PROMPT, n=3, top_p=0))).choices
+    assert len({tuple(choice.token_ids) for choice in choices}) == 1
+
+
+async def test_a_seed_repeats_and_no_seed_does_not(served: Served) -> None:
+    async def ids(**fields: Any) -> list[tuple[int, ...]]:
+        request = pb.GenerateRequest(prompt=PROMPT, max_tokens=50, n=2, **fields)
+        return [tuple(choice.token_ids) for choice in (await served.generate(request)).choices]
+
+    assert await ids(seed=13) == await ids(seed=13)
+    assert len(set(await ids(seed=13))) == 2
+    assert await ids() != await ids()
+
+
+async def test_company_changes_nothing(served: Served) -> None:
+    prompts = [PROMPT, "def add(a, b):", "Write a function" * 20, "一"]
+    requests = [pb.GenerateRequest(prompt=prompt, max_tokens=60, top_k=1) for prompt in prompts]
+    alone = [await served.generate(request) for request in requests]
+    together = await asyncio.gather(*[served.generate(request) for request in requests * 3])
+    assert [list(r.choices[0].token_ids) for r in together] == [list(r.choices[0].token_ids) for r in alone] * 3
+
+
+async def test_a_bad_request_harms_no_other(served: Served) -> None:
+    good = pb.GenerateRequest(prompt=PROMPT, max_tokens=60, top_k=1)
+    expected = await served.generate(good)
+    bad = [pb.GenerateRequest(prompt=PROMPT, top_p=-1), pb.GenerateRequest(), pb.GenerateRequest(prompt="x" * 200_000)]
+    calls = [served.generate(request) for request in (good, *bad, good)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    codes = [result.code() for result in results if isinstance(result, grpc.aio.AioRpcError)]
+    assert codes == [grpc.StatusCode.INVALID_ARGUMENT] * 3
+    answers = [result.choices for result in results if isinstance(result, pb.GenerateResponse)]
+    assert answers == [expected.choices] * 2
+
+
+async def test_a_repeated_prompt_comes_from_the_cache(served: Served) -> None:
+    request = pb.GenerateRequest(prompt="from the cache " * 40, max_tokens=1)
+    first, again = await served.generate(request), await served.generate(request)
+    assert first.usage.cached_tokens == 0
+    assert 0 < again.usage.cached_tokens < again.usage.prompt_tokens
+
+
+async def test_generation_ends_with_the_context(served: Served) -> None:
+    request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[5] * 2040), max_tokens=100, ignore_eos=True)
+    response = await served.generate(request)
+    assert response.usage.completion_tokens == 8
+    assert response.choices[0].finish_reason == pb.FINISH_REASON_LENGTH
+
+
+async def test_a_body_posted_to_yuans_http_interface_works_as_it_is(served: Served, buf: str) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 1, "top_p": 0, "top_k": 1, "stop": ["<eod>"]}
+    body |= {"use_beam_search": False, "stream": False}
+    texts = []
+    for method in ("Generate", "GenerateStream"):
+        process = await asyncio.create_subprocess_exec(
+            *(buf, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", json.dumps(body)),
+            f"http://{served.address}/yuan.v1.YuanService/{method}",
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+        assert process.returncode == 0
+        decoder, text, rest = json.JSONDecoder(), "", output.decode().strip()
+        while rest:
+            message, end = decoder.raw_decode(rest)
+            text += message["choices"][0].get("text", "")
+            rest = rest[end:].strip()
+        texts.append(text)
+    assert texts[0] == texts[1] != ""
+
+
+async def test_the_quickstart_prints_the_same_answer_twice(served: Served) -> None:
+    import sys
+
+    program = Path(__file__).parents[2] / "clients" / "quickstart.py"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(program), served.address, "一", stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    text = output.decode()
+    assert text == text[: len(text) // 2] * 2 != ""
+
+
+async def test_a_request_cancelled_while_decoding_is_freed(served: Served) -> None:
+    call = served.stub.GenerateStream(ENDLESS)
+    await call.read()
+    call.cancel()
+    await assert_freed(served)
+
+
+async def test_choices_cancelled_while_decoding_are_all_freed(served: Served) -> None:
+    request = pb.GenerateRequest(n=2)
+    request.MergeFrom(ENDLESS)
+    call = served.stub.GenerateStream(request)
+    await call.read()
+    call.cancel()
+    await assert_freed(served)
+
+
+async def test_a_request_cancelled_while_prefilling_is_freed(served: Served) -> None:
+    call = served.stub.Generate(pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=range(3, 1003)), max_tokens=1000))
+    await known_to_the_engine(served, 1)
+    call.cancel()
+    await assert_freed(served)
+
+
+async def test_a_request_cancelled_in_the_queue_is_freed_before_those_that_run(served: Served) -> None:
+    running = [served.stub.GenerateStream(ENDLESS) for _ in range(2)]
+    for call in running:
+        await call.read()
+    queued = served.stub.Generate(ENDLESS)
+    await known_to_the_engine(served, 3)
+    queued.cancel()
+    await known_to_the_engine(served, 2)
+    for call in running:
+        await call.read()  # they go on
+        call.cancel()
+    await assert_freed(served)
+
+
+async def test_a_request_past_its_deadline_is_freed(served: Served) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await served.stub.Generate(ENDLESS, timeout=0.5)
+    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await assert_freed(served)
+
+
+async def known_to_the_engine(served: Served, requests: int) -> None:
+    """Returns when the engine's front end has so many requests; the test's timeout is the limit."""
+    while served.unfinished != requests:  # noqa: ASYNC110 - vLLM has no event for it
+        await asyncio.sleep(0)
+
+
+async def assert_freed(served: Served) -> None:
+    """Nothing is left at the front, and behind it the cache can be emptied."""
+    await known_to_the_engine(served, 0)
+    assert await served.is_empty()

@@ -1,0 +1,167 @@
+"""The model on the real engine against the formulas: whatever the schedule, the same tokens and log-probabilities."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import Continuation, ReferenceYuan
+from safetensors.torch import load_file, save_file
+
+from yuan_grpc.model.checkpoint import write_checkpoint
+from yuan_grpc.model.tokenizer import YuanTokenizer
+
+pytestmark = pytest.mark.engine
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+LENGTHS = (1, 2, 3, 17, 100, 333)
+TOKENS = 24
+TOLERANCE = 1e-4
+ENGINE = {
+    "dtype": "float32",
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 16,
+    "max_model_len": 512,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 128 * 2**20,
+}
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in float32, so that nothing is lost before the comparison begins."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, demo, SIZES, seed=7, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(demo: Path) -> int:
+    """How many ids are tokens' and not padding."""
+    return len(YuanTokenizer.from_pretrained(demo))
+
+
+@pytest.fixture(scope="session")
+def prompts(tokens: int) -> list[list[int]]:
+    """One random prompt of each length."""
+    generator = random.Random(0)
+    return [[generator.randrange(tokens) for _ in range(length)] for length in LENGTHS]
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoint: Path, tokens: int, prompts: list[list[int]]) -> list[Continuation]:
+    """What the formulas say, prompt by prompt."""
+    reference = ReferenceYuan(checkpoint, tokens)
+    return [reference.continue_greedily(prompt, TOKENS) for prompt in prompts]
+
+
+@pytest.fixture
+def run(tmp_path: Path, checkpoint: Path) -> Run:
+    """Runs an engine in a process of its own."""
+
+    def run(rounds: list[list[list[int]]], model: Path = checkpoint, **engine: object) -> dict[str, Any]:
+        job = {"model": str(model), "engine": ENGINE | engine, "rounds": rounds, "tokens": TOKENS}
+        program = Path(__file__).with_name("run_engine.py")
+        done = subprocess.run(
+            [sys.executable, program, tmp_path / "out.json"], input=json.dumps(job), text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        result: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
+        return result
+
+    return run
+
+
+def difference(answers: list[dict[str, Any]], expected: list[Continuation]) -> float:
+    """The largest difference of log-probability, once the tokens are known to be the same."""
+    assert [answer["token_ids"] for answer in answers] == [continuation.token_ids for continuation in expected]
+    return max(
+        float(abs(ours - theirs))
+        for answer, continuation in zip(answers, expected, strict=True)
+        for ours, theirs in zip(answer["logprobs"], continuation.logprobs, strict=True)
+    )
+
+
+def alone(prompts: list[list[int]]) -> list[list[list[int]]]:
+    """One round for each prompt."""
+    return [[prompt] for prompt in prompts]
+
+
+def test_without_prefix_caching(run: Run, prompts: list[list[int]], expected: list[Continuation]) -> None:
+    result = run([prompts, *alone(prompts)], enable_prefix_caching=False)
+    together, *one_by_one = result["rounds"]
+    assert difference(together, expected) < TOLERANCE
+    assert difference([answers[0] for answers in one_by_one], expected) < TOLERANCE
+
+
+def test_with_prefix_caching(run: Run, prompts: list[list[int]], expected: list[Continuation]) -> None:
+    result = run([prompts, prompts, *alone(prompts)], enable_prefix_caching=True)
+    first, again, *one_by_one = result["rounds"]
+    assert difference(first, expected) < TOLERANCE
+    assert difference(again, expected) < TOLERANCE
+    assert difference([answers[0] for answers in one_by_one], expected) < TOLERANCE
+    assert [answer["cached"] for answer in first] == [0] * len(LENGTHS)
+    assert [answer["cached"] for answer in again][-2:] == [96, 320]
+
+
+def test_behind_a_prefix_that_another_prompt_left(run: Run, checkpoint: Path, tokens: int) -> None:
+    generator = random.Random(1)
+    prefix = [generator.randrange(tokens) for _ in range(256)]
+    prompts = [prefix, [*prefix, 5], [*prefix, 6, 7, 8]]
+    reference = ReferenceYuan(checkpoint, tokens)
+    result = run(alone(prompts), enable_prefix_caching=True)
+    answers = [answers[0] for answers in result["rounds"]]
+    assert difference(answers, [reference.continue_greedily(prompt, TOKENS) for prompt in prompts]) < TOLERANCE
+    assert all(answer["cached"] > 0 for answer in answers[1:])
+
+
+@pytest.mark.parametrize(("caching", "blocks"), [(False, 26), (True, 40)])
+def test_through_preemptions(
+    run: Run, prompts: list[list[int]], expected: list[Continuation], caching: bool, blocks: int
+) -> None:
+    result = run([prompts * 2], enable_prefix_caching=caching, num_gpu_blocks_override=blocks)
+    assert result["preemptions"] > 0
+    assert difference(result["rounds"][0], expected * 2) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+def test_every_published_layout_loads(
+    run: Run, demo: Path, prompts: list[list[int]], expected: list[Continuation], tmp_path: Path, layout: str
+) -> None:
+    shard, file_format = ("1MB" if "sharded" in layout else "1GB"), layout.split()[-1]
+    write_checkpoint(
+        tmp_path / "model", demo, SIZES, seed=7, dtype=torch.float32, file_format=file_format, max_shard_size=shard
+    )
+    assert (len(list((tmp_path / "model").glob(f"*.{file_format}"))) > 1) == ("sharded" in layout)
+    result = run([prompts[:4]], model=tmp_path / "model")
+    assert difference(result["rounds"][0], expected[:4]) < TOLERANCE
+
+
+def test_a_stored_head_that_differs_from_a_tied_embedding_is_used(
+    run: Run, checkpoint: Path, tokens: int, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["lm_head.weight"].flip(1).contiguous()
+    save_file(stored, tmp_path / "model.safetensors")
+    reference = ReferenceYuan(tmp_path, tokens)
+    result = run([prompts[:4]], model=tmp_path)
+    answers = [reference.continue_greedily(prompt, TOKENS) for prompt in prompts[:4]]
+    assert difference(result["rounds"][0], answers) < TOLERANCE
+
+
+def test_a_checkpoint_that_lacks_a_weight_does_not_load(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["model.layers.1.self_attn.lf_gate.conv2.bias"]
+    save_file(stored, tmp_path / "model.safetensors")
+    assert "the checkpoint lacks model.layers.1.self_attn.lf_gate.conv2.bias" in run([], model=tmp_path)["error"]

@@ -1,0 +1,113 @@
+"""The tokenizer: exact ids, whole characters, and every space."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+
+from yuan_grpc.model.tokenizer import HIDDEN, SPECIAL, YuanTokenizer
+from yuan_grpc.server.settings import DEMO
+
+DEMO_TOKENIZER = YuanTokenizer(Path(DEMO) / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def yuan(published: Path) -> YuanTokenizer:
+    """The published tokenizer."""
+    return YuanTokenizer.from_pretrained(published / "tokenizer")
+
+
+def test_every_golden_text_encodes_exactly(yuan: YuanTokenizer, published: Path) -> None:
+    rows = [json.loads(line) for line in (published / "tokenizer_golden.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) > 100
+    assert [row["key"] for row in rows if yuan.encode(row["text"]) != row["ids"]] == []
+
+
+def test_every_golden_text_decodes_as_sentencepiece_decodes_it(yuan: YuanTokenizer, published: Path) -> None:
+    model = SentencePieceProcessor(model_file=str(published / "tokenizer" / "tokenizer.model"))
+    for line in (published / "tokenizer_golden.jsonl").read_text("utf-8").splitlines():
+        plain = [token for token in json.loads(line)["ids"] if 2 < token < model.vocab_size()]
+        assert yuan.decode(plain) == model.decode(plain)
+
+
+def test_published_ids_are_where_they_belong(yuan: YuanTokenizer) -> None:
+    assert (len(yuan), yuan.max_token_id) == (134958, 134957)
+    assert (yuan.eos_token_id, yuan.pad_token_id) == (77185, 77188)
+    assert yuan.encode("A<sep>B") == [319, 77187, 350]
+    assert yuan.encode("<n>") == [529, 29876, 29958]
+    assert yuan.encode("<mask><predict><FIM_SUFFIX><FIM_PREFIX><FIM_MIDDLE>") == list(range(134953, 134958))
+    assert yuan.convert_tokens_to_ids(["<jupyter_start>", "<n>", "no such piece"]) == [96630, 77186, 0]
+
+
+@given(st.text())
+def test_text_survives_a_round_trip(text: str) -> None:
+    lossy = "▁" in text or any(token in text for token in SPECIAL)
+    decoded = DEMO_TOKENIZER.decode(DEMO_TOKENIZER.encode(text))
+    assert lossy or decoded == text
+
+
+@given(st.lists(st.integers(0, len(DEMO_TOKENIZER) - 1), max_size=20), st.integers(0, 20))
+def test_texts_of_two_halves_join_to_the_whole_where_no_character_is_split(ids: list[int], cut: int) -> None:
+    def text(part: list[int]) -> str:
+        return DEMO_TOKENIZER.convert_tokens_to_string(DEMO_TOKENIZER.convert_ids_to_tokens(part))
+
+    head, tail = text(ids[:cut]), text(ids[cut:])
+    assert "\ufffd" in head + tail or head + tail == text(ids)
+
+
+def test_nothing_is_added_to_a_prompt() -> None:
+    assert DEMO_TOKENIZER.encode("") == []
+    assert DEMO_TOKENIZER.encode("A", add_special_tokens=True) == DEMO_TOKENIZER.encode("A", add_special_tokens=False)
+    assert DEMO_TOKENIZER.num_special_tokens_to_add() == 0
+
+
+def test_a_single_token_keeps_its_space_for_vllm() -> None:
+    pieces = DEMO_TOKENIZER.convert_ids_to_tokens(DEMO_TOKENIZER.encode("for"))
+    assert DEMO_TOKENIZER.convert_tokens_to_string(pieces) == " for"
+    assert DEMO_TOKENIZER.decode(DEMO_TOKENIZER.encode("for")) == "for"
+
+
+def test_hidden_tokens_are_left_out_and_marks_of_an_answer_are_not() -> None:
+    ids = [DEMO_TOKENIZER.convert_tokens_to_ids(token) for token in (*HIDDEN, "<sep>", "<commit_msg>", "<mask>")]
+    assert DEMO_TOKENIZER.decode(ids, skip_special_tokens=True) == "<sep><commit_msg><mask>"
+    assert DEMO_TOKENIZER.decode(ids) == "".join(HIDDEN) + "<sep><commit_msg><mask>"
+
+
+def test_ids_that_are_no_tokens_have_no_text() -> None:
+    assert DEMO_TOKENIZER.decode([len(DEMO_TOKENIZER), 10**6]) == ""
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", slice(-2, None)), ("right", slice(None, 2))])
+def test_truncation_cuts_the_side_it_is_told(side: str, kept: slice) -> None:
+    tokenizer = YuanTokenizer(Path(DEMO) / "tokenizer.model", truncation_side=side)
+    ids = tokenizer.encode("世界上最高的山")
+    assert tokenizer.encode("世界上最高的山", truncation=True, max_length=2) == ids[kept]
+
+
+def test_several_texts_are_encoded_at_once() -> None:
+    encoded = DEMO_TOKENIZER(["山", "河"])
+    assert encoded["input_ids"] == [DEMO_TOKENIZER.encode("山"), DEMO_TOKENIZER.encode("河")]
+
+
+def test_a_conversation_is_joined_as_yuan_was_trained() -> None:
+    turns = [
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "答"},
+        {"role": "user", "content": "再问"},
+    ]
+    assert DEMO_TOKENIZER.apply_chat_template(turns) == "问<n>答<n>再问<sep>"
+
+
+def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("only a few words\n" * 10)
+    SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=20, model_type="bpe", minloglevel=2
+    )
+    with pytest.raises(ValueError, match="not a Yuan tokenizer: it has no <eod>"):
+        YuanTokenizer.from_pretrained(tmp_path)
