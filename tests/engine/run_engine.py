@@ -20,7 +20,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     try:
-        llm = LLM(job["model"], enforce_eager=True, disable_log_stats=False, **job["engine"])
+        llm = LLM(job["model"], disable_log_stats=False, **job["engine"])
     except Exception as error:
         return {"error": str(error)}
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=True)
