@@ -33,7 +33,7 @@ class FakeEngine:
         self.failure: Exception | None = None
         self.may_start = asyncio.Event()
         self.dies = asyncio.Event()
-        self.stopped = False
+        self.stopped = self.freed_before_it_stopped = False
         self.began = asyncio.Event()
         self.freed = asyncio.Event()
 
@@ -47,6 +47,7 @@ class FakeEngine:
 
     def stop(self) -> None:
         self.stopped = True
+        self.freed_before_it_stopped = self.freed.is_set()
 
     async def tokenize(self, text: str) -> list[int]:
         return [ord(character) for character in text]

@@ -119,6 +119,11 @@ def test_a_variant_that_would_be_computed_wrongly_is_refused(flag: str) -> None:
     YuanConfig(**asking_for(flag, False))
 
 
+def test_a_scaled_rotary_embedding_is_refused_wherever_it_is_said() -> None:
+    with pytest.raises(ValueError, match="`rope_type` must be 'default', not 'yarn'"):
+        YuanConfig(rope_parameters={"rope_type": "yarn", "factor": 2.0})
+
+
 def test_a_silent_configuration_has_the_published_values() -> None:
     config = YuanConfig()
     assert (config.rms_norm_eps, config.rope_parameters["rope_theta"], config.tie_word_embeddings) == (

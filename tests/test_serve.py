@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -11,7 +12,7 @@ from fakes import FakeEngine, last, more
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
 
-from yuan_grpc.server.serve import serve
+from yuan_grpc.server.serve import greeting, serve
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -24,7 +25,7 @@ def settings() -> Settings:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return Settings(model=DEMO, host="127.0.0.1", port=port, grace_seconds=5, engine_flags=())
+    return Settings(model=DEMO, host="127.0.0.1", port=port, grace_seconds=3600, engine_flags=())
 
 
 class Running:
@@ -44,7 +45,7 @@ class Running:
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def ended(self) -> int:
-        self._watch.cancel()
+        """The exit status. Health is watched to the end, which must not hold the end up."""
         status = await self.exit_status
         await self.channel.close()
         return status
@@ -78,6 +79,35 @@ async def test_a_call_in_flight_is_finished_before_it_stops(settings: Settings) 
     assert await running.ended() == 0
 
 
+async def test_told_twice_it_does_not_wait_for_calls_in_flight(settings: Settings) -> None:
+    engine = FakeEngine(more("a"), hangs=True)
+    engine.may_start.set()
+    running = Running(settings, engine)
+    await running.health()
+    call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
+    await call.read()
+    await running.tell_to_stop()
+    while await running.health() != STATUS.NOT_SERVING:
+        pass
+    await running.tell_to_stop()
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+    assert await running.ended() == 0
+    assert engine.freed.is_set()
+
+
+async def test_calls_that_outlast_the_grace_are_ended_and_freed(settings: Settings) -> None:
+    engine = FakeEngine(more("a"), hangs=True)
+    engine.may_start.set()
+    running = Running(replace(settings, grace_seconds=0), engine)
+    await running.health()
+    call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
+    await call.read()
+    await running.tell_to_stop()
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+    assert await running.ended() == 0
+    assert engine.freed_before_it_stopped
+
+
 async def test_it_can_be_stopped_while_the_engine_starts(settings: Settings) -> None:
     engine = FakeEngine()
     running = Running(settings, engine)
@@ -107,20 +137,18 @@ async def test_an_engine_that_dies_ends_it(settings: Settings) -> None:
     assert engine.stopped
 
 
-async def test_a_port_that_is_taken_is_said_in_one_line(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_port_that_is_taken_is_said_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", settings.port))
         taken.listen()
         assert await serve(settings, FakeEngine()) == 1
-    error = capsys.readouterr().err
-    assert error == f"yuan-grpc: cannot listen on 127.0.0.1:{settings.port}: is something else there?\n"
+    assert caplog.messages == [f"cannot listen on 127.0.0.1:{settings.port}: is something else there?"]
 
 
-async def test_the_first_lines_say_what_where_and_how(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = FakeEngine()
-    engine.failure = RuntimeError("not this time")
-    await serve(settings, engine)
-    said = capsys.readouterr().err
-    assert f"127.0.0.1:{settings.port}" in said
+async def test_the_first_lines_say_what_where_and_how(settings: Settings) -> None:
+    said = greeting(settings)
+    assert f"on       127.0.0.1:{settings.port}" in said
     assert "demo" in said
-    assert "buf curl" in said
+    assert f"http://127.0.0.1:{settings.port}/yuan.v1.YuanService/Generate" in said
+    assert "a free port" in greeting(replace(settings, port=0))
+    assert "http://[::1]:1/" in greeting(replace(settings, host="::1", port=1))

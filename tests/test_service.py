@@ -15,7 +15,7 @@ from health_client import health_stub
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, UnavailableError
 from yuan_grpc.server.health import Health
 from yuan_grpc.server.serve import build
-from yuan_grpc.server.service import NAME
+from yuan_grpc.server.service import NAME, YuanService
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -25,7 +25,7 @@ REQUEST = pb.GenerateRequest(prompt="AB")
 @asynccontextmanager
 async def served(engine: FakeEngine, health: Health | None = None) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a server of this engine's."""
-    server, port = await build(engine, health or Health(NAME), "127.0.0.1:0")
+    server, port = await build(YuanService(engine), health or Health(NAME), "127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:

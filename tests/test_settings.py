@@ -39,6 +39,12 @@ def test_a_malformed_flag_stops_the_start_and_is_named(value: str, capsys: pytes
     assert f"argument --grace-seconds: must be a number of seconds, 0 or more, not {value!r}" in capsys.readouterr().err
 
 
+def test_an_empty_variable_is_an_error_not_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(YUAN_GRPC_MODEL="")
+    assert "environment variable YUAN_GRPC_MODEL: must not be empty" in capsys.readouterr().err
+
+
 def test_vllms_flags_pass_through_and_win(tmp_path: Path) -> None:
     chosen = read("--model", str(tmp_path / "yuan"), "--max-model-len", "4096", "--served-model-name", "mine")
     assert chosen.engine_flags == ("--max-model-len", "4096", "--served-model-name", "mine")

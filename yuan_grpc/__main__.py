@@ -18,6 +18,12 @@ ENGINE_DEFAULTS = {
 """Variables vLLM reads when it is imported, where the operator has not set them."""
 
 
+def set_engine_defaults() -> None:
+    """Fills in `ENGINE_DEFAULTS`. For before vLLM is imported."""
+    for variable, value in ENGINE_DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the process's exit status."""
     parser = argparse.ArgumentParser(prog="yuan-grpc", description="Yuan 2.0 over gRPC, on vLLM.")
@@ -29,20 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(chosen: settings.Settings) -> int:
-    for variable, value in ENGINE_DEFAULTS.items():
-        os.environ.setdefault(variable, value)
+    set_engine_defaults()
     try:
-        from yuan_grpc.server import engine, serve
+        from yuan_grpc.server import serve
+
+        print(serve.greeting(chosen), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
+        from yuan_grpc.server import engine
     except ModuleNotFoundError as missing:
         print(f"yuan-grpc: serving needs {missing.name}: install yuan-grpc[cuda] or yuan-grpc[cpu]", file=sys.stderr)
         return 1
     try:
-        config = engine.read_engine_flags(chosen.vllm_flags)
+        options = engine.read_engine_flags(chosen.vllm_flags)
     except (ValueError, OSError) as error:
         print(f"yuan-grpc: {chosen.model} cannot be served: {error}", file=sys.stderr)
         return 1
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    return asyncio.run(serve.serve(chosen, engine.VllmEngine(config)))
+    return asyncio.run(serve.serve(chosen, engine.VllmEngine(options)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """One real engine and one real server for the whole session."""
 
-import os
 import sys
 import warnings
 from collections.abc import AsyncIterator
@@ -11,11 +10,11 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from yuan_grpc.__main__ import ENGINE_DEFAULTS
+from yuan_grpc.__main__ import set_engine_defaults
 from yuan_grpc.model.tokenizer import YuanTokenizer
 from yuan_grpc.server.health import Health
 from yuan_grpc.server.serve import build
-from yuan_grpc.server.service import NAME
+from yuan_grpc.server.service import NAME, YuanService
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -57,8 +56,7 @@ class Served:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def served() -> AsyncIterator[Served]:
     """The demo model on vLLM, behind the real server on a free port."""
-    for variable, value in ENGINE_DEFAULTS.items():
-        os.environ.setdefault(variable, value)
+    set_engine_defaults()
     settings = Settings(model=DEMO, host="127.0.0.1", port=0, grace_seconds=0, engine_flags=FLAGS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vLLM's and torch's own, while they import each other
@@ -66,7 +64,7 @@ async def served() -> AsyncIterator[Served]:
 
         engine = VllmEngine(read_engine_flags(settings.vllm_flags))
         await engine.start()
-    server, port = await build(engine, Health(NAME), "127.0.0.1:0")
+    server, port = await build(YuanService(engine), Health(NAME), "127.0.0.1:0")
     try:
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -1,5 +1,6 @@
 """The command `yuan-grpc serve` as a process: its start, its end, and its engine's death."""
 
+import os
 import re
 import signal
 import subprocess
@@ -26,14 +27,15 @@ class Process:
     """A server of its own, and all processes below it."""
 
     def __init__(self, *options: str) -> None:
-        self.process = subprocess.Popen([*COMMAND, *options], stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([*COMMAND, *options], stderr=subprocess.PIPE, text=True, start_new_session=True)
         assert self.process.stderr is not None
         said = ""
-        while not (found := re.search(r"on +(127\.0\.0\.1:\d+)", said)):
+        while not (found := re.search(r"listening on port (\d+)", said)):
             line = self.process.stderr.readline()
             assert line, said
             said += line
-        self.channel = grpc.insecure_channel(found[1])
+        assert said.startswith("yuan-grpc ")
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{found[1]}")
         self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
 
     def wait_until_serving(self) -> None:
@@ -77,13 +79,17 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not alive
 
 
-def test_it_finishes_what_it_has_begun_and_leaves_no_process(start: Callable[..., Process]) -> None:
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_it_finishes_what_it_has_begun_and_leaves_no_process(
+    start: Callable[..., Process], told: signal.Signals
+) -> None:
+    """Also when the whole process group is told, as by Ctrl-C in a terminal."""
     server = start()
     server.wait_until_serving()
     below = server.below()
     call = server.stub.GenerateStream(ENDLESS)
     parts = [next(call)]
-    server.process.send_signal(signal.SIGTERM)
+    os.killpg(server.process.pid, told)
     parts += call
     assert parts[-1].usage.completion_tokens == 2000
     status, said = server.end()
@@ -111,13 +117,23 @@ def test_when_the_engine_dies_callers_are_told_and_it_ends(start: Callable[..., 
     assert gone(below)
 
 
+def test_a_server_that_is_killed_takes_its_engine_with_it(start: Callable[..., Process]) -> None:
+    server = start()
+    server.wait_until_serving()
+    below = server.below()
+    server.process.kill()
+    server.end()
+    assert gone(below)
+
+
 def test_it_can_be_stopped_while_the_model_loads(start: Callable[..., Process]) -> None:
     server = start()
     with pytest.raises(grpc.RpcError) as raised:
         server.stub.Generate(ENDLESS)
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    while not (below := server.below()):
+        assert server.process.poll() is None
     server.process.send_signal(signal.SIGTERM)
-    below = server.below()
     status, said = server.end()
     assert status == 0, said
     assert gone(below)

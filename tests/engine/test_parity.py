@@ -121,6 +121,12 @@ def test_without_prefix_caching(run: Run, prompts: list[list[int]], expected: li
     assert difference([answers[0] for answers in one_by_one], expected) < TOLERANCE
 
 
+def test_compiled(run: Run, prompts: list[list[int]], expected: list[Continuation]) -> None:
+    result = run([prompts, prompts], enforce_eager=False)
+    for answers in result["rounds"]:
+        assert difference(answers, expected) < TOLERANCE
+
+
 def test_with_prefix_caching(run: Run, prompts: list[list[int]], expected: list[Continuation]) -> None:
     result = run([prompts, prompts, *alone(prompts)], enable_prefix_caching=True)
     first, again, *one_by_one = result["rounds"]

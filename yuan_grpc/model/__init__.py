@@ -1,7 +1,7 @@
 """The Yuan 2.0 architecture as an out-of-tree vLLM plugin.
 
 vLLM calls `register` through the entry point group `vllm.general_plugins`, in the server's process and again in every
-engine process. Nothing heavier than this file is imported until a Yuan checkpoint is really loaded.
+engine process. The model and the tokenizer are named, not imported, until a Yuan checkpoint is really loaded.
 """
 
 ARCHITECTURE = "YuanForCausalLM"
@@ -10,7 +10,6 @@ TOKENIZER_MODE = "yuan"
 
 def register() -> None:
     """Teaches vLLM the architecture, its configuration, tokenizer and graph-splitting op. Safe to call twice."""
-    import torch
     from transformers import AutoConfig
     from vllm.config import CompilationConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -18,6 +17,7 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
+    from yuan_grpc.model import process
     from yuan_grpc.model.config import YuanConfig
     from yuan_grpc.model.defaults import YuanModelConfig
     from yuan_grpc.model.ops import SHIFT_OP
@@ -33,6 +33,4 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = YuanModelConfig
     # The op reads per-step metadata, which a captured graph must not bake in: CUDA graphs split around it.
     CompilationConfig._attention_ops.append(SHIFT_OP)
-    # vLLM's bfloat16 attention on CPUs with AMX never asks Linux for the tile registers, and its worker dies of an
-    # illegal instruction at the first request. Elsewhere this does nothing.
-    torch.cpu._init_amx()
+    process.prepare()

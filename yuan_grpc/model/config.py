@@ -62,10 +62,10 @@ class YuanConfig(PretrainedConfig):
         self.head_dim = head_dim
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
-        self.rope_parameters = kwargs.pop("rope_parameters", None) or {
-            "rope_type": "default",
-            "rope_theta": rope_theta or 10000.0,
-        }
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta or 10000.0}
+        self.rope_parameters |= kwargs.pop("rope_parameters", None) or {}
+        if (rope_type := self.rope_parameters["rope_type"]) != "default":
+            raise ValueError(f"`rope_type` must be 'default', not {rope_type!r}: no scaling of vLLM's is Yuan's")
         self.max_position_embeddings = max_position_embeddings or model_max_length or 8192
         self.eod_token_id = eod_token_id
         kwargs.pop("num_key_value_heads", None)  # every Yuan has as many as it has heads

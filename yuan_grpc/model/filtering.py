@@ -18,7 +18,6 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelL
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFunc,
-    MambaStateDtypeCalculator,
     get_conv_copy_spec,
 )
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
@@ -84,11 +83,8 @@ def state_shape(vllm_config: VllmConfig, tensor_parallel_size: int) -> tuple[tup
 
 
 def state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of either state: `--mamba-cache-dtype`, by default the model's."""
-    (dtype,) = MambaStateDtypeCalculator.short_conv_state_dtype(
-        vllm_config.model_config.dtype, vllm_config.cache_config.mamba_cache_dtype
-    )
-    return dtype, dtype
+    """The dtype of either state."""
+    return vllm_config.model_config.dtype, vllm_config.model_config.dtype
 
 
 def state_copy() -> tuple[MambaStateCopyFunc, MambaStateCopyFunc]:

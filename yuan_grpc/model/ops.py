@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, cast
 
 import torch
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadata
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 SHIFT_OP = "vllm::yuan_shift"
 
 
+@eager_break_during_capture
 def shift(current: torch.Tensor, previous: torch.Tensor, layer_name: str, state: int) -> None:
     """Writes to `previous` what `current` holds one token earlier in the same sequence, zero before a first token.
 
@@ -28,9 +30,10 @@ def shift(current: torch.Tensor, previous: torch.Tensor, layer_name: str, state:
     """
     context = get_forward_context()
     metadata = context.attn_metadata
-    if not isinstance(metadata, dict):  # the memory-profiling run has no sequences
+    if metadata is None:  # the memory-profiling run has no sequences
         previous.zero_()
         return
+    assert isinstance(metadata, dict)
     layer = cast("LocalizedFiltering", context.no_compile_layers[layer_name])
     step = cast(ShortConvAttentionMetadata, metadata[layer_name])
     cache: torch.Tensor = layer.kv_cache[state].squeeze(1)  # [blocks, dim]

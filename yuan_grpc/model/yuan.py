@@ -260,7 +260,7 @@ class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             ValueError: a weight is missing, unknown or of another shape; the message names it.
         """
         stored_head = load_checkpoint(weights, self.config, self._placement)
-        if stored_head is not None:
+        if stored_head is not None and get_pp_group().is_last_rank:
             self._load_head(stored_head)
         return {name for name, _ in self.named_parameters()}
 

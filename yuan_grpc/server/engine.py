@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from threading import Thread
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -26,13 +28,14 @@ INLINE_CHARACTERS = 16_384
 """Longer texts are tokenized in a thread (sentencepiece lets go of the GIL), for they would hold up every stream."""
 
 TERMINATION_SECONDS = 10
+POLL_SECONDS = 0.1
 
 _FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 Result = TypeVar("Result")
 
 
-def read_engine_flags(flags: Sequence[str]) -> VllmConfig:
+def read_engine_flags(flags: Sequence[str]) -> "EngineOptions":
     """Reads vLLM's own command-line flags and checks them against the model's files.
 
     Raises:
@@ -41,21 +44,40 @@ def read_engine_flags(flags: Sequence[str]) -> VllmConfig:
     """
     parser = FlexibleArgumentParser(prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS]", add_help=False)
     AsyncEngineArgs.add_cli_args(parser)
-    config = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags))).create_engine_config()
-    if config.model_config.skip_tokenizer_init:
+    arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
+    if arguments.skip_tokenizer_init:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
-    return config
+    return EngineOptions(arguments.create_engine_config(), arguments)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """vLLM's flags, read: its configuration, and what it keeps outside of that."""
+
+    config: VllmConfig
+    arguments: AsyncEngineArgs
+
+    def start(self) -> AsyncLLM:
+        """Starts the engine's processes and waits until the model is loaded, which blocks for long."""
+        return AsyncLLM.from_vllm_config(
+            self.config,
+            usage_context=UsageContext.ENGINE_CONTEXT,
+            enable_log_requests=self.arguments.enable_log_requests,
+            aggregate_engine_logging=self.arguments.aggregate_engine_logging,
+            disable_log_stats=self.arguments.disable_log_stats,
+        )
 
 
 class VllmEngine:
     """One vLLM engine, in processes of its own, from `start` to `stop`.
 
     Args:
-        config: what `read_engine_flags` returned.
+        options: what `read_engine_flags` returned.
     """
 
-    def __init__(self, config: VllmConfig) -> None:
-        self._config = config
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._starting: Thread | None = None
         self._started: AsyncLLM | None = None
         self._warm = False
 
@@ -65,7 +87,8 @@ class VllmEngine:
         Raises:
             Exception: whatever keeps the engine's processes from starting; they have logged why.
         """
-        self._started = await _in_daemon_thread(lambda: AsyncLLM.from_vllm_config(self._config))
+        self._starting, started = _in_daemon_thread(self._options.start)
+        self._started = await started
         for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
             async with aclosing(self.generate("warm-up", [0], sampling, stream=False)) as steps:
                 await anext(steps)
@@ -84,15 +107,16 @@ class VllmEngine:
         if self._started is not None:
             self._started.shutdown(timeout=TERMINATION_SECONDS)
             self._started = None
-        for process in multiprocessing.active_children():
-            process.terminate()
-            process.join(TERMINATION_SECONDS)
-            process.kill()
+        elif self._starting is not None:
+            while self._starting.is_alive() or multiprocessing.active_children():  # for it may yet start another
+                for process in multiprocessing.active_children():
+                    process.kill()  # while it is being set up, the engine does not listen to anything less
+                self._starting.join(POLL_SECONDS)
 
     @property
     def info(self) -> ModelInfo:
         """What is served, from the model's files and vLLM's configuration."""
-        model, tokens = self._config.model_config, len(self._llm.get_tokenizer())
+        model, tokens = self._options.config.model_config, len(self._llm.get_tokenizer())
         return ModelInfo(
             name=str(model.served_model_name),
             context=model.max_model_len,
@@ -120,9 +144,9 @@ class VllmEngine:
         self, request_id: str, prompt: Sequence[int], sampling: Sampling, *, stream: bool
     ) -> AsyncGenerator[Step, None]:
         """Runs one request; see `Engine.generate`. The id must not be that of a request still running."""
-        finished = False
+        llm, finished = self._llm, False
         try:
-            running = self._llm.generate(tokens_input(list(prompt)), _vllm_params(sampling, stream), request_id)
+            running = llm.generate(tokens_input(list(prompt)), _vllm_params(sampling, stream), request_id)
             async with aclosing(running) as outputs:
                 async for output in outputs:
                     finished = output.finished
@@ -130,13 +154,14 @@ class VllmEngine:
         except EngineDeadError as error:
             raise UnavailableError("the engine was lost while the request was running") from error
         except (QueueOverflowError, MaxQueuedTokensError) as error:
-            raise OverloadedError("the engine's queue is full") from error
+            raise OverloadedError("the engine has as many requests as it may") from error
         except VLLMValidationError as error:  # what our own checks do not know of
             raise InvalidRequestError([Violation(error.parameter or "request", str(error))]) from error
         finally:
             # vLLM aborts what is cancelled while it generates, but not what is cancelled on its way into the queue.
-            if not finished and not self._llm.errored:
-                await self._llm.abort(request_id)
+            if not finished:
+                with suppress(EngineDeadError):
+                    await llm.abort(request_id)
 
     @property
     def _llm(self) -> AsyncLLM:
@@ -166,9 +191,16 @@ class VllmEngine:
 
 
 def _vllm_params(sampling: Sampling, stream: bool) -> SamplingParams:
-    lists = {"stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)}
+    """vLLM takes the most likely token at temperature 0, of one choice.
+
+    Several choices are then sampled, from that one token.
+    """
+    fields = vars(sampling) | {"stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)}
+    if sampling.is_greedy:
+        several = sampling.n > 1
+        fields |= {"temperature": float(several), "top_p": 1.0, "top_k": int(several), "min_p": 0.0}
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-    return SamplingParams(**(vars(sampling) | lists), output_kind=kind)
+    return SamplingParams(**fields, output_kind=kind)
 
 
 def _positions(completion: CompletionOutput, top: int) -> list[Position]:
@@ -187,8 +219,8 @@ def _ranked_token(token_id: int, logprob: Logprob) -> RankedToken:
     return RankedToken(token_id, logprob.decoded_token or "", logprob.logprob, logprob.rank or 0)
 
 
-async def _in_daemon_thread(call: Callable[[], Result]) -> Result:
-    """Waits for a call that blocks for long, in a thread that does not keep the process from ending."""
+def _in_daemon_thread(call: Callable[[], Result]) -> "tuple[Thread, asyncio.Future[Result]]":
+    """Makes a call that blocks for long, in a thread that does not keep the process from ending."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
@@ -205,5 +237,6 @@ async def _in_daemon_thread(call: Callable[[], Result]) -> Result:
         else:
             report(lambda: done.set_result(result))
 
-    Thread(target=run, name="engine-start", daemon=True).start()
-    return await done
+    thread = Thread(target=run, name="engine-start", daemon=True)
+    thread.start()
+    return thread, done

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
@@ -80,18 +79,13 @@ class UnavailableError(ServiceError):
     reason = "ENGINE_UNAVAILABLE"
 
 
-def status_of(error: Exception) -> Status:
-    """The status a caller gets. What is not a `ServiceError` is internal, and says nothing of itself."""
-    code, reason, message = grpc.StatusCode.INTERNAL, ServiceError.reason, INTERNAL_MESSAGE
-    details: Sequence[Message] = ()
-    if isinstance(error, ServiceError):
-        code, reason, message, details = error.code, error.reason, str(error), error.details()
-    status = Status(code=code.value[0], message=message)
-    for detail in (ErrorInfo(reason=reason, domain=DOMAIN), *details):
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
+def status_of(error: Exception) -> tuple[grpc.StatusCode, Status]:
+    """What a caller is told. What is not a `ServiceError` is internal, and says nothing of itself."""
+    told = error if isinstance(error, ServiceError) else ServiceError(INTERNAL_MESSAGE)
+    status = Status(code=told.code.value[0], message=str(told))
+    for detail in (ErrorInfo(reason=told.reason, domain=DOMAIN), *told.details()):
+        status.details.add().Pack(detail)
+    return told.code, status
 
 
 Handler = Callable[[Any, Any], Any]
@@ -129,16 +123,11 @@ def _guarded(handler: Handler) -> Handler:
         except asyncio.CancelledError:
             raise  # the caller is gone: there is nobody to tell
         except Exception as error:
-            status = status_of(error)
-            if status.code == grpc.StatusCode.INTERNAL.value[0]:
-                logger.exception("request %s failed", request.request_id)
-            await context.abort(
-                _CODES[status.code],
-                status.message,
-                (("grpc-status-details-bin", status.SerializeToString()),),
-            )
+            code, status = status_of(error)
+            if code is grpc.StatusCode.INTERNAL:
+                logger.exception("request %r failed", request.request_id)
+            elif error.__cause__:
+                logger.warning("request %r: %s: %r", request.request_id, error, error.__cause__)
+            await context.abort(code, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
 
     return guarded
-
-
-_CODES = {code.value[0]: code for code in grpc.StatusCode}

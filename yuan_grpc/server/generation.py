@@ -25,7 +25,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters, in vLLM's names and within vLLM's ranges."""
+    """Sampling parameters, in vLLM's names. `top_p` 0, which vLLM does not know, means what `top_k` 1 means."""
 
     n: int = 1
     max_tokens: int = 16
@@ -43,6 +43,11 @@ class Sampling:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken, however that was asked for."""
+        return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
 
 class FinishReason(Enum):

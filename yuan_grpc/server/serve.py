@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-import sys
 import time
 from collections.abc import Awaitable
 
@@ -21,6 +20,28 @@ from yuan_grpc.v1 import yuan_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
+CHANNEL_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, and would get every other call
+    # A caller who vanishes without a word is noticed within a minute, and frees what it held in the engine.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+def greeting(settings: Settings) -> str:
+    """The first lines a person sees: what is served, where, and one command to try."""
+    model = "the embedded demo: random weights, random answers" if settings.is_demo else settings.model
+    where = settings.address if settings.port else f"{settings.host}, a free port"
+    return f"""\
+yuan-grpc {__version__}
+  serves   {model}
+  on       {where} (plaintext)
+  try      buf curl --protocol grpc --http2-prior-knowledge \\
+             -d '{{"prompt": "世界上最高的山是什么", "max_tokens": 32}}' http://{settings.address}/{NAME}/Generate
+"""
+
 
 async def serve(settings: Settings, engine: Engine) -> int:
     """Serves until told to stop.
@@ -28,35 +49,38 @@ async def serve(settings: Settings, engine: Engine) -> int:
     Returns:
         The process's exit status: 0 when it was told to stop, 1 when it could not start or lost its engine.
     """
-    health = Health(NAME)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    health, service = Health(NAME), YuanService(engine)
     try:
-        server, port = await build(engine, health, f"{host}:{settings.port}")
+        server, port = await build(service, health, settings.address)
     except RuntimeError:
-        print(f"yuan-grpc: cannot listen on {host}:{settings.port}: is something else there?", file=sys.stderr)
+        logger.error("cannot listen on %s: is something else there?", settings.address)
         return 1
-    told = _told_to_stop()
+    told, hurried = _told_to_stop()
     await server.start()
-    print(_greeting(settings, f"{host}:{port}"), file=sys.stderr, flush=True)
+    logger.info("listening on port %d; health says NOT_SERVING until the model has answered", port)
     try:
         return await _work(engine, health, told)
     finally:
         logger.info("stopping: calls in flight have %g seconds", settings.grace_seconds)
         await health.stopping()
-        await server.stop(settings.grace_seconds)
+        stopping = asyncio.ensure_future(server.stop(settings.grace_seconds))
+        # Not for those who watch health, which they do for ever: once our own calls have ended, all others are.
+        await _first(service.idle(), asyncio.shield(stopping), hurried.wait())
+        await server.stop(None)
+        await stopping
+        await service.idle()
         engine.stop()
         logger.info("stopped")
 
 
-async def build(engine: Engine, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
+async def build(service: YuanService, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
     """A server with all services, bound but not started, and its port.
 
     Raises:
         RuntimeError: the address cannot be bound.
     """
-    # Without SO_REUSEPORT: a second server on a port is a mistake, and would get every other call.
-    server = grpc.aio.server(interceptors=[StatusInterceptor(NAME)], options=[("grpc.so_reuseport", 0)])
-    yuan_pb2_grpc.add_YuanServiceServicer_to_server(YuanService(engine), server)
+    server = grpc.aio.server(interceptors=[StatusInterceptor(NAME)], options=CHANNEL_OPTIONS)
+    yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
     reflection.enable_server_reflection((NAME, HEALTH_NAME, reflection.SERVICE_NAME), server)
     return server, server.add_insecure_port(address)
@@ -65,7 +89,7 @@ async def build(engine: Engine, health: Health, address: str) -> tuple[grpc.aio.
 async def _work(engine: Engine, health: Health, told: asyncio.Event) -> int:
     began = time.monotonic()
     starting = asyncio.ensure_future(engine.start())
-    if await _first(starting, told.wait()) is not starting:
+    if starting not in await _first(starting, told.wait()):
         return 0
     try:
         await starting
@@ -75,41 +99,29 @@ async def _work(engine: Engine, health: Health, told: asyncio.Event) -> int:
     await health.serving()
     logger.info("ready after %.1f s", time.monotonic() - began)
     lost = asyncio.ensure_future(engine.lost())
-    if await _first(lost, told.wait()) is lost:
+    if lost in await _first(lost, told.wait()):
         logger.error("the engine was lost")
         return 1
     return 0
 
 
-def _told_to_stop() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second one ends the process as it would any other."""
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
+def _told_to_stop() -> tuple[asyncio.Event, asyncio.Event]:
+    """An event that SIGTERM and SIGINT set, and one that they set when they come again."""
+    told, hurried = asyncio.Event(), asyncio.Event()
 
-    def tell(number: signal.Signals) -> None:
-        told.set()
-        loop.remove_signal_handler(number)
+    def tell() -> None:
+        (hurried if told.is_set() else told).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, tell, number)
-    return told
+        asyncio.get_running_loop().add_signal_handler(number, tell)
+    return told, hurried
 
 
-async def _first(one: Awaitable[object], other: Awaitable[object]) -> asyncio.Future[object]:
-    """Whichever of two ends first; the other is cancelled."""
-    futures = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
-    done, pending = await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-    for future in pending:
+async def _first(*awaitables: Awaitable[object]) -> set[asyncio.Future[object]]:
+    """Whichever ends first; the others are cancelled."""
+    futures: list[asyncio.Future[object]] = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+    done = {future for future in futures if future.done()}
+    for future in futures:
         future.cancel()
-    return next(future for future in futures if future in done)
-
-
-def _greeting(settings: Settings, address: str) -> str:
-    model = "the embedded demo: random weights, random answers" if settings.is_demo else settings.model
-    return f"""\
-yuan-grpc {__version__}
-  serves   {model}
-  on       {address} (plaintext)
-  try      buf curl --protocol grpc --http2-prior-knowledge \\
-             -d '{{"prompt": "世界上最高的山是什么", "max_tokens": 32}}' http://{address}/{NAME}/Generate
-loading the model; health says NOT_SERVING until it has answered"""
+    return done

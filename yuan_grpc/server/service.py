@@ -1,5 +1,6 @@
 """The RPCs of `yuan.v1.YuanService`, one short method each."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._running: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def Generate(self, request: pb.GenerateRequest, context: "UnaryContext") -> pb.GenerateResponse:
         """Answers once, when all choices are finished."""
@@ -41,6 +44,10 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
             async with aclosing(steps):
                 async for step in steps:
                     await context.write(reply.part(step))
+
+    async def idle(self) -> None:
+        """Returns when no call is running, and every one that ran has freed its request."""
+        await self._idle.wait()
 
     async def _begin(
         self, request: pb.GenerateRequest, *, stream: bool
@@ -69,7 +76,10 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         if request.request_id in self._running:
             raise DuplicateRequestError(f"`request_id` must not be that of a call still running: {request.request_id}")
         self._running.add(request.request_id)
+        self._idle.clear()
         try:
             yield
         finally:
             self._running.discard(request.request_id)
+            if not self._running:
+                self._idle.set()

@@ -20,7 +20,7 @@ All other options go to vLLM's engine as they are, for example:
   --tensor-parallel-size 2     shard the model over GPUs
   --max-model-len 4096         the most tokens of prompt and answer together
   --gpu-memory-utilization 0.9 the share of a GPU's memory to use
-  --max-num-queued-reqs 1000   refuse more requests than that (RESOURCE_EXHAUSTED)
+  --max-num-queued-reqs 1000   refuse more, running and waiting (RESOURCE_EXHAUSTED)
 `vllm serve --help=all` lists them all.
 """
 
@@ -42,6 +42,11 @@ class Settings:
     port: int
     grace_seconds: float
     engine_flags: tuple[str, ...]
+
+    @property
+    def address(self) -> str:
+        """Host and port as gRPC takes them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def is_demo(self) -> bool:
@@ -74,8 +79,8 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
             parser.error(f"environment variable {variable}: {error}")
         parser.add_argument(flag, default=value, type=kind, metavar=metavar, help=text)
 
-    option("--model", DEMO, str, "PATH_OR_ID", "checkpoint folder, or id on the hub (default: a demo, random)")
-    option("--host", "127.0.0.1", str, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    option("--model", DEMO, _name, "PATH_OR_ID", "checkpoint folder, or id on the hub (default: a demo, random)")
+    option("--host", "127.0.0.1", _name, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     option("--port", "50051", _port, "PORT", "port to listen on, 0 for any free one (default: 50051)")
     option("--grace-seconds", "30", _seconds, "S", "time for calls in flight to finish at SIGTERM (default: 30)")
 
@@ -89,6 +94,12 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
         grace_seconds=options.grace_seconds,
         engine_flags=tuple(engine_flags),
     )
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _port(text: str) -> int:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from yuan_grpc.server.errors import InvalidRequestError, Violation
 from yuan_grpc.server.generation import FinishReason, ModelInfo, Piece, Position, Sampling, Step
@@ -10,6 +9,8 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_REQUEST_ID = 256
 MAX_CHOICES = 128
+MAX_SEED = 2**63 - 1 - MAX_CHOICES
+"""vLLM adds a choice's index to the seed and keeps the sum in 64 bits, with a sign; and takes -1 for no seed."""
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 
@@ -30,28 +31,14 @@ def sampling_of(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelI
     if violations:
         raise InvalidRequestError(violations)
     given = {rule.field: getattr(request, rule.field) for rule in _rules(info) if request.HasField(rule.field)}
-    for name in ("seed", "skip_special_tokens"):
-        if request.HasField(name):
-            given[name] = getattr(request, name)
-    sampling = Sampling(
+    return Sampling(
         **given,
         stop=tuple(request.stop),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
     )
-    return _as_vllm_says_it(sampling)
-
-
-def _as_vllm_says_it(sampling: Sampling) -> Sampling:
-    """Yuan's callers ask for the most likely token with `top_p` 0 or `top_k` 1; vLLM wants `temperature` 0 instead.
-
-    It also refuses several choices then, which are all the same: sampling from the one most likely token gives them.
-    """
-    if sampling.temperature > 0 and sampling.top_p > 0 and sampling.top_k != 1:
-        return sampling
-    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
-    return greedy if sampling.n == 1 else replace(greedy, temperature=1.0, top_k=1)
 
 
 class _Rule:
@@ -72,6 +59,7 @@ def _rules(info: ModelInfo) -> Sequence[_Rule]:
         _between("presence_penalty", -2, 2),
         _between("frequency_penalty", -2, 2),
         _Rule("repetition_penalty", "be above 0 and finite", lambda value: 0 < value < math.inf),
+        _between("seed", 0, MAX_SEED),
         _between("logprobs", 0, info.max_logprobs),
     )
 
@@ -90,11 +78,13 @@ def _field_violations(request: pb.GenerateRequest, info: ModelInfo) -> Iterator[
             yield _violation(rule.field, rule.text, value)
     if len(request.request_id) > MAX_REQUEST_ID:
         yield _violation("request_id", f"be at most {MAX_REQUEST_ID} characters long", len(request.request_id))
+    elif not request.request_id.isprintable():
+        yield _violation("request_id", "have printable characters only", repr(request.request_id))
     if len(request.stop) > MAX_STOP_STRINGS:
         yield _violation("stop", f"have at most {MAX_STOP_STRINGS} strings", len(request.stop))
-    for index, stop in enumerate(request.stop):
-        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            yield _violation(f"stop[{index}]", f"be 1 to {MAX_STOP_LENGTH} characters long", len(stop))
+    elif wrong := [index for index, stop in enumerate(request.stop) if not 1 <= len(stop) <= MAX_STOP_LENGTH]:
+        length = len(request.stop[wrong[0]])
+        yield _violation(f"stop[{wrong[0]}]", f"be 1 to {MAX_STOP_LENGTH} characters long", length)
     yield from _unknown_ids("stop_token_ids", request.stop_token_ids, info)
     if request.use_beam_search:
         yield _violation("use_beam_search", "be false, for this version has no beam search", "true")
@@ -114,7 +104,7 @@ def _prompt_violations(request: pb.GenerateRequest, prompt: Sequence[int], info:
 
 
 def _unknown_ids(field: str, ids: Sequence[int], info: ModelInfo) -> Iterator[Violation]:
-    """The first id that is no token's: a caller who has one wrong tends to have thousands."""
+    """The first id that is no token's: who has one wrong may have thousands, and a status must stay small."""
     for index, token_id in enumerate(ids):
         if token_id >= info.tokens:
             yield _violation(f"{field}[{index}]", f"be below {info.tokens}, the number of tokens", token_id)

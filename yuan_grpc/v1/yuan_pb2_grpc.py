@@ -28,10 +28,11 @@ if _version_not_supported:
 class YuanServiceStub(object):
     """Generates text with the one model the server has loaded.
 
-    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the status
-    carries `google.rpc` details for programs: an `ErrorInfo` always, and a `BadRequest` with one violation for each
-    field that is wrong. A call that is cancelled, runs into its deadline or loses its connection frees what it held in
-    the engine at once.
+    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
+    listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
+    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE from a server that
+    has stopped, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over 4 MiB. A call that is cancelled, runs
+    into its deadline or loses its connection frees what it held in the engine at once.
     """
 
     def __init__(self, channel):
@@ -55,10 +56,11 @@ class YuanServiceStub(object):
 class YuanServiceServicer(object):
     """Generates text with the one model the server has loaded.
 
-    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the status
-    carries `google.rpc` details for programs: an `ErrorInfo` always, and a `BadRequest` with one violation for each
-    field that is wrong. A call that is cancelled, runs into its deadline or loses its connection frees what it held in
-    the engine at once.
+    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
+    listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
+    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE from a server that
+    has stopped, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over 4 MiB. A call that is cancelled, runs
+    into its deadline or loses its connection frees what it held in the engine at once.
     """
 
     def Generate(self, request, context):
@@ -68,7 +70,7 @@ class YuanServiceServicer(object):
         - INVALID_ARGUMENT: a field is outside its range, or the prompt is empty or too long; the message names the field,
         the rule and the value.
         - ALREADY_EXISTS: a call with the same `request_id` is still running.
-        - RESOURCE_EXHAUSTED: the engine's queue is full; try again after the time in `RetryInfo`.
+        - RESOURCE_EXHAUSTED: the engine has as many requests as it may; try again after the time in `RetryInfo`.
         - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
         - INTERNAL: an error of the server's own; its log has more under the request id.
         """
@@ -112,10 +114,11 @@ def add_YuanServiceServicer_to_server(servicer, server):
 class YuanService(object):
     """Generates text with the one model the server has loaded.
 
-    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the status
-    carries `google.rpc` details for programs: an `ErrorInfo` always, and a `BadRequest` with one violation for each
-    field that is wrong. A call that is cancelled, runs into its deadline or loses its connection frees what it held in
-    the engine at once.
+    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
+    listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
+    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE from a server that
+    has stopped, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over 4 MiB. A call that is cancelled, runs
+    into its deadline or loses its connection frees what it held in the engine at once.
     """
 
     @staticmethod

@@ -1,0 +1,28 @@
+"""Rows of q_proj and k_proj on their way into a rank's share of the joined weight."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
+
+HEADS, HEAD_DIM, HIDDEN = 6, 2, 12
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_every_rank_gets_the_queries_and_keys_of_its_heads(ranks: int) -> None:
+    from yuan_grpc.model.yuan import QueryKeyLinear
+
+    q_proj, k_proj = torch.randn(2, HIDDEN, HIDDEN).unbind()
+    of_head = torch.cat([q_proj, k_proj]).view(HEADS, 2, HEAD_DIM, HIDDEN)  # the published view: head, (query | key)
+    for rank in range(ranks):
+        layer: Any = SimpleNamespace(total_heads=HEADS, head_dim=HEAD_DIM, tp_size=ranks, tp_rank=rank)
+        param = torch.nn.Parameter(torch.full((2 * HIDDEN // ranks, HIDDEN), torch.nan))
+        for half, loaded in enumerate((q_proj, k_proj)):
+            QueryKeyLinear.weight_loader(layer, param, loaded, half)
+        mine = of_head[rank * HEADS // ranks : (rank + 1) * HEADS // ranks]
+        queries, keys = param.data.view(2, -1, HEAD_DIM, HIDDEN)
+        assert torch.equal(queries, mine[:, 0])
+        assert torch.equal(keys, mine[:, 1])
