@@ -86,6 +86,7 @@ def test_top_k_minus_one_and_zero_mean_all_tokens(top_k: int) -> None:
         ("use_beam_search", True, "`use_beam_search` must be false, for this version has no beam search, not true"),
         ("request_id", "x" * 257, "`request_id` must be at most 256 characters long, not 257"),
         ("stop", ["x"] * 65, "`stop` must have at most 64 strings, not 65"),
+        ("stop_token_ids", [1] * 1025, "`stop_token_ids` must have at most 1024 ids, not 1025"),
     ],
 )
 def test_a_wrong_value_is_named_with_field_and_rule(field: str, value: object, description: str) -> None:

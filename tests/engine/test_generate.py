@@ -274,6 +274,18 @@ async def test_a_request_cancelled_on_its_way_into_the_queue_is_freed(
 
 
 @ends_by_itself_too_late
+async def test_a_full_engine_says_so_and_goes_on(served: Served) -> None:
+    running = served.stub.GenerateStream(ENDLESS)
+    await running.read()
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await served.stub.Generate(pb.GenerateRequest(prompt=PROMPT, n=128))
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await running.read()
+    running.cancel()
+    await assert_freed(served)
+
+
+@ends_by_itself_too_late
 async def test_a_request_past_its_deadline_is_freed(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await served.stub.Generate(ENDLESS, timeout=0.5)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from yuan_grpc.server.errors import InvalidRequestError, Violation
 from yuan_grpc.server.generation import FinishReason, ModelInfo, Piece, Position, Sampling, Step
@@ -13,6 +14,7 @@ MAX_SEED = 2**63 - 1 - MAX_CHOICES
 """vLLM adds a choice's index to the seed and keeps the sum in 64 bits, with a sign; and takes -1 for no seed."""
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKENS = 1024
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -41,11 +43,13 @@ def sampling_of(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelI
     )
 
 
+@dataclass(frozen=True)
 class _Rule:
     """What must hold of an optional number, and how to say so."""
 
-    def __init__(self, field: str, text: str, holds: Callable[[float], bool]) -> None:
-        self.field, self.text, self.holds = field, text, holds
+    field: str
+    text: str
+    holds: Callable[[float], bool]
 
 
 def _rules(info: ModelInfo) -> Sequence[_Rule]:
@@ -85,7 +89,10 @@ def _field_violations(request: pb.GenerateRequest, info: ModelInfo) -> Iterator[
     elif wrong := [index for index, stop in enumerate(request.stop) if not 1 <= len(stop) <= MAX_STOP_LENGTH]:
         length = len(request.stop[wrong[0]])
         yield _violation(f"stop[{wrong[0]}]", f"be 1 to {MAX_STOP_LENGTH} characters long", length)
-    yield from _unknown_ids("stop_token_ids", request.stop_token_ids, info)
+    if len(request.stop_token_ids) > MAX_STOP_TOKENS:
+        yield _violation("stop_token_ids", f"have at most {MAX_STOP_TOKENS} ids", len(request.stop_token_ids))
+    else:
+        yield from _unknown_ids("stop_token_ids", request.stop_token_ids, info)
     if request.use_beam_search:
         yield _violation("use_beam_search", "be false, for this version has no beam search", "true")
 
@@ -99,7 +106,7 @@ def _prompt_violations(request: pb.GenerateRequest, prompt: Sequence[int], info:
     elif len(prompt) >= info.context:
         rule = f"be at most {info.context - 1} tokens long, for the model's context is {info.context}"
         yield _violation(field, rule, len(prompt))
-    if field == "prompt_token_ids":
+    elif field == "prompt_token_ids":
         yield from _unknown_ids("prompt_token_ids.ids", prompt, info)
 
 
