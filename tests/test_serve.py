@@ -142,7 +142,9 @@ async def test_a_port_that_is_taken_is_said_in_one_line(settings: Settings, capl
         taken.bind(("127.0.0.1", settings.port))
         taken.listen()
         assert await serve(settings, FakeEngine()) == 1
-    assert caplog.messages == [f"cannot listen on 127.0.0.1:{settings.port}: is something else there?"]
+    assert caplog.messages == [
+        f"cannot listen on 127.0.0.1:{settings.port}: is it taken, or not an address of this machine?"
+    ]
 
 
 async def test_the_first_lines_say_what_where_and_how(settings: Settings) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -91,6 +92,31 @@ async def test_a_bad_request_never_reaches_the_engine() -> None:
     assert error.details() == "`temperature` must be between 0 and 2, not -1.0"
     assert details == ["google.rpc.ErrorInfo", "google.rpc.BadRequest"]
     assert engine.asked == []
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no UTF-8"])
+async def test_bytes_that_are_no_request_are_an_invalid_argument(raw: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with served(FakeEngine()) as channel:
+        call: Any = channel.unary_unary(f"/{NAME}/Generate")
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call(raw)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "UTF-8" in (raised.value.details() or "")
+    assert "Traceback" not in caplog.text
+
+
+async def test_every_call_leaves_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine(more("a"), hangs=True)
+    with caplog.at_level(logging.INFO):
+        async with served(engine) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub_of(channel).Generate(pb.GenerateRequest(request_id="bad"))
+            call = stub_of(channel).GenerateStream(pb.GenerateRequest(prompt="AB", request_id="cut"))
+            await call.read()
+            call.cancel()
+            await engine.freed.wait()
+    lines = [line.split(" after")[0] for line in caplog.messages if line.startswith("request")]
+    assert lines == ["request 'bad': INVALID_ARGUMENT", "request 'cut': CANCELLED"]
 
 
 async def test_a_lost_engine_is_unavailable() -> None:

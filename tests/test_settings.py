@@ -45,8 +45,14 @@ def test_an_empty_variable_is_an_error_not_a_model(capsys: pytest.CaptureFixture
     assert "environment variable YUAN_GRPC_MODEL: must not be empty" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read("--model", "/nowhere")
+    assert "argument --model: there is no folder '/nowhere'" in capsys.readouterr().err
+
+
 def test_vllms_flags_pass_through_and_win(tmp_path: Path) -> None:
-    chosen = read("--model", str(tmp_path / "yuan"), "--max-model-len", "4096", "--served-model-name", "mine")
+    chosen = read("--model", str(tmp_path), "--max-model-len", "4096", "--served-model-name", "mine")
     assert chosen.engine_flags == ("--max-model-len", "4096", "--served-model-name", "mine")
     assert chosen.vllm_flags[-4:] == list(chosen.engine_flags)
 

@@ -44,9 +44,8 @@ class LocalizedFiltering(nn.Module, MambaBase):
         self.output_layernorm = RMSNorm(hidden, eps=NORM_EPS)
         self.vllm_config = vllm_config
         self.prefix = prefix
-        self.kv_cache: tuple[
-            torch.Tensor, ...
-        ] = ()  # bound by the engine: ([blocks, 1, hidden], [blocks, 1, half / tp])
+        # Bound by the engine: ([blocks, 1, hidden], [blocks, 1, half / tp]).
+        self.kv_cache: tuple[torch.Tensor, ...] = ()
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ def shift(current: torch.Tensor, previous: torch.Tensor, layer_name: str, state:
     step = cast(ShortConvAttentionMetadata, metadata[layer_name])
     cache: torch.Tensor = layer.kv_cache[state].squeeze(1)  # [blocks, dim]
     decodes, prompts = step.num_decode_tokens, step.num_prefill_tokens
+    previous[decodes + prompts :] = 0  # padding, which may share a scale with the rest where products are quantized
     if decodes:
         assert step.state_indices_tensor_d is not None
         blocks = step.state_indices_tensor_d[:decodes, 0]

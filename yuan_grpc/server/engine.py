@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import TypeVar
 
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -42,12 +43,17 @@ def read_engine_flags(flags: Sequence[str]) -> "EngineOptions":
         SystemExit: an unknown flag or a malformed value; argparse has said which.
         ValueError, OSError: values that do not fit each other or the model, or a model that is not there.
     """
-    parser = FlexibleArgumentParser(prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS]", add_help=False)
+    parser = FlexibleArgumentParser(
+        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
+    )
     AsyncEngineArgs.add_cli_args(parser)
-    arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
+    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
     if arguments.skip_tokenizer_init:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
-    return EngineOptions(arguments.create_engine_config(), arguments)
+    try:
+        return EngineOptions(arguments.create_engine_config(), arguments)
+    except ValidationError as error:  # whose own text is a page
+        raise ValueError("; ".join(one["msg"] for one in error.errors())) from error
 
 
 @dataclass(frozen=True)

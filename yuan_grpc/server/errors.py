@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -88,7 +90,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, Status]:
     return told.code, status
 
 
-Handler = Callable[[Any, Any], Any]
+Handler = Callable[[bytes, Any], Any]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
@@ -106,28 +108,42 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
-        codec = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        # Messages are parsed behind the guard, for grpcio answers one it cannot parse with UNKNOWN and a traceback.
+        read, write = handler.request_deserializer, handler.response_serializer
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(_guarded(handler.unary_stream), **codec)
-        assert handler.unary_unary is not None
-        return grpc.unary_unary_rpc_method_handler(_guarded(handler.unary_unary), **codec)
+            guarded = _guarded(handler.unary_stream, read)
+            return grpc.unary_stream_rpc_method_handler(guarded, response_serializer=write)
+        guarded = _guarded(handler.unary_unary, read)
+        return grpc.unary_unary_rpc_method_handler(guarded, response_serializer=write)
 
 
-def _guarded(handler: Handler) -> Handler:
-    async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+def _guarded(handler: Any, read: Any) -> Handler:
+    async def guarded(raw: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        began, request_id, outcome = time.monotonic(), "", grpc.StatusCode.CANCELLED
         try:
-            return await handler(request, context)
+            request = _parsed(raw, read)
+            request_id = request.request_id = request.request_id or uuid4().hex
+            response = await handler(request, context)
+            outcome = grpc.StatusCode.OK
+            return response
         except asyncio.CancelledError:
             raise  # the caller is gone: there is nobody to tell
         except Exception as error:
-            code, status = status_of(error)
-            if code is grpc.StatusCode.INTERNAL:
-                logger.exception("request %r failed", request.request_id)
+            outcome, status = status_of(error)
+            if outcome is grpc.StatusCode.INTERNAL:
+                logger.exception("request %r failed", request_id)
             elif error.__cause__:
-                logger.warning("request %r: %s: %r", request.request_id, error, error.__cause__)
-            await context.abort(code, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
+                logger.warning("request %r: %s: %r", request_id, error, error.__cause__)
+            await context.abort(outcome, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
+        finally:
+            logger.info("request %.256r: %s after %.3f s", request_id, outcome.name, time.monotonic() - began)
 
     return guarded
+
+
+def _parsed(raw: bytes, read: Any) -> Any:
+    try:
+        return read(raw)
+    except DecodeError:
+        sentence = "the request must be a message of this service's, with all strings in UTF-8"
+        raise InvalidRequestError([Violation("", sentence)]) from None

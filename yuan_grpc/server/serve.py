@@ -53,7 +53,7 @@ async def serve(settings: Settings, engine: Engine) -> int:
     try:
         server, port = await build(service, health, settings.address)
     except RuntimeError:
-        logger.error("cannot listen on %s: is something else there?", settings.address)
+        logger.error("cannot listen on %s: is it taken, or not an address of this machine?", settings.address)
         return 1
     told, hurried = _told_to_stop()
     await server.start()

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import grpc
 
@@ -71,8 +70,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     @contextmanager
     def _named(self, request: pb.GenerateRequest) -> Iterator[None]:
-        """Gives the request a name if it has none, and keeps others from taking it while the call runs."""
-        request.request_id = request.request_id or uuid4().hex
+        """Keeps others from taking the request's name while the call runs."""
         if request.request_id in self._running:
             raise DuplicateRequestError(f"`request_id` must not be that of a call still running: {request.request_id}")
         self._running.add(request.request_id)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
-DEMO_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", "128M")
-"""For a model of a megabyte: compiling it would take longer than all it will ever generate."""
+DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "128M")
+"""For a model of a megabyte: exact rather than fast, and not compiled, which would take longer than it ever runs."""
 
 PREFIX = "YUAN_GRPC_"
 
@@ -79,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
             parser.error(f"environment variable {variable}: {error}")
         parser.add_argument(flag, default=value, type=kind, metavar=metavar, help=text)
 
-    option("--model", DEMO, _name, "PATH_OR_ID", "checkpoint folder, or id on the hub (default: a demo, random)")
+    option("--model", DEMO, _model, "PATH_OR_ID", "checkpoint folder, or id on the hub (default: a demo, random)")
     option("--host", "127.0.0.1", _name, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     option("--port", "50051", _port, "PORT", "port to listen on, 0 for any free one (default: 50051)")
     option("--grace-seconds", "30", _seconds, "S", "time for calls in flight to finish at SIGTERM (default: 30)")
@@ -100,6 +100,12 @@ def _name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def _model(text: str) -> str:
+    if text.startswith(("/", "./", "../", "~")) and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return _name(text)
 
 
 def _port(text: str) -> int:

@@ -1,6 +1,5 @@
 """Messages to plain values and back, without doing anything."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -62,13 +61,13 @@ def _rules(info: ModelInfo) -> Sequence[_Rule]:
         _between("min_p", 0, 1),
         _between("presence_penalty", -2, 2),
         _between("frequency_penalty", -2, 2),
-        _Rule("repetition_penalty", "be above 0 and finite", lambda value: 0 < value < math.inf),
+        _between("repetition_penalty", 0.001, 1000),
         _between("seed", 0, MAX_SEED),
         _between("logprobs", 0, info.max_logprobs),
     )
 
 
-def _between(field: str, low: int, high: int) -> _Rule:
+def _between(field: str, low: float, high: float) -> _Rule:
     return _Rule(field, f"be between {low} and {high}", lambda value: low <= value <= high)
 
 

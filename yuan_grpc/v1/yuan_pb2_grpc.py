@@ -30,9 +30,10 @@ class YuanServiceStub(object):
 
     Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
     listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
-    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE from a server that
-    has stopped, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over 4 MiB. A call that is cancelled, runs
-    into its deadline or loses its connection frees what it held in the engine at once.
+    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAVAILABLE from
+    a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over
+    4 MiB: a request, or a response to a client that has not raised its own limit. A call that is cancelled, runs into its
+    deadline or loses its connection frees what it held in the engine at once.
     """
 
     def __init__(self, channel):
@@ -58,9 +59,10 @@ class YuanServiceServicer(object):
 
     Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
     listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
-    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE from a server that
-    has stopped, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over 4 MiB. A call that is cancelled, runs
-    into its deadline or loses its connection frees what it held in the engine at once.
+    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAVAILABLE from
+    a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over
+    4 MiB: a request, or a response to a client that has not raised its own limit. A call that is cancelled, runs into its
+    deadline or loses its connection frees what it held in the engine at once.
     """
 
     def Generate(self, request, context):
@@ -116,9 +118,10 @@ class YuanService(object):
 
     Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
     listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
-    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE from a server that
-    has stopped, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over 4 MiB. A call that is cancelled, runs
-    into its deadline or loses its connection frees what it held in the engine at once.
+    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAVAILABLE from
+    a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over
+    4 MiB: a request, or a response to a client that has not raised its own limit. A call that is cancelled, runs into its
+    deadline or loses its connection frees what it held in the engine at once.
     """
 
     @staticmethod
