@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -51,6 +52,17 @@ class Running:
         return status
 
 
+async def with_a_call_in_flight(settings: Settings) -> tuple[Running, FakeEngine, Any]:
+    """A server with a stream that has begun and does not end."""
+    engine = FakeEngine(more("a"), hangs=True)
+    engine.may_start.set()
+    running = Running(settings, engine)
+    await running.health()
+    call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
+    await call.read()
+    return running, engine, call
+
+
 async def test_it_serves_only_after_the_engine_has_started(settings: Settings) -> None:
     engine = FakeEngine(last("yes"))
     running = Running(settings, engine)
@@ -65,12 +77,7 @@ async def test_it_serves_only_after_the_engine_has_started(settings: Settings) -
 
 
 async def test_a_call_in_flight_is_finished_before_it_stops(settings: Settings) -> None:
-    engine = FakeEngine(more("a"), hangs=True)
-    engine.may_start.set()
-    running = Running(settings, engine)
-    await running.health()
-    call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
-    await call.read()
+    running, engine, call = await with_a_call_in_flight(settings)
     await running.tell_to_stop()
     while await running.health() != STATUS.NOT_SERVING:
         pass
@@ -80,12 +87,7 @@ async def test_a_call_in_flight_is_finished_before_it_stops(settings: Settings) 
 
 
 async def test_told_twice_it_does_not_wait_for_calls_in_flight(settings: Settings) -> None:
-    engine = FakeEngine(more("a"), hangs=True)
-    engine.may_start.set()
-    running = Running(settings, engine)
-    await running.health()
-    call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
-    await call.read()
+    running, engine, call = await with_a_call_in_flight(settings)
     await running.tell_to_stop()
     while await running.health() != STATUS.NOT_SERVING:
         pass
@@ -96,12 +98,7 @@ async def test_told_twice_it_does_not_wait_for_calls_in_flight(settings: Setting
 
 
 async def test_calls_that_outlast_the_grace_are_ended_and_freed(settings: Settings) -> None:
-    engine = FakeEngine(more("a"), hangs=True)
-    engine.may_start.set()
-    running = Running(replace(settings, grace_seconds=0), engine)
-    await running.health()
-    call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
-    await call.read()
+    running, engine, call = await with_a_call_in_flight(replace(settings, grace_seconds=0))
     await running.tell_to_stop()
     assert await call.code() is grpc.StatusCode.UNAVAILABLE
     assert await running.ended() == 0
