@@ -8,14 +8,14 @@ from yuan_grpc.server.generation import FinishReason, ModelInfo, Piece, Sampling
 INFO = ModelInfo(name="fake", context=64, tokens=0x110000, max_logprobs=20)
 
 
-def last(text: str = "!", index: int = 0) -> Step:
+def last(text: str = "!") -> Step:
     """A step that ends a choice."""
-    return Step([Piece(index, text, [ord(c) for c in text], finish_reason=FinishReason.LENGTH)], cached_tokens=0)
+    return Step([Piece(0, text, [ord(c) for c in text], finish_reason=FinishReason.LENGTH)], cached_tokens=0)
 
 
-def more(text: str, index: int = 0) -> Step:
+def more(text: str) -> Step:
     """A step after which there is more to come."""
-    return Step([Piece(index, text, [ord(c) for c in text])], cached_tokens=0)
+    return Step([Piece(0, text, [ord(c) for c in text])], cached_tokens=0)
 
 
 class FakeEngine:

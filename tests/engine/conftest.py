@@ -21,19 +21,12 @@ from yuan_grpc.v1 import yuan_pb2_grpc
 
 # Two sequences at a time, so that a third one waits, and a queue with an end; small steps, so that a long prompt takes
 # many.
-FLAGS = tuple(
-    [
-        "--dtype",
-        "float32",
-        "--max-num-seqs",
-        "2",
-        "--max-num-queued-reqs",
-        "150",
-        "--max-num-batched-tokens",
-        "48",
-        "--block-size",
-        "32",
-    ]
+FLAGS = (
+    "--dtype=float32",
+    "--max-num-seqs=2",
+    "--max-num-queued-reqs=150",
+    "--max-num-batched-tokens=48",
+    "--block-size=32",
 )
 
 

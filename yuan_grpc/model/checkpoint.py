@@ -72,7 +72,7 @@ def write_checkpoint(
     save_torch_state_dict(
         weights, folder, max_shard_size=max_shard_size, safe_serialization=file_format == "safetensors"
     )
-    for file in folder.iterdir():
+    for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for its own user alone, and a server has another
     return config
 

@@ -22,7 +22,6 @@ class YuanConfig(PretrainedConfig):
     """
 
     model_type = "yuan"
-    keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(
         self,

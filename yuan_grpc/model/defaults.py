@@ -33,8 +33,3 @@ class YuanModelConfig(VerifyAndUpdateConfig):
             raise ValueError("`speculative_config` cannot be used with Yuan: LFA's state cannot be rolled back yet")
         if vllm_config.cache_config.mamba_cache_dtype != "auto":
             raise ValueError("`mamba_cache_dtype` must be 'auto' for Yuan: LFA's state has the model's dtype")
-        heads, ranks = vllm_config.model_config.hf_config.num_attention_heads, vllm_config.parallel_config
-        if heads % ranks.tensor_parallel_size:
-            raise ValueError(
-                f"`tensor_parallel_size` must divide the model's {heads} heads, not {ranks.tensor_parallel_size}"
-            )

@@ -268,12 +268,13 @@ class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         """Where a published weight goes on this rank; None for one that another pipeline rank holds."""
         path, _, kind = name.rpartition(".")
         owner, _, module = path.rpartition(".")
-        half_of = {"q_proj": ("qk_proj", 0), "k_proj": ("qk_proj", 1)}
-        part_of = {"up_proj": ("up_gate_proj", 0), "gate_proj": ("up_gate_proj", 1)}
-        merged, part = (half_of | part_of).get(module, (module, None))
+        part = None
+        for merged, parts in self.packed_modules_mapping.items():
+            if module in parts:
+                module, part = merged, parts.index(module)
         try:
-            target = self.get_submodule(f"{owner}.{merged}" if owner else merged)
-        except AttributeError:
+            target = self.get_submodule(f"{owner}.{module}" if owner else module)
+        except AttributeError:  # of a layer that is a placeholder here
             return None
         if isinstance(target, PPMissingLayer):
             return None

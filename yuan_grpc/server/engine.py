@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -36,7 +37,25 @@ _FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason
 Result = TypeVar("Result")
 
 
-def read_engine_flags(flags: Sequence[str]) -> "EngineOptions":
+@dataclass(frozen=True)
+class EngineOptions:
+    """vLLM's flags, read: its configuration, and what it keeps outside of that."""
+
+    config: VllmConfig
+    arguments: AsyncEngineArgs
+
+    def start(self) -> AsyncLLM:
+        """Starts the engine's processes and waits until the model is loaded, which blocks for long."""
+        return AsyncLLM.from_vllm_config(
+            self.config,
+            usage_context=UsageContext.ENGINE_CONTEXT,
+            enable_log_requests=self.arguments.enable_log_requests,
+            aggregate_engine_logging=self.arguments.aggregate_engine_logging,
+            disable_log_stats=self.arguments.disable_log_stats,
+        )
+
+
+def read_engine_flags(flags: Sequence[str]) -> EngineOptions:
     """Reads vLLM's own command-line flags and checks them against the model's files.
 
     Raises:
@@ -54,24 +73,6 @@ def read_engine_flags(flags: Sequence[str]) -> "EngineOptions":
         return EngineOptions(arguments.create_engine_config(), arguments)
     except ValidationError as error:  # whose own text is a page
         raise ValueError("; ".join(one["msg"] for one in error.errors())) from error
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """vLLM's flags, read: its configuration, and what it keeps outside of that."""
-
-    config: VllmConfig
-    arguments: AsyncEngineArgs
-
-    def start(self) -> AsyncLLM:
-        """Starts the engine's processes and waits until the model is loaded, which blocks for long."""
-        return AsyncLLM.from_vllm_config(
-            self.config,
-            usage_context=UsageContext.ENGINE_CONTEXT,
-            enable_log_requests=self.arguments.enable_log_requests,
-            aggregate_engine_logging=self.arguments.aggregate_engine_logging,
-            disable_log_stats=self.arguments.disable_log_stats,
-        )
 
 
 class VllmEngine:
@@ -225,24 +226,17 @@ def _ranked_token(token_id: int, logprob: Logprob) -> RankedToken:
     return RankedToken(token_id, logprob.decoded_token or "", logprob.logprob, logprob.rank or 0)
 
 
-def _in_daemon_thread(call: Callable[[], Result]) -> "tuple[Thread, asyncio.Future[Result]]":
+def _in_daemon_thread(call: Callable[[], Result]) -> tuple[Thread, asyncio.Future[Result]]:
     """Makes a call that blocks for long, in a thread that does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
-
-    def report(outcome: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(lambda: None if done.cancelled() else outcome())
+    done: Future[Result] = Future()
+    done.set_running_or_notify_cancel()  # from here on whoever waits may be cancelled, but not the call
 
     def run() -> None:
         try:
-            result = call()
+            done.set_result(call())
         except BaseException as error:
-            failure = error
-            report(lambda: done.set_exception(failure))
-        else:
-            report(lambda: done.set_result(result))
+            done.set_exception(error)
 
     thread = Thread(target=run, name="engine-start", daemon=True)
     thread.start()
-    return thread, done
+    return thread, asyncio.wrap_future(done)

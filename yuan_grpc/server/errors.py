@@ -64,7 +64,7 @@ class DuplicateRequestError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    """The engine's queue is full."""
+    """The engine has as many requests as it may."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"

@@ -135,5 +135,5 @@ class Engine(Protocol):
 
         Raises:
             UnavailableError: the engine is lost, or gave the request up.
-            OverloadedError: its queue is full.
+            OverloadedError: it has as many requests as it may.
         """

@@ -31,7 +31,7 @@ def sampling_of(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelI
     violations = [*_prompt_violations(request, prompt, info), *_field_violations(request, info)]
     if violations:
         raise InvalidRequestError(violations)
-    given = {rule.field: getattr(request, rule.field) for rule in _rules(info) if request.HasField(rule.field)}
+    given = {name: getattr(request, name) for name in _NUMBERS if request.HasField(name)}
     return Sampling(
         **given,
         stop=tuple(request.stop),
@@ -51,24 +51,24 @@ class _Rule:
     holds: Callable[[float], bool]
 
 
-def _rules(info: ModelInfo) -> Sequence[_Rule]:
-    return (
-        _between("n", 1, MAX_CHOICES),
-        _Rule("max_tokens", "be at least 1", lambda value: value >= 1),
-        _between("temperature", 0, 2),
-        _between("top_p", 0, 1),
-        _Rule("top_k", "be at least 1, or 0 or -1 for all tokens", lambda value: value >= -1),
-        _between("min_p", 0, 1),
-        _between("presence_penalty", -2, 2),
-        _between("frequency_penalty", -2, 2),
-        _between("repetition_penalty", 0.001, 1000),
-        _between("seed", 0, MAX_SEED),
-        _between("logprobs", 0, info.max_logprobs),
-    )
-
-
 def _between(field: str, low: float, high: float) -> _Rule:
     return _Rule(field, f"be between {low} and {high}", lambda value: low <= value <= high)
+
+
+_RULES = (
+    _between("n", 1, MAX_CHOICES),
+    _Rule("max_tokens", "be at least 1", lambda value: value >= 1),
+    _between("temperature", 0, 2),
+    _between("top_p", 0, 1),
+    _Rule("top_k", "be at least 1, or 0 or -1 for all tokens", lambda value: value >= -1),
+    _between("min_p", 0, 1),
+    _between("presence_penalty", -2, 2),
+    _between("frequency_penalty", -2, 2),
+    _between("repetition_penalty", 0.001, 1000),
+    _between("seed", 0, MAX_SEED),
+)
+_NUMBERS = (*(rule.field for rule in _RULES), "logprobs")
+"""The optional numbers of a request; the limit of the last is the model's."""
 
 
 def _violation(field: str, rule: str, value: object) -> Violation:
@@ -76,7 +76,7 @@ def _violation(field: str, rule: str, value: object) -> Violation:
 
 
 def _field_violations(request: pb.GenerateRequest, info: ModelInfo) -> Iterator[Violation]:
-    for rule in _rules(info):
+    for rule in (*_RULES, _between("logprobs", 0, info.max_logprobs)):
         if request.HasField(rule.field) and not rule.holds(value := getattr(request, rule.field)):
             yield _violation(rule.field, rule.text, value)
     if len(request.request_id) > MAX_REQUEST_ID:
