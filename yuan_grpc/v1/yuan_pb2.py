@@ -22,33 +22,102 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12yuan/v1/yuan.proto\x12\x07yuan.v1\"\xe2\x05\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12-\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x11.yuan.v1.TokenIdsH\x00\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x01n\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x03H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x12\n\nignore_eos\x18\x10 \x01(\x08\x12\"\n\x1ainclude_stop_str_in_output\x18\x11 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x13 \x01(\x05H\x0c\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x14 \x01(\x08\x12\x0e\n\x06stream\x18\x15 \x01(\x08\x12\x17\n\x0fuse_beam_search\x18\x16 \x01(\x08\x42\x07\n\x05inputB\x04\n\x02_nB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"v\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x0f.yuan.v1.Choice\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.yuan.v1.Usage\"|\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x0f.yuan.v1.Choice\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.yuan.v1.Usage\"\x85\x02\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.yuan.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\'\n\x08logprobs\x18\x07 \x03(\x0b\x32\x15.yuan.v1.TokenLogprob\x12\x1f\n\x12\x63umulative_logprob\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\nstopped_byB\x15\n\x13_cumulative_logprob\"p\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12 \n\x03top\x18\x05 \x03(\x0b\x32\x13.yuan.v1.TopLogprob\"L\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9d\x01\n\x0bYuanService\x12?\n\x08Generate\x12\x18.yuan.v1.GenerateRequest\x1a\x19.yuan.v1.GenerateResponse\x12M\n\x0eGenerateStream\x12\x18.yuan.v1.GenerateRequest\x1a\x1f.yuan.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12yuan/v1/yuan.proto\x12\x07yuan.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x99\x0e\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12-\n\x10prompt_token_ids\x18\x02 \x01(\x0b\x32\x11.yuan.v1.TokenIdsH\x00\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x01n\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x03H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x12\n\nignore_eos\x18\x10 \x01(\x08\x12\"\n\x1ainclude_stop_str_in_output\x18\x11 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x13 \x01(\x05H\x0c\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x14 \x01(\x08\x12\x0e\n\x06stream\x18\x15 \x01(\x08\x12\x17\n\x0fuse_beam_search\x18\x16 \x01(\x08\x12\x14\n\x07\x62\x65st_of\x18\x17 \x01(\x05H\r\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x18 \x01(\x01H\x0e\x88\x01\x01\x12.\n\x0e\x65\x61rly_stopping\x18\x19 \x01(\x0b\x32\x16.google.protobuf.Value\x12*\n\x1dspaces_between_special_tokens\x18\x1a \x01(\x08H\x0f\x88\x01\x01\x12\"\n\x08messages\x18\x1b \x03(\x0b\x32\x10.yuan.v1.Message\x12\r\n\x05model\x18\x1c \x01(\t\x12#\n\x16truncate_prompt_tokens\x18\x1d \x01(\x05H\x10\x88\x01\x01\x12\x30\n\x0ftruncation_side\x18\x1e \x01(\x0e\x32\x17.yuan.v1.TruncationSide\x12\x17\n\nmin_tokens\x18\x1f \x01(\x05H\x11\x88\x01\x01\x12;\n\nlogit_bias\x18  \x03(\x0b\x32\'.yuan.v1.GenerateRequest.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18! \x03(\r\x12\x11\n\tbad_words\x18\" \x03(\t\x12:\n\x14repetition_detection\x18# \x01(\x0b\x32\x1c.yuan.v1.RepetitionDetection\x12\x1c\n\x0fstream_interval\x18$ \x01(\x05H\x12\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18% \x01(\x05H\x13\x88\x01\x01\x12\x19\n\x11logprob_token_ids\x18& \x03(\r\x12\x15\n\rflat_logprobs\x18\' \x01(\x08\x12\x36\n\x12structured_outputs\x18( \x01(\x0b\x32\x1a.yuan.v1.StructuredOutputs\x12\x15\n\x08priority\x18) \x01(\x05H\x14\x88\x01\x01\x12\x12\n\ncache_salt\x18* \x01(\t\x12&\n\x19skip_reading_prefix_cache\x18+ \x01(\x08H\x15\x88\x01\x01\x12\x1b\n\x13partial_on_deadline\x18, \x01(\x08\x12\x35\n\x12heartbeat_interval\x18- \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x17return_prompt_token_ids\x18. \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05inputB\x04\n\x02_nB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\n\n\x08_best_ofB\x11\n\x0f_length_penaltyB \n\x1e_spaces_between_special_tokensB\x19\n\x17_truncate_prompt_tokensB\r\n\x0b_min_tokensB\x12\n\x10_stream_intervalB\x12\n\x10_prompt_logprobsB\x0b\n\t_priorityB\x1c\n\x1a_skip_reading_prefix_cache\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\\\n\x13RepetitionDetection\x12\x18\n\x10max_pattern_size\x18\x01 \x01(\x05\x12\x18\n\x10min_pattern_size\x18\x02 \x01(\x05\x12\x11\n\tmin_count\x18\x03 \x01(\x05\"\xad\x01\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x13.yuan.v1.StringListH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x12\x18\n\x0estructural_tag\x18\x06 \x01(\tH\x00\x42\x0c\n\nconstraint\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x91\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x0f.yuan.v1.Choice\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.yuan.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12.\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x15.yuan.v1.TokenLogprob\x12\x33\n\x14\x66lat_prompt_logprobs\x18\x07 \x01(\x0b\x32\x15.yuan.v1.FlatLogprobs\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\rB\x07\n\x05_seed\"\xbc\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x0f.yuan.v1.Choice\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.yuan.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12.\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x15.yuan.v1.TokenLogprob\x12\x33\n\x14\x66lat_prompt_logprobs\x18\x07 \x01(\x0b\x32\x15.yuan.v1.FlatLogprobs\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\x12#\n\x08progress\x18\t \x01(\x0b\x32\x11.yuan.v1.ProgressB\x07\n\x05_seed\"\x81\x01\n\x08Progress\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\r\x12\x11\n\tbest_text\x18\x03 \x01(\t\x12$\n\x17\x62\x65st_cumulative_logprob\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x1a\n\x18_best_cumulative_logprob\"\xb3\x02\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.yuan.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\'\n\x08logprobs\x18\x07 \x03(\x0b\x32\x15.yuan.v1.TokenLogprob\x12\x1f\n\x12\x63umulative_logprob\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12,\n\rflat_logprobs\x18\t \x01(\x0b\x32\x15.yuan.v1.FlatLogprobsB\x0c\n\nstopped_byB\x15\n\x13_cumulative_logprob\"p\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12 \n\x03top\x18\x05 \x03(\x0b\x32\x13.yuan.v1.TopLogprob\"L\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"R\n\x0c\x46latLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x0e\n\x06starts\x18\x04 \x03(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"A\n\x14GenerateBatchRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.yuan.v1.GenerateRequest\"\x95\x01\n\x15GenerateBatchResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12-\n\x08response\x18\x03 \x01(\x0b\x32\x19.yuan.v1.GenerateResponseH\x00\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x0f.yuan.v1.StatusH\x00\x42\x08\n\x06result\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"U\n\x0fTokenizeRequest\x12\x13\n\x06prompt\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\"\n\x08messages\x18\x02 \x03(\x0b\x32\x10.yuan.v1.MessageB\t\n\x07_prompt\"O\n\x10TokenizeResponse\x12\x1e\n\x06tokens\x18\x01 \x03(\x0b\x32\x0e.yuan.v1.Token\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\">\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05piece\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\x92\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x14\n\x0cvllm_version\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\"\n\x05sizes\x18\x07 \x01(\x0b\x32\x13.yuan.v1.ModelSizes\x12\x1f\n\x06limits\x18\x08 \x01(\x0b\x32\x0f.yuan.v1.Limits\x12)\n\x0bparallelism\x18\t \x01(\x0b\x32\x14.yuan.v1.Parallelism\x12\"\n\x04lora\x18\n \x01(\x0b\x32\x14.yuan.v1.LoraSupport\"a\n\nModelSizes\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x0e\n\x06hidden\x18\x02 \x01(\r\x12\r\n\x05heads\x18\x03 \x01(\r\x12\x14\n\x0cintermediate\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\"\xcf\x01\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x02 \x01(\r\x12\x13\n\x0bmax_choices\x18\x03 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x04 \x01(\r\x12 \n\x13max_num_queued_reqs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x13priority_scheduling\x18\x06 \x01(\x08\x12\x16\n\x0eprefix_caching\x18\x07 \x01(\x08\x42\x16\n\x14_max_num_queued_reqs\"=\n\x0bParallelism\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x10\n\x08pipeline\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\r\"Y\n\x0bLoraSupport\x12\x11\n\tmax_loras\x18\x01 \x01(\r\x12\x15\n\rmax_lora_rank\x18\x02 \x01(\r\x12\x10\n\x08\x63\x61n_load\x18\x03 \x01(\x08\x12\x0e\n\x06loaded\x18\x04 \x03(\t\"\x12\n\x10ListLorasRequest\"D\n\x11ListLorasResponse\x12\x1c\n\x05loras\x18\x01 \x03(\x0b\x32\r.yuan.v1.Lora\x12\x11\n\tavailable\x18\x02 \x03(\t\"\x14\n\x04Lora\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1f\n\x0fLoadLoraRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"/\n\x10LoadLoraResponse\x12\x1b\n\x04lora\x18\x01 \x01(\x0b\x32\r.yuan.v1.Lora\"!\n\x11UnloadLoraRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x14\n\x12UnloadLoraResponse*\xf0\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x01\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x02\x12%\n!ERROR_REASON_DUPLICATE_REQUEST_ID\x10\x03\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x04\x12#\n\x1f\x45RROR_REASON_ENGINE_UNAVAILABLE\x10\x05\x12\x18\n\x14\x45RROR_REASON_ABORTED\x10\x06\x12\"\n\x1e\x45RROR_REASON_REQUEST_NOT_FOUND\x10\x07\x12 \n\x1c\x45RROR_REASON_MODEL_NOT_FOUND\x10\x08\x12\x1f\n\x1b\x45RROR_REASON_DUPLICATE_LORA\x10\t\x12\x1c\n\x18\x45RROR_REASON_NOT_ENABLED\x10\n*f\n\x0eTruncationSide\x12\x1f\n\x1bTRUNCATION_SIDE_UNSPECIFIED\x10\x00\x12\x18\n\x14TRUNCATION_SIDE_LEFT\x10\x01\x12\x19\n\x15TRUNCATION_SIDE_RIGHT\x10\x02*\x99\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_REPETITION\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xbe\x05\n\x0bYuanService\x12?\n\x08Generate\x12\x18.yuan.v1.GenerateRequest\x1a\x19.yuan.v1.GenerateResponse\x12M\n\x0eGenerateStream\x12\x18.yuan.v1.GenerateRequest\x1a\x1f.yuan.v1.GenerateStreamResponse0\x01\x12R\n\rGenerateBatch\x12\x1d.yuan.v1.GenerateBatchRequest\x1a\x1e.yuan.v1.GenerateBatchResponse(\x01\x30\x01\x12\x36\n\x05\x41\x62ort\x12\x15.yuan.v1.AbortRequest\x1a\x16.yuan.v1.AbortResponse\x12?\n\x08Tokenize\x12\x18.yuan.v1.TokenizeRequest\x1a\x19.yuan.v1.TokenizeResponse\x12\x45\n\nDetokenize\x12\x1a.yuan.v1.DetokenizeRequest\x1a\x1b.yuan.v1.DetokenizeResponse\x12?\n\x08GetModel\x12\x18.yuan.v1.GetModelRequest\x1a\x19.yuan.v1.GetModelResponse\x12\x42\n\tListLoras\x12\x19.yuan.v1.ListLorasRequest\x1a\x1a.yuan.v1.ListLorasResponse\x12?\n\x08LoadLora\x12\x18.yuan.v1.LoadLoraRequest\x1a\x19.yuan.v1.LoadLoraResponse\x12\x45\n\nUnloadLora\x12\x1a.yuan.v1.UnloadLoraRequest\x1a\x1b.yuan.v1.UnloadLoraResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'yuan.v1.yuan_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1581
-  _globals['_FINISHREASON']._serialized_end=1676
-  _globals['_GENERATEREQUEST']._serialized_start=32
-  _globals['_GENERATEREQUEST']._serialized_end=770
-  _globals['_TOKENIDS']._serialized_start=772
-  _globals['_TOKENIDS']._serialized_end=795
-  _globals['_GENERATERESPONSE']._serialized_start=797
-  _globals['_GENERATERESPONSE']._serialized_end=915
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=917
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1041
-  _globals['_CHOICE']._serialized_start=1044
-  _globals['_CHOICE']._serialized_end=1305
-  _globals['_TOKENLOGPROB']._serialized_start=1307
-  _globals['_TOKENLOGPROB']._serialized_end=1419
-  _globals['_TOPLOGPROB']._serialized_start=1421
-  _globals['_TOPLOGPROB']._serialized_end=1497
-  _globals['_USAGE']._serialized_start=1499
-  _globals['_USAGE']._serialized_end=1579
-  _globals['_YUANSERVICE']._serialized_start=1679
-  _globals['_YUANSERVICE']._serialized_end=1836
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_ERRORREASON']._serialized_start=5402
+  _globals['_ERRORREASON']._serialized_end=5770
+  _globals['_TRUNCATIONSIDE']._serialized_start=5772
+  _globals['_TRUNCATIONSIDE']._serialized_end=5874
+  _globals['_FINISHREASON']._serialized_start=5877
+  _globals['_FINISHREASON']._serialized_end=6030
+  _globals['_GENERATEREQUEST']._serialized_start=121
+  _globals['_GENERATEREQUEST']._serialized_end=1938
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=1512
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=1560
+  _globals['_MESSAGE']._serialized_start=1940
+  _globals['_MESSAGE']._serialized_end=1980
+  _globals['_REPETITIONDETECTION']._serialized_start=1982
+  _globals['_REPETITIONDETECTION']._serialized_end=2074
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=2077
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=2250
+  _globals['_STRINGLIST']._serialized_start=2252
+  _globals['_STRINGLIST']._serialized_end=2280
+  _globals['_TOKENIDS']._serialized_start=2282
+  _globals['_TOKENIDS']._serialized_end=2305
+  _globals['_GENERATERESPONSE']._serialized_start=2308
+  _globals['_GENERATERESPONSE']._serialized_end=2581
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2584
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2900
+  _globals['_PROGRESS']._serialized_start=2903
+  _globals['_PROGRESS']._serialized_end=3032
+  _globals['_CHOICE']._serialized_start=3035
+  _globals['_CHOICE']._serialized_end=3342
+  _globals['_TOKENLOGPROB']._serialized_start=3344
+  _globals['_TOKENLOGPROB']._serialized_end=3456
+  _globals['_TOPLOGPROB']._serialized_start=3458
+  _globals['_TOPLOGPROB']._serialized_end=3534
+  _globals['_FLATLOGPROBS']._serialized_start=3536
+  _globals['_FLATLOGPROBS']._serialized_end=3618
+  _globals['_USAGE']._serialized_start=3620
+  _globals['_USAGE']._serialized_end=3700
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=3702
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=3767
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=3770
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=3919
+  _globals['_STATUS']._serialized_start=3921
+  _globals['_STATUS']._serialized_end=3999
+  _globals['_ABORTREQUEST']._serialized_start=4001
+  _globals['_ABORTREQUEST']._serialized_end=4035
+  _globals['_ABORTRESPONSE']._serialized_start=4037
+  _globals['_ABORTRESPONSE']._serialized_end=4052
+  _globals['_TOKENIZEREQUEST']._serialized_start=4054
+  _globals['_TOKENIZEREQUEST']._serialized_end=4139
+  _globals['_TOKENIZERESPONSE']._serialized_start=4141
+  _globals['_TOKENIZERESPONSE']._serialized_end=4220
+  _globals['_TOKEN']._serialized_start=4222
+  _globals['_TOKEN']._serialized_end=4284
+  _globals['_DETOKENIZEREQUEST']._serialized_start=4286
+  _globals['_DETOKENIZEREQUEST']._serialized_end=4353
+  _globals['_DETOKENIZERESPONSE']._serialized_start=4355
+  _globals['_DETOKENIZERESPONSE']._serialized_end=4389
+  _globals['_GETMODELREQUEST']._serialized_start=4391
+  _globals['_GETMODELREQUEST']._serialized_end=4408
+  _globals['_GETMODELRESPONSE']._serialized_start=4411
+  _globals['_GETMODELRESPONSE']._serialized_end=4685
+  _globals['_MODELSIZES']._serialized_start=4687
+  _globals['_MODELSIZES']._serialized_end=4784
+  _globals['_LIMITS']._serialized_start=4787
+  _globals['_LIMITS']._serialized_end=4994
+  _globals['_PARALLELISM']._serialized_start=4996
+  _globals['_PARALLELISM']._serialized_end=5057
+  _globals['_LORASUPPORT']._serialized_start=5059
+  _globals['_LORASUPPORT']._serialized_end=5148
+  _globals['_LISTLORASREQUEST']._serialized_start=5150
+  _globals['_LISTLORASREQUEST']._serialized_end=5168
+  _globals['_LISTLORASRESPONSE']._serialized_start=5170
+  _globals['_LISTLORASRESPONSE']._serialized_end=5238
+  _globals['_LORA']._serialized_start=5240
+  _globals['_LORA']._serialized_end=5260
+  _globals['_LOADLORAREQUEST']._serialized_start=5262
+  _globals['_LOADLORAREQUEST']._serialized_end=5293
+  _globals['_LOADLORARESPONSE']._serialized_start=5295
+  _globals['_LOADLORARESPONSE']._serialized_end=5342
+  _globals['_UNLOADLORAREQUEST']._serialized_start=5344
+  _globals['_UNLOADLORAREQUEST']._serialized_end=5377
+  _globals['_UNLOADLORARESPONSE']._serialized_start=5379
+  _globals['_UNLOADLORARESPONSE']._serialized_end=5399
+  _globals['_YUANSERVICE']._serialized_start=6033
+  _globals['_YUANSERVICE']._serialized_end=6735
 # @@protoc_insertion_point(module_scope)

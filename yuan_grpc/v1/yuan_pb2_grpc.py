@@ -28,12 +28,19 @@ if _version_not_supported:
 class YuanServiceStub(object):
     """Generates text with the one model the server has loaded.
 
-    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
-    listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
-    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAVAILABLE from
-    a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over
-    4 MiB: a request, or a response to a client that has not raised its own limit. A call that is cancelled, runs into its
-    deadline or loses its connection frees what it held in the engine at once.
+    Every error is a gRPC status, never part of a response; only GenerateBatch, whose requests fail one by one, has a
+    status for each. Besides the code and a message for people, the statuses listed below carry `google.rpc` details for
+    programs: an `ErrorInfo` with the domain `yuan.v1` and a reason of `ErrorReason`, and with INVALID_ARGUMENT a
+    `BadRequest` with one violation for each field that is wrong. Any RPC can end with INTERNAL: an error of the server's
+    own, of which its log has more.
+
+    What gRPC itself answers has no details: CANCELLED to a caller who cancels, DEADLINE_EXCEEDED, UNIMPLEMENTED,
+    UNAVAILABLE from a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for
+    a message of over 4 MiB: a request, or a response to a client that has not raised its own limit. Where a status has
+    `RetryInfo`, its trailers have that time, or up to twice as much, as `grpc-retry-pushback-ms`, for gRPC's retries.
+
+    A call that is cancelled, aborted, runs into its deadline or loses its connection frees what it held in the engine at
+    once.
     """
 
     def __init__(self, channel):
@@ -52,27 +59,78 @@ class YuanServiceStub(object):
                 request_serializer=yuan_dot_v1_dot_yuan__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=yuan_dot_v1_dot_yuan__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.stream_stream(
+                '/yuan.v1.YuanService/GenerateBatch',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/yuan.v1.YuanService/Abort',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.AbortRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/yuan.v1.YuanService/Tokenize',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/yuan.v1.YuanService/Detokenize',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/yuan.v1.YuanService/GetModel',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.ListLoras = channel.unary_unary(
+                '/yuan.v1.YuanService/ListLoras',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.ListLorasRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.ListLorasResponse.FromString,
+                _registered_method=True)
+        self.LoadLora = channel.unary_unary(
+                '/yuan.v1.YuanService/LoadLora',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.LoadLoraRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.LoadLoraResponse.FromString,
+                _registered_method=True)
+        self.UnloadLora = channel.unary_unary(
+                '/yuan.v1.YuanService/UnloadLora',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.UnloadLoraRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.UnloadLoraResponse.FromString,
+                _registered_method=True)
 
 
 class YuanServiceServicer(object):
     """Generates text with the one model the server has loaded.
 
-    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
-    listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
-    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAVAILABLE from
-    a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over
-    4 MiB: a request, or a response to a client that has not raised its own limit. A call that is cancelled, runs into its
-    deadline or loses its connection frees what it held in the engine at once.
+    Every error is a gRPC status, never part of a response; only GenerateBatch, whose requests fail one by one, has a
+    status for each. Besides the code and a message for people, the statuses listed below carry `google.rpc` details for
+    programs: an `ErrorInfo` with the domain `yuan.v1` and a reason of `ErrorReason`, and with INVALID_ARGUMENT a
+    `BadRequest` with one violation for each field that is wrong. Any RPC can end with INTERNAL: an error of the server's
+    own, of which its log has more.
+
+    What gRPC itself answers has no details: CANCELLED to a caller who cancels, DEADLINE_EXCEEDED, UNIMPLEMENTED,
+    UNAVAILABLE from a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for
+    a message of over 4 MiB: a request, or a response to a client that has not raised its own limit. Where a status has
+    `RetryInfo`, its trailers have that time, or up to twice as much, as `grpc-retry-pushback-ms`, for gRPC's retries.
+
+    A call that is cancelled, aborted, runs into its deadline or loses its connection frees what it held in the engine at
+    once.
     """
 
     def Generate(self, request, context):
         """Generates and answers once, when all choices are finished.
 
         Errors include:
-        - INVALID_ARGUMENT: a field is outside its range, or the prompt is empty or too long; the message names the field,
-        the rule and the value.
+        - INVALID_ARGUMENT: a field is outside its range, fields exclude each other, or the prompt is empty or too long;
+        the message names the field, the rule and the value.
+        - NOT_FOUND: `model` is neither the served model nor a loaded LoRA adapter.
         - ALREADY_EXISTS: a call with the same `request_id` is still running.
+        - FAILED_PRECONDITION: the server was not started with what the request needs, as `priority` does.
         - RESOURCE_EXHAUSTED: the engine has as many requests as it may; try again after the time in `RetryInfo`.
+        - CANCELLED: Abort has ended the call.
+        - DEADLINE_EXCEEDED: the call's deadline came before its end; see `partial_on_deadline`.
         - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
         - INTERNAL: an error of the server's own; its log has more under the request id.
         """
@@ -83,10 +141,111 @@ class YuanServiceServicer(object):
     def GenerateStream(self, request, context):
         """Generates and answers piece by piece, as tokens come.
 
+        The first message has the number of prompt tokens, the seed and, where asked for, the prompt's log-probabilities;
+        without those it comes as soon as the engine has accepted the request.
         The pieces of a choice, put together in order, are what Generate answers: texts byte for byte, token ids and
-        log-probabilities entry for entry. No piece ends within a character.
+        log-probabilities entry for entry. No piece ends within a character. What comes while the caller does not read is
+        put together into one message, so a slow reader gets fewer and larger ones. The last message has the usage.
 
         Errors include those of Generate, also after the first pieces.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request_iterator, context):
+        """Generates for many requests over one call, and answers each as soon as it is finished, in any order.
+
+        At most 64 requests of a call run at a time; the next is read when one of them has been answered. A request that
+        cannot be served gets a status of its own, what Generate would have ended with (ALREADY_EXISTS where its
+        `request_id` is that of another which runs, and so on), and harms no other. The call ends
+        when the caller has sent its last request and all are answered; cancelling it frees them all.
+
+        Errors include:
+        - INVALID_ARGUMENT: the caller sent a message that is none of this service's; requests that ran are ended.
+        - UNAVAILABLE: the server is stopping.
+        - INTERNAL: an error of the server's own; its log has more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Ends a running call by its `request_id`, and answers when what it held in the engine is free. The call itself ends
+        with CANCELLED; a request of GenerateBatch is answered with that status.
+
+        Errors include:
+        - INVALID_ARGUMENT: `request_id` is empty.
+        - NOT_FOUND: no running call has this `request_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Turns text, or a conversation, into the tokens that Generate would see.
+
+        Errors include:
+        - INVALID_ARGUMENT: neither `prompt` nor `messages` is given, or both are, or a message is malformed.
+        - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Turns token ids into text.
+
+        Errors include:
+        - INVALID_ARGUMENT: an id is no token's.
+        - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """Tells what is served, on what, and the limits that requests are held to.
+
+        Errors include:
+        - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLoras(self, request, context):
+        """Lists the LoRA adapters that `model` of a request can name. Empty where LoRA is not enabled.
+
+        Errors include:
+        - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadLora(self, request, context):
+        """Loads a LoRA adapter out of the server's adapter folder (`--lora-folder`).
+
+        Errors include:
+        - INVALID_ARGUMENT: `name` is not the name of a folder, or the adapter does not fit the model.
+        - NOT_FOUND: the adapter folder has none of this name (`MODEL_NOT_FOUND`).
+        - ALREADY_EXISTS: an adapter of this name is loaded, or it is the model's name.
+        - FAILED_PRECONDITION: the server was started without `--lora-folder` or `--enable-lora`, or as many adapters are
+        loaded as it has room for (`--max-cpu-loras`).
+        - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadLora(self, request, context):
+        """Unloads a LoRA adapter. Calls that run with it go on to their end.
+
+        Errors include:
+        - NOT_FOUND: no adapter of this name is loaded (`MODEL_NOT_FOUND`).
+        - FAILED_PRECONDITION: the server was started without `--lora-folder` or `--enable-lora`.
+        - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +264,46 @@ def add_YuanServiceServicer_to_server(servicer, server):
                     request_deserializer=yuan_dot_v1_dot_yuan__pb2.GenerateRequest.FromString,
                     response_serializer=yuan_dot_v1_dot_yuan__pb2.GenerateStreamResponse.SerializeToString,
             ),
+            'GenerateBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.AbortRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.AbortResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.TokenizeRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.DetokenizeRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.GetModelRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListLoras': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoras,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.ListLorasRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.ListLorasResponse.SerializeToString,
+            ),
+            'LoadLora': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadLora,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.LoadLoraRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.LoadLoraResponse.SerializeToString,
+            ),
+            'UnloadLora': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadLora,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.UnloadLoraRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.UnloadLoraResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'yuan.v1.YuanService', rpc_method_handlers)
@@ -116,12 +315,19 @@ def add_YuanServiceServicer_to_server(servicer, server):
 class YuanService(object):
     """Generates text with the one model the server has loaded.
 
-    Every error is a gRPC status, never part of a response. Besides the code and a message for people, the statuses
-    listed below carry `google.rpc` details for programs: an `ErrorInfo`, and a `BadRequest` with one violation for each
-    field that is wrong. What gRPC itself answers has none: CANCELLED, DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAVAILABLE from
-    a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for a message of over
-    4 MiB: a request, or a response to a client that has not raised its own limit. A call that is cancelled, runs into its
-    deadline or loses its connection frees what it held in the engine at once.
+    Every error is a gRPC status, never part of a response; only GenerateBatch, whose requests fail one by one, has a
+    status for each. Besides the code and a message for people, the statuses listed below carry `google.rpc` details for
+    programs: an `ErrorInfo` with the domain `yuan.v1` and a reason of `ErrorReason`, and with INVALID_ARGUMENT a
+    `BadRequest` with one violation for each field that is wrong. Any RPC can end with INTERNAL: an error of the server's
+    own, of which its log has more.
+
+    What gRPC itself answers has no details: CANCELLED to a caller who cancels, DEADLINE_EXCEEDED, UNIMPLEMENTED,
+    UNAVAILABLE from a server that is gone or has cut a call at its end, and RESOURCE_EXHAUSTED, without `RetryInfo`, for
+    a message of over 4 MiB: a request, or a response to a client that has not raised its own limit. Where a status has
+    `RetryInfo`, its trailers have that time, or up to twice as much, as `grpc-retry-pushback-ms`, for gRPC's retries.
+
+    A call that is cancelled, aborted, runs into its deadline or loses its connection frees what it held in the engine at
+    once.
     """
 
     @staticmethod
@@ -168,6 +374,222 @@ class YuanService(object):
             '/yuan.v1.YuanService/GenerateStream',
             yuan_dot_v1_dot_yuan__pb2.GenerateRequest.SerializeToString,
             yuan_dot_v1_dot_yuan__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/yuan.v1.YuanService/GenerateBatch',
+            yuan_dot_v1_dot_yuan__pb2.GenerateBatchRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/Abort',
+            yuan_dot_v1_dot_yuan__pb2.AbortRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/Tokenize',
+            yuan_dot_v1_dot_yuan__pb2.TokenizeRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/Detokenize',
+            yuan_dot_v1_dot_yuan__pb2.DetokenizeRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/GetModel',
+            yuan_dot_v1_dot_yuan__pb2.GetModelRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoras(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/ListLoras',
+            yuan_dot_v1_dot_yuan__pb2.ListLorasRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.ListLorasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadLora(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/LoadLora',
+            yuan_dot_v1_dot_yuan__pb2.LoadLoraRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.LoadLoraResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadLora(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/UnloadLora',
+            yuan_dot_v1_dot_yuan__pb2.UnloadLoraRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.UnloadLoraResponse.FromString,
             options,
             channel_credentials,
             insecure,
