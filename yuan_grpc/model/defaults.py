@@ -5,6 +5,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from yuan_grpc.model import TOKENIZER_MODE
 
+GRAMMAR_BACKEND = "xgrammar"
+"""guidance takes fast tokenizers only, outlines counts this one's spaces twice, and lm-format-enforcer does not load.
+vLLM's `auto` falls back to these, and where it does so first it stays with them."""
+
 
 class YuanModelConfig(VerifyAndUpdateConfig):
     """vLLM's hook for one architecture, called while it puts its configuration together."""
@@ -33,3 +37,7 @@ class YuanModelConfig(VerifyAndUpdateConfig):
             raise ValueError("`speculative_config` cannot be used with Yuan: LFA's state cannot be rolled back yet")
         if vllm_config.cache_config.mamba_cache_dtype != "auto":
             raise ValueError("`mamba_cache_dtype` must be 'auto' for Yuan: LFA's state has the model's dtype")
+        outputs = vllm_config.structured_outputs_config
+        if outputs.backend not in ("auto", GRAMMAR_BACKEND):
+            raise ValueError(f"the structured outputs `backend` must be '{GRAMMAR_BACKEND}', not '{outputs.backend}'")
+        outputs.backend = GRAMMAR_BACKEND

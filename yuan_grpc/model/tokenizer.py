@@ -5,7 +5,7 @@ round trip still works; this class asks the sentencepiece library itself. See do
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -44,6 +44,11 @@ SPECIAL = (
 HIDDEN = (END_OF_DOCUMENT, PADDING, "<s>", "</s>", "<unk>")
 """What `skip_special_tokens` leaves out; `<sep>` and the code markers are part of an answer and stay."""
 
+UNMERGED, UNMERGED_PIECE = "\n", "<0x0A>"
+"""A byte that no piece contains, so that what is behind it is encoded as if within a text."""
+
+_NOT_TEXT = frozenset((*SPECIAL, *HIDDEN))
+
 
 class YuanTokenizer:
     """vLLM's `TokenizerLike` over a sentencepiece model.
@@ -61,18 +66,18 @@ class YuanTokenizer:
     _vllm_space_marker_cache = SPACE
 
     def __init__(self, model_file: str | Path, truncation_side: str = "left") -> None:
-        self._model = SentencePieceProcessor(model_file=str(model_file))
+        # By this name xgrammar looks for it, and takes a tokenizer for sentencepiece's if it is there.
+        self.sp_model = SentencePieceProcessor(model_file=str(model_file))
         self.name_or_path = str(Path(model_file).parent)
         self.truncation_side = truncation_side
-        pieces = self._model.id_to_piece(list(range(self._model.vocab_size())))
+        pieces = self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
         self._pieces: list[str] = [*pieces, *APPENDED]
         self._ids = {piece: token_id for token_id, piece in enumerate(self._pieces)}
         if lacking := [token for token in SPECIAL if token not in self._ids]:
             raise ValueError(f"{model_file} is not a Yuan tokenizer: it has no {lacking[0]}")
         self._bytes = {piece: piece.replace(SPACE, " ").encode() for piece in self._pieces}
-        self._bytes |= {
-            pieces[i]: bytes([int(pieces[i][3:-1], 16)]) for i in range(len(pieces)) if self._model.is_byte(i)
-        }
+        self._byte_ids = frozenset(i for i in range(len(pieces)) if self.sp_model.is_byte(i))
+        self._bytes |= {pieces[i]: bytes([int(pieces[i][3:-1], 16)]) for i in self._byte_ids}
         self._special = re.compile("(" + "|".join(sorted(map(re.escape, SPECIAL), key=len, reverse=True)) + ")")
         self._special_ids = {token: self._ids[token] for token in SPECIAL}
         self._hidden_ids = frozenset(self._ids[token] for token in HIDDEN)
@@ -114,10 +119,46 @@ class YuanTokenizer:
             if (special := self._special_ids.get(stretch)) is not None:
                 ids.append(special)
             elif stretch:
-                ids.extend(self._model.encode(stretch))
+                ids.extend(self.sp_model.encode(stretch))
         if truncation and max_length is not None and len(ids) > max_length:
             return ids[len(ids) - max_length :] if self.truncation_side == "left" else ids[:max_length]
         return ids
+
+    def encode_word(self, word: str) -> list[list[int]]:
+        """The ways a word's tokens can be: where a text or a word begins, behind a space; and within a text.
+
+        Chinese words are mostly of the second kind. `encode` knows the first alone, for it adds a space.
+        """
+        within = self.encode(f"{UNMERGED}{word}")
+        return [self.encode(word), within[within.index(self.sp_model.piece_to_id(UNMERGED_PIECE)) + 1 :]]
+
+    def encode_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
+        """The ids of `encode`, each with its piece and the characters of the text it stands for: from, up to.
+
+        The leading space that `encode` adds to each stretch has no width. The bytes of one character all have its span.
+        """
+        tokens: list[tuple[int, str, int, int]] = []
+        start = 0
+        for stretch in self._special.split(text):
+            if (special := self._special_ids.get(stretch)) is not None:
+                tokens.append((special, stretch, start, start + len(stretch)))
+            elif stretch:
+                tokens.extend(self._place(stretch, start))
+            start += len(stretch)
+        return tokens
+
+    def _place(self, stretch: str, start: int) -> Iterator[tuple[int, str, int, int]]:
+        # The model's normaliser changes nothing but spaces, so pieces are as long as their characters.
+        spelled = SPACE + stretch.replace(" ", SPACE)
+        done = missing = 0  # characters of `spelled`; bytes of the next one
+        for token_id in self.sp_model.encode(stretch):
+            piece, first = self._pieces[token_id], done
+            if token_id in self._byte_ids:
+                missing = (missing or len(spelled[done].encode())) - 1
+                end, done = done + 1, done + (not missing)
+            else:
+                end = done = done + len(piece)
+            yield token_id, piece, start + max(first - 1, 0), start + end - 1
 
     def __call__(
         self,
@@ -187,8 +228,12 @@ class YuanTokenizer:
         return self.encode(text) if tokenize else text
 
     def get_vocab(self) -> dict[str, int]:
-        """Piece to id, padding rows of the embedding excluded."""
-        return dict(self._ids)
+        """Piece to id, of all that can be written as text.
+
+        From this vLLM's structured outputs take what may stand in a constrained text: no special token is here, lest
+        `.*` be matched by `<pad>`, and no padding row of the embedding.
+        """
+        return {piece: token_id for piece, token_id in self._ids.items() if piece not in _NOT_TEXT}
 
     def get_added_vocab(self) -> dict[str, int]:
         """Nothing: no token needs spaces around it when text is put together."""

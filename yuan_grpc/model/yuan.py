@@ -18,13 +18,14 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
@@ -57,16 +58,28 @@ class QueryKeyLinear(MergedColumnParallelLinear):
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, half: int) -> None:
         """Places one published projection, [heads * head_dim, hidden]; half 0 is q_proj, 1 is k_proj."""
-        local_heads = self.total_heads // self.tp_size
-        first_head = self.tp_rank * local_heads
-        target = param.data.view(2, local_heads, self.head_dim, -1)  # (query | key), head, row, column
-        source = loaded.view(self.total_heads, self.head_dim, -1)
-        for block in range(self.total_heads):
-            head, part = divmod(half * self.total_heads + block, 2)
-            if first_head <= head < first_head + local_heads:
-                target[part, head - first_head].copy_(source[block])
+        place_heads(self, param.data, loaded, half)
 
     weight_loader_v2 = weight_loader  # the one vLLM takes for most parameters
+
+
+def place_heads(layer: QueryKeyLinear, joined: torch.Tensor, published: torch.Tensor, half: int) -> None:
+    """Copies rows of one published projection, or of its adapter's B, to where they belong on this rank.
+
+    Args:
+        layer: whose heads they are.
+        joined: [2 * hidden / tp, columns]; the other projection's rows are left alone.
+        published: [hidden, columns].
+        half: 0 is q_proj, 1 is k_proj.
+    """
+    local_heads = layer.total_heads // layer.tp_size
+    first_head = layer.tp_rank * local_heads
+    target = joined.view(2, local_heads, layer.head_dim, -1)  # (query | key), head, row, column
+    source = published.view(layer.total_heads, layer.head_dim, -1)
+    for block in range(layer.total_heads):
+        head, part = divmod(half * layer.total_heads + block, 2)
+        if first_head <= head < first_head + local_heads:
+            target[part, head - first_head].copy_(source[block])
 
 
 class YuanAttention(nn.Module):
@@ -196,7 +209,7 @@ class YuanModel(nn.Module):
         return normed
 
 
-class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
+class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, SupportsPP):
     """What vLLM loads and runs: the decoder, its head, and the way their weights are found in a checkpoint."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
@@ -206,6 +219,14 @@ class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if vllm_config.lora_config is not None:
+            from yuan_grpc.model import lora  # which knows the layers above, and is needed by few
+
+            lora.prepare()
+        if current_platform.is_cpu():
+            from yuan_grpc.model import seeds  # which only a CPU has what it imports for
+
+            seeds.prepare()
         self.vllm_config = vllm_config
         self.config: YuanConfig = vllm_config.model_config.hf_config
         self.prefix = prefix
