@@ -1,24 +1,24 @@
-"""The one table from exceptions to gRPC statuses, and the interceptor that applies it."""
+"""The one table from exceptions to gRPC statuses."""
 
-import asyncio
-import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-from uuid import uuid4
+from random import uniform
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-logger = logging.getLogger(__name__)
+from yuan_grpc.v1 import yuan_pb2 as pb
 
 DOMAIN = "yuan.v1"
 INTERNAL_MESSAGE = "an internal error occurred; the server's log has more under this request's id"
-RETRY_SECONDS = 1
+MAX_VIOLATIONS = 12
+"""A status travels in headers, of which clients take 8 KB by default: so it has an end."""
+MAX_DESCRIPTION = 160
+MAX_MESSAGE = 600
+"""Bytes, which take four in headers for three, and nine where a message is not in ASCII."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class ServiceError(Exception):
     """An error the caller is told about: its text is the status message."""
 
     code = grpc.StatusCode.INTERNAL
-    reason = "INTERNAL"
+    reason = pb.ERROR_REASON_INTERNAL
+    retry_seconds: int | None = None
+    """When to try again; None where nothing is known of that."""
 
     def details(self) -> Sequence[Message]:
         """`google.rpc` messages beside the `ErrorInfo` that every status has."""
@@ -44,11 +46,12 @@ class InvalidRequestError(ServiceError):
     """The request cannot be served as it is, now or later."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
-    reason = "INVALID_REQUEST"
+    reason = pb.ERROR_REASON_INVALID_REQUEST
 
     def __init__(self, violations: Sequence[Violation]) -> None:
-        super().__init__("; ".join(violation.description for violation in violations))
-        self.violations = violations
+        told = violations[:MAX_VIOLATIONS]
+        self.violations = [Violation(v.field, _cut(v.description, MAX_DESCRIPTION)) for v in told]
+        super().__init__(_cut("; ".join(violation.description for violation in self.violations), MAX_MESSAGE))
 
     def details(self) -> Sequence[Message]:
         """All violations, not the first alone."""
@@ -60,90 +63,85 @@ class DuplicateRequestError(ServiceError):
     """A call with the same id is still running."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
-    reason = "DUPLICATE_REQUEST_ID"
+    reason = pb.ERROR_REASON_DUPLICATE_REQUEST_ID
+
+
+class RequestNotFoundError(ServiceError):
+    """No running call has this id."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_REQUEST_NOT_FOUND
+
+
+class ModelNotFoundError(ServiceError):
+    """Neither the served model nor an adapter has this name."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_MODEL_NOT_FOUND
+
+
+class DuplicateLoraError(ServiceError):
+    """A model or an adapter of this name is loaded."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = pb.ERROR_REASON_DUPLICATE_LORA
+
+
+class NotEnabledError(ServiceError):
+    """The server was not started with what the request needs."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_NOT_ENABLED
+
+
+class AbortedError(ServiceError):
+    """Abort has ended the call."""
+
+    code = grpc.StatusCode.CANCELLED
+    reason = pb.ERROR_REASON_ABORTED
 
 
 class OverloadedError(ServiceError):
     """The engine has as many requests as it may."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    reason = "OVERLOADED"
+    reason = pb.ERROR_REASON_OVERLOADED
+    retry_seconds = 1
 
     def details(self) -> Sequence[Message]:
         """When to try again."""
-        return (RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS)),)
+        return (RetryInfo(retry_delay=Duration(seconds=self.retry_seconds)),)
 
 
 class UnavailableError(ServiceError):
     """The engine is not there: not yet, no longer, or not for this request."""
 
     code = grpc.StatusCode.UNAVAILABLE
-    reason = "ENGINE_UNAVAILABLE"
+    reason = pb.ERROR_REASON_ENGINE_UNAVAILABLE
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, Status]:
     """What a caller is told. What is not a `ServiceError` is internal, and says nothing of itself."""
     told = error if isinstance(error, ServiceError) else ServiceError(INTERNAL_MESSAGE)
     status = Status(code=told.code.value[0], message=str(told))
-    for detail in (ErrorInfo(reason=told.reason, domain=DOMAIN), *told.details()):
+    reason = pb.ErrorReason.Name(told.reason).removeprefix("ERROR_REASON_")
+    for detail in (ErrorInfo(reason=reason, domain=DOMAIN), *told.details()):
         status.details.add().Pack(detail)
     return told.code, status
 
 
-Handler = Callable[[bytes, Any], Any]
+def trailers_of(error: Exception, status: Status) -> tuple[tuple[str, str | bytes], ...]:
+    """What travels with a status: its details, and for gRPC's own retries, when to make the next.
+
+    Who was refused at the same time is not told the same time.
+    """
+    details = ("grpc-status-details-bin", status.SerializeToString())
+    seconds = error.retry_seconds if isinstance(error, ServiceError) else None
+    if seconds is None:
+        return (details,)
+    return details, ("grpc-retry-pushback-ms", str(round(uniform(1, 2) * seconds * 1000)))
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a handler raises into a status. Handlers never abort a call themselves."""
-
-    def __init__(self, service: str) -> None:
-        self._prefix = f"/{service}/"
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wraps the handlers of our own service; health and reflection keep theirs."""
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(self._prefix):
-            return handler
-        # Messages are parsed behind the guard, for grpcio answers one it cannot parse with UNKNOWN and a traceback.
-        read, write = handler.request_deserializer, handler.response_serializer
-        if handler.unary_stream:
-            guarded = _guarded(handler.unary_stream, read)
-            return grpc.unary_stream_rpc_method_handler(guarded, response_serializer=write)
-        guarded = _guarded(handler.unary_unary, read)
-        return grpc.unary_unary_rpc_method_handler(guarded, response_serializer=write)
-
-
-def _guarded(handler: Any, read: Any) -> Handler:
-    async def guarded(raw: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        began, request_id, outcome = time.monotonic(), "", grpc.StatusCode.CANCELLED
-        try:
-            request = _parsed(raw, read)
-            request_id = request.request_id = request.request_id or uuid4().hex
-            response = await handler(request, context)
-            outcome = grpc.StatusCode.OK
-            return response
-        except asyncio.CancelledError:
-            raise  # the caller is gone: there is nobody to tell
-        except Exception as error:
-            outcome, status = status_of(error)
-            if outcome is grpc.StatusCode.INTERNAL:
-                logger.exception("request %r failed", request_id)
-            elif error.__cause__:
-                logger.warning("request %r: %s: %r", request_id, error, error.__cause__)
-            await context.abort(outcome, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
-        finally:
-            logger.info("request %.256r: %s after %.3f s", request_id, outcome.name, time.monotonic() - began)
-
-    return guarded
-
-
-def _parsed(raw: bytes, read: Any) -> Any:
-    try:
-        return read(raw)
-    except DecodeError:
-        sentence = "the request must be a message of this service's, with all strings in UTF-8"
-        raise InvalidRequestError([Violation("", sentence)]) from None
+def _cut(text: str, size: int) -> str:
+    raw = text.encode()
+    return text if len(raw) <= size else raw[: size - len("…".encode())].decode(errors="ignore") + "…"

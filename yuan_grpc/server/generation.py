@@ -1,9 +1,22 @@
 """What the service asks of an engine, in plain values: neither protobuf's nor vLLM's."""
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Literal, Protocol
+
+CONTEXT_TOKENS = 16
+"""So many tokens before a text decide how it begins, with some to spare."""
+
+
+@dataclass(frozen=True)
+class LoraInfo:
+    """What holds for LoRA adapters, where they are enabled. `can_load` says whether the folder to load from is set."""
+
+    max_loras: int
+    max_rank: int
+    can_load: bool
 
 
 @dataclass(frozen=True)
@@ -15,12 +28,55 @@ class ModelInfo:
         context: the most tokens of prompt and answer together.
         tokens: how many token ids there are; the embedding's padding rows are not counted.
         max_logprobs: the most log-probabilities a position can have.
+        end_token_ids: the tokens that end a text by themselves, `<eod>` first.
+        revision: of a model from the hub; empty for a folder.
+        vllm_version, dtype, quantization: in vLLM's words; an empty quantization is none.
+        layers, hidden, heads, intermediate: the model's sizes.
+        tensor_parallel, pipeline_parallel, data_parallel: ranks.
+        max_num_seqs: how many choices are computed at a time.
+        max_num_queued_reqs: how many may run and wait together; None for any number.
+        priority_scheduling, prefix_caching: whether they are on.
+        lora: None where LoRA is not enabled.
     """
 
     name: str
     context: int
     tokens: int
     max_logprobs: int
+    end_token_ids: tuple[int, ...]
+    revision: str = ""
+    vllm_version: str = ""
+    dtype: str = ""
+    quantization: str = ""
+    layers: int = 0
+    hidden: int = 0
+    heads: int = 0
+    intermediate: int = 0
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    max_num_seqs: int = 1
+    max_num_queued_reqs: int | None = None
+    priority_scheduling: bool = False
+    prefix_caching: bool = False
+    lora: LoraInfo | None = None
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What generated text must fulfil: one of vLLM's kinds, and its specification."""
+
+    kind: Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
+    specification: str | bool | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """A choice whose last tokens are a pattern of these sizes, `min_count` times over, has ended."""
+
+    max_pattern_size: int
+    min_pattern_size: int
+    min_count: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +85,7 @@ class Sampling:
 
     n: int = 1
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -43,6 +100,15 @@ class Sampling:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    logprob_token_ids: Sequence[int] = ()
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()
+    repetition_detection: Repetition | None = None
+    structured_outputs: Constraint | None = None
+    stream_interval: int | None = None
+    skip_reading_prefix_cache: bool | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -50,16 +116,48 @@ class Sampling:
         return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
 
+@dataclass(frozen=True)
+class Job:
+    """One request to an engine.
+
+    Attributes:
+        request_id: unlike that of any other job that runs.
+        prompt: token ids, at least one.
+        priority: lower goes first, where the engine schedules by it.
+        cache_salt: shares cached prefixes only with jobs of the same one; empty for none.
+        lora: the name of a loaded adapter; empty for none.
+    """
+
+    request_id: str
+    prompt: Sequence[int]
+    sampling: Sampling
+    priority: int = 0
+    cache_salt: str = ""
+    lora: str = ""
+
+
+@dataclass(frozen=True)
+class Beam:
+    """Beam search's own parameters, in Yuan's and vLLM 0.2's names; `width` was its `best_of`."""
+
+    n: int
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+
 class FinishReason(Enum):
     """Why a choice ended."""
 
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"
+    DEADLINE = "deadline"
 
 
 @dataclass(frozen=True)
 class RankedToken:
-    """A token with its log-probability (natural) and its place in the order of likelihood, from 1."""
+    """A token with its log-probability (natural) and its place in the order of likelihood, from 1; 0 is not known."""
 
     token_id: int
     text: str
@@ -69,7 +167,10 @@ class RankedToken:
 
 @dataclass(frozen=True)
 class Position:
-    """The chosen token of one position, and the most likely ones there, most likely first."""
+    """The token of one position, and those asked for beside it: the most likely ones first, or as they were given.
+
+    A prompt's first token has no log-probability; its `top` is empty, and its rank 0.
+    """
 
     chosen: RankedToken
     top: Sequence[RankedToken]
@@ -89,11 +190,51 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Step:
-    """The pieces that came at once, and how many prompt tokens the prefix cache had."""
+class Progress:
+    """How far a search is whose choices come at its end.
 
-    pieces: Sequence[Piece]
-    cached_tokens: int
+    Attributes:
+        tokens: generated so far, for each beam or, of `best_of`, over all choices.
+        finished: choices that are.
+        best_text, best_cumulative_logprob: of the best beam as it is now.
+    """
+
+    tokens: int
+    finished: int
+    best_text: str = ""
+    best_cumulative_logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came at once.
+
+    Attributes:
+        pieces: of the choices that grew; none in the first step of a job, which says that it was accepted.
+        cached_tokens: how many prompt tokens the prefix cache had.
+        prompt_positions: the whole prompt's log-probabilities, once, before any piece.
+        progress: of a search.
+        discarded_tokens: generated for choices that were not among the best.
+    """
+
+    pieces: Sequence[Piece] = ()
+    cached_tokens: int = 0
+    prompt_positions: Sequence[Position] = ()
+    progress: Progress | None = None
+    discarded_tokens: int = 0
+
+
+class Run(Protocol):
+    """A request on its way: sampled, the best of several, or beam search."""
+
+    def steps(self) -> AsyncGenerator[Step, None]:
+        """All that comes, the first step being the engine's acceptance.
+
+        Closing the generator, or cancelling the task that waits for it, frees all that the engine has of it at once.
+        """
+
+    async def rest(self) -> Step:
+        """For when the steps are cut short: what ends the choices that have not ended, with `DEADLINE`."""
 
 
 class Engine(Protocol):
@@ -123,17 +264,64 @@ class Engine(Protocol):
     async def tokenize(self, text: str) -> list[int]:
         """Text to token ids."""
 
+    async def tokenize_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
+        """Text to tokens: id, piece, and the stretch it stands for, from and to, in characters."""
+
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Token ids to text."""
 
-    def generate(
-        self, request_id: str, prompt: Sequence[int], sampling: Sampling, *, stream: bool
-    ) -> AsyncGenerator[Step, None]:
-        """Generates, yielding pieces as they come or, unless `stream`, all of every choice in one step.
+    def conversation(self, turns: Sequence[str]) -> str:
+        """The turns of a conversation as the model was trained to see them, up to where its answer begins."""
 
-        Closing the generator, or cancelling the task that waits for it, frees the request at once.
+    def continuation(self, job: Job, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
+        """The text that tokens add behind a job's prompt, just as `generate` would give it.
+
+        Args:
+            ended: whether the last token is one that ends a choice.
+
+        Returns:
+            The text, up to the first of the job's stop strings; and that string, or None.
+        """
+
+    @property
+    def loras(self) -> Sequence[str]:
+        """The names of loaded adapters."""
+
+    @property
+    def available_loras(self) -> Sequence[str]:
+        """The names of adapters that could be loaded."""
+
+    async def load_lora(self, name: str) -> None:
+        """Loads an adapter.
 
         Raises:
+            ServiceError: it is loaded, not there, not one for this model, or LoRA is not enabled.
+        """
+
+    async def unload_lora(self, name: str) -> None:
+        """Forgets an adapter; jobs that run with it go on.
+
+        Raises:
+            ServiceError: it is not loaded, or LoRA is not enabled.
+        """
+
+    def holding(self, lora: str) -> AbstractAsyncContextManager[str]:
+        """Keeps an adapter for several jobs, whether it is unloaded meanwhile or not.
+
+        Yields what the jobs are to name it.
+
+        Raises:
+            ModelNotFoundError: it is not loaded.
+        """
+
+    def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+        """Generates, yielding pieces as they come or, unless `stream`, all of every choice in one step.
+
+        The first step, which has no pieces, says that the job was accepted. Closing the generator, or cancelling the
+        task that waits for it, frees the job at once.
+
+        Raises:
+            InvalidRequestError: what only the engine can tell.
             UnavailableError: the engine is lost, or gave the request up.
             OverloadedError: it has as many requests as it may.
         """

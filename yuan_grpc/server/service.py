@@ -1,83 +1,90 @@
 """The RPCs of `yuan.v1.YuanService`, one short method each."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from yuan_grpc.server import translate
-from yuan_grpc.server.errors import DuplicateRequestError, UnavailableError
-from yuan_grpc.server.generation import Engine, Step
+from yuan_grpc import __version__
+from yuan_grpc.server import checks, replies
+from yuan_grpc.server.answers import Answers
+from yuan_grpc.server.batch import run_batch
+from yuan_grpc.server.writer import Writer
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 NAME = pb.DESCRIPTOR.services_by_name["YuanService"].full_name
 
 if TYPE_CHECKING:
-    UnaryContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
-    StreamContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateStreamResponse]
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class YuanService(yuan_pb2_grpc.YuanServiceServicer):
     """Handlers raise; `StatusInterceptor` turns that into statuses. A handler that is cancelled frees its request."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._running: set[str] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
 
-    async def Generate(self, request: pb.GenerateRequest, context: "UnaryContext") -> pb.GenerateResponse:
+    async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Answers once, when all choices are finished."""
-        with self._named(request):
-            reply, steps = await self._begin(request, stream=False)
-            async with aclosing(steps):
-                return reply.whole(await anext(steps))
+        return await self._answers.whole(request, context.time_remaining())
 
-    async def GenerateStream(self, request: pb.GenerateRequest, context: "StreamContext") -> None:
+    async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Answers piece by piece. Writes instead of yielding, so that a cancelled write ends this very frame."""
-        with self._named(request):
-            reply, steps = await self._begin(request, stream=True)
-            async with aclosing(steps):
-                async for step in steps:
-                    await context.write(reply.part(step))
+        writer = Writer(context)
+        async with self._answers.in_parts(request, context.time_remaining()) as parts:
+            async for part in parts:
+                await writer.write(part)
 
-    async def idle(self) -> None:
-        """Returns when no call is running, and every one that ran has freed its request."""
-        await self._idle.wait()
+    async def GenerateBatch(self, items: AsyncIterator[pb.GenerateBatchRequest], context: "Context") -> None:
+        """Answers each of many requests as soon as it is finished."""
 
-    async def _begin(
-        self, request: pb.GenerateRequest, *, stream: bool
-    ) -> tuple[translate.Reply, AsyncGenerator[Step, None]]:
-        """Checks the request; nothing is asked of the engine before the steps are iterated."""
-        if not self._engine.ready:
-            raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
-        info = self._engine.info
-        prompt = list(request.prompt_token_ids.ids) or await self._engine.tokenize(request.prompt)
-        sampling = translate.sampling_of(request, prompt, info)
-        reply = translate.Reply(
-            request.request_id, info.name, len(prompt), self._echo(request, sampling.skip_special_tokens)
-        )
-        return reply, self._engine.generate(request.request_id, prompt, sampling, stream=stream)
+        async def answer(request: pb.GenerateRequest) -> pb.GenerateResponse:
+            return await self._answers.whole(request, context.time_remaining())
 
-    def _echo(self, request: pb.GenerateRequest, skip_special_tokens: bool) -> str:
-        if not request.echo:
-            return ""
-        ids = request.prompt_token_ids.ids
-        return self._engine.detokenize(ids, skip_special_tokens=skip_special_tokens) if ids else request.prompt
+        with self._answers.calls.open():
+            await run_batch(items, answer, Writer(context).write)
 
-    @contextmanager
-    def _named(self, request: pb.GenerateRequest) -> Iterator[None]:
-        """Keeps others from taking the request's name while the call runs."""
-        if request.request_id in self._running:
-            raise DuplicateRequestError(f"`request_id` must not be that of a call still running: {request.request_id}")
-        self._running.add(request.request_id)
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._running.discard(request.request_id)
-            if not self._running:
-                self._idle.set()
+    async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
+        """Ends a running call by its name."""
+        checks.check_abort(request)
+        await self._answers.calls.abort(request.request_id)
+        return pb.AbortResponse()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: "Context") -> pb.TokenizeResponse:
+        """Text, or a conversation, to tokens."""
+        checks.check_tokenize(request)
+        engine = self._answers.engine
+        text = request.prompt
+        if request.messages:
+            checks.check_turns(request.messages)
+            text = engine.conversation([message.content for message in request.messages])
+        return await asyncio.to_thread(replies.tokenized, text, await engine.tokenize_with_offsets(text))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: "Context") -> pb.DetokenizeResponse:
+        """Token ids to text."""
+        engine = self._answers.engine
+        checks.check_detokenize(request, engine.info)
+        skip, ids = request.skip_special_tokens, request.token_ids
+        return pb.DetokenizeResponse(text=await asyncio.to_thread(engine.detokenize, ids, skip_special_tokens=skip))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: "Context") -> pb.GetModelResponse:
+        """What is served, and the limits."""
+        engine = self._answers.engine
+        return replies.model_response(engine.info, __version__, engine.loras)
+
+    async def ListLoras(self, request: pb.ListLorasRequest, context: "Context") -> pb.ListLorasResponse:
+        """The loaded adapters, and those that could be."""
+        engine = self._answers.engine
+        return pb.ListLorasResponse(loras=[pb.Lora(name=n) for n in engine.loras], available=engine.available_loras)
+
+    async def LoadLora(self, request: pb.LoadLoraRequest, context: "Context") -> pb.LoadLoraResponse:
+        """Loads an adapter by name."""
+        await self._answers.engine.load_lora(request.name)
+        return pb.LoadLoraResponse(lora=pb.Lora(name=request.name))
+
+    async def UnloadLora(self, request: pb.UnloadLoraRequest, context: "Context") -> pb.UnloadLoraResponse:
+        """Unloads an adapter by name."""
+        await self._answers.engine.unload_lora(request.name)
+        return pb.UnloadLoraResponse()
