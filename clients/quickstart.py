@@ -7,20 +7,15 @@ Needs `yuan-grpc` alone, which brings grpcio and protobuf.
 
 import sys
 
-import grpc
-
-from yuan_grpc.v1 import yuan_pb2, yuan_pb2_grpc
+from yuan_grpc.client import Client
 
 
 def main(address: str = "127.0.0.1:50051", prompt: str = "世界上最高的山是什么") -> None:
     """Prints both answers; they are the same, for nothing is left to chance."""
-    request = yuan_pb2.GenerateRequest(prompt=prompt, max_tokens=32, top_k=1)
-    with grpc.insecure_channel(address) as channel:
-        stub = yuan_pb2_grpc.YuanServiceStub(channel)
-        response = stub.Generate(request, timeout=60)
-        print(response.choices[0].text)
-        for part in stub.GenerateStream(request, timeout=60):
-            print("".join(choice.text for choice in part.choices), end="", flush=True)
+    with Client(address, timeout=60) as client:
+        print(client.generate(prompt, max_tokens=32, top_k=1).text)
+        for piece in client.stream(prompt, max_tokens=32, top_k=1):
+            print(piece, end="", flush=True)
         print()
 
 

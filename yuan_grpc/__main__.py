@@ -1,27 +1,22 @@
 """The command `yuan-grpc`."""
 
 import argparse
-import asyncio
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from yuan_grpc import __version__
-from yuan_grpc.server import settings
+from yuan_grpc.commands import bench, chat, completion, generate, run, serve
+from yuan_grpc.humaneval import command as humaneval
 
-ENGINE_DEFAULTS = {
-    "VLLM_NO_USAGE_STATS": "1",  # no telemetry unless the operator turns it on
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with gRPC's threads can hang
-}
-"""Variables vLLM reads when it is imported, where the operator has not set them."""
-
-
-def set_engine_defaults() -> None:
-    """Fills in `ENGINE_DEFAULTS`. For before vLLM is imported."""
-    for variable, value in ENGINE_DEFAULTS.items():
-        os.environ.setdefault(variable, value)
+COMMANDS = (
+    serve.add_command,
+    generate.add_command,
+    chat.add_command,
+    bench.add_command,
+    humaneval.add_commands,
+    run.add_command,
+    completion.add_command,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,28 +24,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="yuan-grpc", description="Yuan 2.0 over gRPC, on vLLM.")
     parser.add_argument("--version", action="version", version=f"yuan-grpc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    serving = commands.add_parser("serve", help="serve a model", allow_abbrev=False)
-    settings.add_options(serving, os.environ)
-    return _serve(settings.read(*parser.parse_known_args(arguments)))
+    for add in COMMANDS:
+        add(commands)
+    own, engine_flags = _split(sys.argv[1:] if arguments is None else arguments)
+    chosen, others = parser.parse_known_args(own)
+    if others and chosen.command != "serve":
+        commands.choices[chosen.command].error(f"unrecognized arguments: {' '.join(others)}")
+    if chosen.command in ("serve", "run"):
+        chosen.engine_flags = [*others, *engine_flags]
+    status: int = chosen.run(chosen)
+    return status
 
 
-def _serve(chosen: settings.Settings) -> int:
-    set_engine_defaults()
-    try:
-        from yuan_grpc.server import serve
-
-        print(serve.greeting(chosen), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
-        from yuan_grpc.server import engine
-    except ModuleNotFoundError as missing:
-        print(f"yuan-grpc: serving needs {missing.name}: install yuan-grpc[cuda] or yuan-grpc[cpu]", file=sys.stderr)
-        return 1
-    try:
-        options = engine.read_engine_flags(chosen.vllm_flags)
-    except (ValueError, OSError) as error:
-        print(f"yuan-grpc: {chosen.model} cannot be served: {error}", file=sys.stderr)
-        return 1
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    return asyncio.run(serve.serve(chosen, engine.VllmEngine(options)))
+def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The command's own arguments, and those that stand behind `--` of `run`, which are vLLM's."""
+    if arguments and arguments[0] == "run" and "--" in arguments:
+        end = arguments.index("--")
+        return arguments[:end], arguments[end + 1 :]
+    return arguments, ()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Ctrl-C, while a command waits for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Interruptible:
+    """An event loop in which Ctrl-C comes where something is awaited, and nowhere else.
+
+    KeyboardInterrupt as Python has it comes between any two steps: behind a line that is written and before it is known
+    to be, or with a lock of gRPC's taken that nobody gives back.
+    """
+
+    def __enter__(self) -> Interruptible:
+        self._loop = asyncio.new_event_loop()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the work returns.
+
+        Raises:
+            KeyboardInterrupt: it was cancelled by Ctrl-C, and has ended.
+        """
+        task = self._loop.create_task(work)
+        is_main = threading.current_thread() is threading.main_thread()  # no other is told of signals
+        if is_main:
+            self._loop.add_signal_handler(signal.SIGINT, task.cancel)
+        try:
+            return self._loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            if is_main:
+                self._loop.remove_signal_handler(signal.SIGINT)

@@ -1,0 +1,1 @@
+"""HumanEval overnight: generation, extraction, scoring in a sandbox, and the report."""
