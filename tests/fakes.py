@@ -2,24 +2,31 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 
-from yuan_grpc.server.generation import FinishReason, ModelInfo, Piece, Sampling, Step
+from yuan_grpc.server.errors import ModelNotFoundError
+from yuan_grpc.server.generation import FinishReason, Job, LoraInfo, ModelInfo, Piece, Step
 
-INFO = ModelInfo(name="fake", context=64, tokens=0x110000, max_logprobs=20)
+INFO = ModelInfo(
+    name="fake", context=64, tokens=0x110000, max_logprobs=20, end_token_ids=(0,), lora=LoraInfo(1, 16, can_load=True)
+)
 
 
-def last(text: str = "!") -> Step:
+def last(text: str = "!", index: int = 0, cumulative_logprob: float | None = None) -> Step:
     """A step that ends a choice."""
-    return Step([Piece(0, text, [ord(c) for c in text], finish_reason=FinishReason.LENGTH)], cached_tokens=0)
+    ids = [ord(character) for character in text]
+    piece = Piece(index, text, ids, cumulative_logprob=cumulative_logprob, finish_reason=FinishReason.LENGTH)
+    return Step([piece])
 
 
-def more(text: str) -> Step:
+def more(text: str, index: int = 0) -> Step:
     """A step after which there is more to come."""
-    return Step([Piece(0, text, [ord(c) for c in text])], cached_tokens=0)
+    return Step([Piece(index, text, [ord(character) for character in text])])
 
 
 class FakeEngine:
-    """Plays a script to every request: steps to yield, exceptions to raise, and then, if told so, nothing for ever.
+    """Plays a script to every request: acceptance, steps to yield, exceptions to raise, and then, if told so, nothing
+    for ever.
 
     A token is a character. Its start fails with `failure`, or lasts until `may_start` is set; `dies` loses it.
     """
@@ -29,11 +36,14 @@ class FakeEngine:
         self.hangs = hangs
         self.ready = ready
         self.info = INFO
-        self.asked: list[tuple[Sequence[int], Sampling]] = []
+        self.asked: list[Job] = []
+        self.loras: list[str] = []
+        self.available_loras = ["style"]
         self.failure: Exception | None = None
         self.may_start = asyncio.Event()
         self.dies = asyncio.Event()
         self.stopped = self.freed_before_it_stopped = False
+        self.running = 0
         self.began = asyncio.Event()
         self.freed = asyncio.Event()
 
@@ -52,15 +62,37 @@ class FakeEngine:
     async def tokenize(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
+    async def tokenize_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
+        return [(ord(character), character, i, i + 1) for i, character in enumerate(text)]
+
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(map(chr, token_ids))
 
-    async def generate(
-        self, request_id: str, prompt: Sequence[int], sampling: Sampling, *, stream: bool
-    ) -> AsyncGenerator[Step, None]:
-        self.asked.append((prompt, sampling))
+    def conversation(self, turns: Sequence[str]) -> str:
+        return "|".join(turns) + ">"
+
+    def continuation(self, job: Job, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
+        return self.detokenize(token_ids, skip_special_tokens=True), None
+
+    async def load_lora(self, name: str) -> None:
+        self.loras.append(name)
+
+    async def unload_lora(self, name: str) -> None:
+        if name not in self.loras:
+            raise ModelNotFoundError(f"`name` must be that of a loaded adapter, not {name}")
+        self.loras.remove(name)
+
+    @asynccontextmanager
+    async def holding(self, lora: str) -> AsyncGenerator[str, None]:
+        yield lora
+
+    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+        self.asked.append(job)
+        self.running += 1
         self.began.set()
         try:
+            if not (self.script and isinstance(self.script[0], Exception)):
+                yield Step()
             for step in self.script:
                 if isinstance(step, Exception):
                     raise step
@@ -68,4 +100,5 @@ class FakeEngine:
             if self.hangs:
                 await asyncio.Event().wait()
         finally:
+            self.running -= 1
             self.freed.set()

@@ -4,15 +4,20 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from fakes import FakeEngine, last, more
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
 
+from yuan_grpc.server.generation import Job, Step
 from yuan_grpc.server.serve import greeting, serve
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -59,7 +64,8 @@ async def with_a_call_in_flight(settings: Settings) -> tuple[Running, FakeEngine
     running = Running(settings, engine)
     await running.health()
     call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
-    await call.read()
+    while not (await call.read()).choices:
+        pass
     return running, engine, call
 
 
@@ -84,6 +90,85 @@ async def test_a_call_in_flight_is_finished_before_it_stops(settings: Settings) 
     assert not engine.stopped
     call.cancel()
     assert await running.ended() == 0
+
+
+class LateEngine(FakeEngine):
+    """Answers everybody when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_start.set()
+        self.go = asyncio.Event()
+
+    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+        self.running += 1
+        yield Step()
+        await self.go.wait()
+        yield last("yes")
+
+
+async def test_what_is_finished_in_the_time_left_is_answered(settings: Settings) -> None:
+    engine = LateEngine()
+    running = Running(settings, engine)
+    while await running.health() != STATUS.SERVING:
+        pass
+    request = pb.GenerateRequest(prompt="AB")
+
+    async def answer() -> pb.GenerateResponse:
+        response: pb.GenerateResponse = await running.stub.Generate(request)
+        return response
+
+    async def batch() -> list[pb.GenerateBatchResponse]:
+        items = [pb.GenerateBatchRequest(request=request)] * 20
+        return [item async for item in running.stub.GenerateBatch(iter(items))]
+
+    calls = [asyncio.ensure_future(answer()) for _ in range(20)]
+    answers = asyncio.ensure_future(batch())
+    while engine.running < 40:  # noqa: ASYNC110 - the fake engine has no event for it
+        await asyncio.sleep(0)
+    await running.tell_to_stop()
+    while await running.health() != STATUS.NOT_SERVING:
+        pass
+    engine.go.set()
+    assert {response.choices[0].text for response in await asyncio.gather(*calls)} == {"yes"}
+    assert [answer.response.choices[0].text for answer in await answers] == ["yes"] * 20
+    assert await running.ended() == 0
+
+
+def called(path: bytes) -> bytes:
+    """The bytes of a connection that calls a method."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    fields = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"localhost"}
+    fields |= {b"content-type": b"application/grpc", b"te": b"trailers"}
+    block = b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in fields.items())
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 5, 1, block)
+
+
+def test_a_path_that_is_no_text_ends_the_process_for_its_supervisor(settings: Settings) -> None:
+    program = f"""
+import asyncio, os
+from fakes import FakeEngine
+from yuan_grpc.server.serve import serve
+from yuan_grpc.server.settings import Settings
+engine = FakeEngine()
+engine.may_start.set()
+raise SystemExit(asyncio.run(serve({settings!r}, engine)))
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    with (
+        subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}) as process,
+        grpc.insecure_channel(f"127.0.0.1:{settings.port}") as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+        while next(watch).status != STATUS.SERVING:
+            pass
+        with socket.create_connection(("127.0.0.1", settings.port)) as caller:
+            caller.sendall(called(b"/\xff"))
+            assert process.wait(timeout=20) == 1
 
 
 async def test_told_twice_it_does_not_wait_for_calls_in_flight(settings: Settings) -> None:

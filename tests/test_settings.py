@@ -32,6 +32,19 @@ def test_a_malformed_variable_stops_the_start_and_is_named(value: str, capsys: p
     assert f"environment variable YUAN_GRPC_PORT: must be a port, 0 to 65535, not {value!r}" in capsys.readouterr().err
 
 
+def test_http_is_served_where_its_port_is_given() -> None:
+    assert read().http_port is None
+    assert read(YUAN_GRPC_HTTP_PORT="").http_port is None
+    assert read("--http-port", "8000").http_port == 8000
+    assert read(YUAN_GRPC_HTTP_PORT="0").http_port == 0
+
+
+def test_a_malformed_port_of_http_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read("--http-port=http")
+    assert "argument --http-port: must be a port, 0 to 65535, not 'http'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
 def test_a_malformed_flag_stops_the_start_and_is_named(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

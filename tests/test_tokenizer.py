@@ -1,9 +1,11 @@
 """The tokenizer: exact ids, whole characters, and every space."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import pytest
+import xgrammar
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
@@ -47,6 +49,59 @@ def test_text_survives_a_round_trip(text: str) -> None:
     lossy = "▁" in text or any(token in text for token in SPECIAL)
     decoded = DEMO_TOKENIZER.decode(DEMO_TOKENIZER.encode(text))
     assert lossy or decoded == text
+
+
+def check_spans(tokenizer: YuanTokenizer, text: str) -> None:
+    """Whether the spans are in the text and in order, and each token's is that of the very characters it stands for."""
+    tokens = tokenizer.encode_with_offsets(text)
+    assert [token for token, *_ in tokens] == tokenizer.encode(text)
+    assert [piece for _, piece, *_ in tokens] == tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+    covered = 0
+    for (start, end), same_span in groupby(tokens, key=lambda token: token[2:]):
+        assert covered == start <= end <= len(text)
+        covered = end
+        decoded = tokenizer.convert_tokens_to_string([piece for _, piece, *_ in same_span])
+        expected = text[start:end].replace("▁", " ")
+        assert decoded in (expected, f" {expected}")
+    assert covered == len(text)
+
+
+@given(
+    st.lists(st.sampled_from([*SPECIAL, "</s>", "▁", " ", "世", "😀", "é", "\n", "for", "\0"]) | st.text()).map("".join)
+)
+def test_every_character_is_in_its_tokens_span(text: str) -> None:
+    check_spans(DEMO_TOKENIZER, text)
+
+
+def test_every_golden_texts_characters_are_in_their_tokens_spans(yuan: YuanTokenizer, published: Path) -> None:
+    for line in (published / "tokenizer_golden.jsonl").read_text("utf-8").splitlines():
+        check_spans(yuan, json.loads(line)["text"])
+
+
+def test_spans_count_characters() -> None:
+    tokens = DEMO_TOKENIZER.encode_with_offsets("世 😀<sep>B")
+    assert [(piece, start, end) for _, piece, start, end in tokens] == [
+        ("▁", 0, 0),
+        ("世", 0, 1),
+        ("▁", 1, 2),
+        *((f"<0x{byte:02X}>", 2, 3) for byte in "😀".encode()),
+        ("<sep>", 3, 8),
+        ("▁B", 8, 9),
+    ]
+
+
+def test_a_grammar_takes_no_special_token_and_no_padding_for_text() -> None:
+    rows = len(DEMO_TOKENIZER) + 47
+    info = xgrammar.TokenizerInfo.from_huggingface(DEMO_TOKENIZER, vocab_size=rows)
+    end = DEMO_TOKENIZER.eos_token_id
+    not_text = {*DEMO_TOKENIZER.convert_tokens_to_ids([*SPECIAL, *HIDDEN]), *range(len(DEMO_TOKENIZER), rows)} - {end}
+    assert set(info.special_token_ids) == not_text
+    assert info.stop_token_ids == [end]
+    written = {token: info.decoded_vocab[token].decode("utf-8", "replace") for token in range(rows)}
+    assert all(
+        written[token] == DEMO_TOKENIZER.convert_tokens_to_string([piece])
+        for piece, token in DEMO_TOKENIZER.get_vocab().items()
+    )
 
 
 @given(st.lists(st.integers(0, len(DEMO_TOKENIZER) - 1), max_size=20), st.integers(0, 20))
@@ -111,3 +166,10 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="not a Yuan tokenizer: it has no <eod>"):
         YuanTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_word_is_written_otherwise_within_a_text(demo: Path) -> None:
+    tokenizer = YuanTokenizer.from_pretrained(demo)
+    behind_a_space, within = tokenizer.encode_word("山")
+    assert tokenizer.convert_ids_to_tokens(behind_a_space)[0].startswith("▁")
+    assert tokenizer.convert_ids_to_tokens(within) == ["山"]

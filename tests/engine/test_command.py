@@ -103,6 +103,8 @@ def test_when_the_engine_dies_callers_are_told_and_it_ends(start: Callable[..., 
     server = start()
     server.wait_until_serving()
     below = server.below()
+    for process in below:
+        process.suspend()  # so that the answer cannot come before its engine goes, however slow this process is
     call = server.stub.GenerateStream(ENDLESS)
     next(call)
     for process in below:

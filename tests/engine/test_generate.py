@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,8 @@ async def test_the_joined_stream_is_the_whole_answer(served: Served, fields: dic
         response.choices, key=lambda choice: list(joined(parts)).index(choice.index)
     )
     assert parts[-1].usage == response.usage
-    assert {piece.finish_reason for part in parts[:1] for piece in part.choices} == {pb.FINISH_REASON_UNSPECIFIED}
+    assert parts[0].usage == pb.Usage(prompt_tokens=response.usage.prompt_tokens)
+    assert {piece.finish_reason for part in parts[:2] for piece in part.choices} == {pb.FINISH_REASON_UNSPECIFIED}
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
@@ -68,7 +71,7 @@ async def test_a_text_is_what_its_tokens_say_with_every_space(served: Served, sk
 
 async def test_no_piece_ends_within_a_character(served: Served) -> None:
     request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[0xE4 + 3]), max_tokens=200, seed=6, temperature=1.5)
-    for part in await served.stream(request):
+    for part in (await served.stream(request))[1:]:
         (piece,) = part.choices
         assert not piece.text.endswith("\ufffd")
 
@@ -155,6 +158,20 @@ async def test_a_seed_repeats_and_no_seed_does_not(served: Served) -> None:
     assert await ids() != await ids()
 
 
+async def test_a_seed_repeats_behind_a_prompt_that_takes_many_steps(served: Served) -> None:
+    request = pb.GenerateRequest(prompt="many steps " * 100, max_tokens=20, seed=14, skip_reading_prefix_cache=True)
+    first, again = await served.generate(request), await served.generate(request)
+    assert first.usage.prompt_tokens > 10 * 48
+    assert first.choices == again.choices
+
+
+async def test_a_seed_that_the_server_drew_gives_the_same_again(served: Served) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=50, n=2)
+    drawn = await served.generate(request)
+    request.seed = drawn.seed
+    assert (await served.generate(request)).choices == drawn.choices
+
+
 async def test_company_changes_nothing(served: Served) -> None:
     prompts = [PROMPT, "def add(a, b):", "Write a function" * 20, "一"]
     requests = [pb.GenerateRequest(prompt=prompt, max_tokens=60, top_k=1) for prompt in prompts]
@@ -204,15 +221,13 @@ async def test_a_body_posted_to_yuans_http_interface_works_as_it_is(served: Serv
         decoder, text, rest = json.JSONDecoder(), "", output.decode().strip()
         while rest:
             message, end = decoder.raw_decode(rest)
-            text += message["choices"][0].get("text", "")
+            text += "".join(choice.get("text", "") for choice in message.get("choices", []))
             rest = rest[end:].strip()
         texts.append(text)
     assert texts[0] == texts[1] != ""
 
 
 async def test_the_quickstart_prints_the_same_answer_twice(served: Served) -> None:
-    import sys
-
     program = Path(__file__).parents[2] / "clients" / "quickstart.py"
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(program), served.address, "一", stdout=asyncio.subprocess.PIPE
@@ -223,9 +238,21 @@ async def test_the_quickstart_prints_the_same_answer_twice(served: Served) -> No
     assert text == text[: len(text) // 2] * 2 != ""
 
 
+async def test_the_readmes_program_prints_an_answer(served: Served) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    (program,) = re.findall("```python\n(.*?)```", readme, re.DOTALL)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program.replace("127.0.0.1:50051", served.address)), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    assert output.decode()
+
+
 @ends_by_itself_too_late
 async def test_a_request_cancelled_while_decoding_is_freed(served: Served) -> None:
     call = served.stub.GenerateStream(ENDLESS)
+    await call.read()  # that it was accepted
     await call.read()
     call.cancel()
     await assert_freed(served)
@@ -235,7 +262,7 @@ async def test_a_request_cancelled_while_decoding_is_freed(served: Served) -> No
 async def test_a_request_cancelled_while_prefilling_is_freed(served: Served) -> None:
     request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=range(3, 1003)), n=CHOICES, max_tokens=1000)
     call = served.stub.Generate(request)
-    await known_to_the_engine(served, CHOICES)
+    await served.until_unfinished(CHOICES)
     call.cancel()
     await assert_freed(served)
 
@@ -245,9 +272,10 @@ async def test_a_request_cancelled_in_the_queue_is_freed_before_those_that_run(s
     running = served.stub.GenerateStream(ENDLESS)
     await running.read()
     queued = served.stub.Generate(pb.GenerateRequest(prompt=PROMPT))
-    await known_to_the_engine(served, CHOICES + 1)
+    await served.until_unfinished(CHOICES + 1)
     queued.cancel()
-    await known_to_the_engine(served, CHOICES)
+    await served.until_unfinished(CHOICES)
+    await running.read()
     await running.read()  # it goes on
     running.cancel()
     await assert_freed(served)
@@ -257,7 +285,7 @@ async def test_a_request_cancelled_in_the_queue_is_freed_before_those_that_run(s
 async def test_a_request_cancelled_on_its_way_into_the_queue_is_freed(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core, sent = served.llm.engine_core, asyncio.Event()  # type: ignore[attr-defined]
+    core, sent = served.llm.engine_core, asyncio.Event()
     send = core.add_request_async
 
     async def send_and_hang(request: object) -> None:
@@ -281,6 +309,7 @@ async def test_a_full_engine_says_so_and_goes_on(served: Served) -> None:
         await served.stub.Generate(pb.GenerateRequest(prompt=PROMPT, n=128))
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     await running.read()
+    await running.read()
     running.cancel()
     await assert_freed(served)
 
@@ -293,13 +322,7 @@ async def test_a_request_past_its_deadline_is_freed(served: Served) -> None:
     await assert_freed(served)
 
 
-async def known_to_the_engine(served: Served, requests: int) -> None:
-    """Returns when the engine's front end has so many requests; the test's timeout is the limit."""
-    while served.unfinished != requests:  # noqa: ASYNC110 - vLLM has no event for it
-        await asyncio.sleep(0)
-
-
 async def assert_freed(served: Served) -> None:
     """Nothing is left at the front, and behind it the cache can be emptied."""
-    await known_to_the_engine(served, 0)
+    await served.until_unfinished(0)
     assert await served.is_empty()

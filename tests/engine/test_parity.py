@@ -1,20 +1,17 @@
 """The model on the real engine against the formulas: whatever the schedule, the same tokens and log-probabilities."""
 
-import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine.jobs import result_of
 from reference import Continuation, ReferenceYuan
 from safetensors.torch import load_file, save_file
 
 from yuan_grpc.model.checkpoint import write_checkpoint
-from yuan_grpc.model.tokenizer import YuanTokenizer
 
 pytestmark = pytest.mark.engine
 
@@ -45,12 +42,6 @@ def checkpoint(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokens(demo: Path) -> int:
-    """How many ids are tokens' and not padding."""
-    return len(YuanTokenizer.from_pretrained(demo))
-
-
-@pytest.fixture(scope="session")
 def prompts(tokens: int) -> list[list[int]]:
     """One random prompt of each length."""
     generator = random.Random(0)
@@ -70,12 +61,7 @@ def run(tmp_path: Path, checkpoint: Path) -> Run:
 
     def run(rounds: list[list[list[int]]], model: Path = checkpoint, **engine: object) -> dict[str, Any]:
         job = {"model": str(model), "engine": ENGINE | engine, "rounds": rounds, "tokens": TOKENS}
-        program = Path(__file__).with_name("run_engine.py")
-        done = subprocess.run(
-            [sys.executable, program, tmp_path / "out.json"], input=json.dumps(job), text=True, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
-        result: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
+        result: dict[str, Any] = result_of("run_engine.py", job, tmp_path / "out.json")
         return result
 
     return run

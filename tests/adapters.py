@@ -1,0 +1,56 @@
+"""LoRA adapters as PEFT writes them, with random weights, and the weights they make of a checkpoint's."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+PREFIX = "base_model.model."
+
+
+def write_adapter(
+    folder: Path, weights: Mapping[str, Tensor], modules: Iterable[str], *, rank: int = 8, seed: int = 0, **config: Any
+) -> dict[str, Tensor]:
+    """Writes an adapter of the modules, named by the ends of their names, and returns its tensors.
+
+    Args:
+        folder: made if need be.
+        weights: the checkpoint's.
+        modules: `q_proj`, `conv1` and the like: in every layer; or more of a name, to be in one.
+        rank: of all modules.
+        seed: of the weights.
+        config: fields of `adapter_config.json`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ends = tuple(f"{module}.weight" for module in modules)
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if name.endswith(ends):
+            module, (outputs, *inputs) = name.removesuffix(".weight"), weight.shape
+            a = torch.randn(rank, *inputs, generator=generator) * weight[0].numel() ** -0.5
+            b = torch.randn(outputs, rank, *[1] * len(inputs[1:]), generator=generator) * rank**-0.5
+            tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank // 2, "target_modules": list(modules)} | config
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return tensors
+
+
+def merged(weights: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
+    """The checkpoint's weights with B·A times alpha / rank added."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    result = dict(weights)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            b = tensors[name.replace("lora_A", "lora_B")]
+            delta = b.flatten(1) @ a.flatten(1) * config["lora_alpha"] / config["r"]
+            weight = result[f"{module}.weight"]
+            result[f"{module}.weight"] = weight + delta.view_as(weight)
+    return result

@@ -1,0 +1,135 @@
+"""Beam search on the real engine: what transformers finds on the formulas, and nothing left behind."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.conftest import Served
+from hf_search import HfYuan, Search, hf_answers, our_answers, rare_tokens
+from reference import ReferenceYuan
+
+from yuan_grpc.model.tokenizer import YuanTokenizer
+from yuan_grpc.server.beam import BeamSearch
+from yuan_grpc.server.generation import Beam, FinishReason, Job, Sampling, Step
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+PROMPTS = ("世界上最高的山是什么", "The quick", "def f(x):\n")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def engine(served: Served) -> Any:
+    """The demo model on vLLM."""
+    return served.engine
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo: Path) -> YuanTokenizer:
+    return YuanTokenizer.from_pretrained(demo)
+
+
+@pytest.fixture(scope="module")
+def model(demo: Path, tokenizer: YuanTokenizer) -> HfYuan:
+    """What transformers searches."""
+    return HfYuan(ReferenceYuan(demo, len(tokenizer)))
+
+
+async def assert_same(engine: Any, model: HfYuan, search: Search) -> list[int]:
+    """The lengths of the answers, once they are known to be transformers'. `pytest -s` shows the difference."""
+    ours, theirs = await our_answers(engine, search), hf_answers(model, search)
+    assert [list(piece.token_ids) for piece in ours] == [token_ids for token_ids, _ in theirs]
+    pairs = zip(ours, theirs, strict=True)
+    difference = max(abs((piece.cumulative_logprob or 0) - logprob) for piece, (_, logprob) in pairs)
+    print(f"largest difference: {difference:.1e}")
+    assert difference < TOLERANCE
+    return [len(piece.token_ids) for piece in ours]
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("text", PROMPTS, ids=["chinese", "english", "code"])
+async def test_it_finds_what_transformers_finds(
+    engine: Any, model: HfYuan, tokenizer: YuanTokenizer, text: str, width: int
+) -> None:
+    prompt = tokenizer.encode(text)
+    ends = rare_tokens(model, prompt, width=8)
+    lengths = await assert_same(engine, model, Search(prompt, width, length_penalty=1.0))
+    for early_stopping in (True, False, "never"):
+        search = Search(prompt, width, ends, early_stopping)
+        lengths += await assert_same(engine, model, search)
+    assert len(set(lengths)) > 1 or width < 8
+
+
+async def test_what_is_said_of_a_choice_is_what_the_engine_says_of_it_as_a_prompt(
+    engine: Any, tokenizer: YuanTokenizer
+) -> None:
+    prompt = tokenizer.encode(PROMPTS[0])
+    sampling = Sampling(max_tokens=6, logprobs=3, stop=["以"], prompt_logprobs=2, skip_special_tokens=False)
+    job = Job("beam", prompt, sampling)
+    async with aclosing(BeamSearch(engine, job, Beam(3, 4)).steps()) as steps:
+        accepted, first, *_, last = [step async for step in steps]
+    assert accepted == Step()
+    assert len(first.prompt_positions) == len(prompt)
+    assert [piece.index for piece in last.pieces] == [0, 1, 2]
+    for piece in last.pieces:
+        scoring = Job("scoring", [*prompt, *piece.token_ids], Sampling(max_tokens=1, prompt_logprobs=3))
+        async with aclosing(engine.generate(scoring, stream=False)) as scored:
+            positions = [position async for step in scored for position in step.prompt_positions][len(prompt) :]
+        logprobs = [position.chosen.logprob for position in positions]
+        assert [position.chosen.logprob for position in piece.positions] == pytest.approx(logprobs, abs=TOLERANCE)
+        ranks = [position.chosen.rank for position in positions]
+        assert [position.chosen.rank for position in piece.positions] == ranks
+        assert [[token.rank for token in position.top] for position in piece.positions] == [[1, 2, 3]] * len(ranks)
+        text, stopped_by = engine.continuation(job, piece.token_ids, ended=False)
+        assert (piece.text, piece.stopped_by) == (text, stopped_by)
+        assert piece.finish_reason is (FinishReason.STOP if stopped_by else FinishReason.LENGTH)
+    assert {piece.stopped_by for piece in last.pieces} == {"以", None}
+
+
+class Watched:
+    """The engine, and an event for when so many of its jobs have been accepted."""
+
+    def __init__(self, engine: Any, jobs: int) -> None:
+        self._engine = engine
+        self._missing = jobs
+        self.all_there = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+        async with aclosing(self._engine.generate(job, stream=stream)) as steps:
+            async for step in steps:
+                self._missing -= not step.pieces
+                if not self._missing:
+                    self.all_there.set()
+                yield step
+
+
+@pytest.mark.timeout(120)  # by itself it ends too late
+@pytest.mark.parametrize(("jobs", "tokens"), [(1, 0), (17, 1), (40, 3)])
+async def test_a_cancelled_search_frees_all_that_the_engine_has_of_it(
+    engine: Any, tokenizer: YuanTokenizer, jobs: int, tokens: int
+) -> None:
+    """Cancelled with the first job in the engine, with all of a step's, and with a part of them."""
+    watched = Watched(engine, jobs)
+    job = Job("cancelled", tokenizer.encode(PROMPTS[0]), Sampling(max_tokens=2000, ignore_eos=True))
+    search = BeamSearch(watched, job, Beam(8, 16))
+
+    async def run() -> None:
+        async with aclosing(search.steps()) as steps:
+            async for _ in steps:
+                pass
+
+    task = asyncio.create_task(run())
+    await watched.all_there.wait()
+    assert engine._llm.get_num_unfinished_requests() > 0
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine._llm.get_num_unfinished_requests() == 0
+    assert await engine._llm.reset_prefix_cache()
+    assert [len(piece.token_ids) for piece in (await search.rest()).pieces] == [tokens] * 8

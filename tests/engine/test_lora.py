@@ -1,0 +1,147 @@
+"""LoRA adapters on the real engine against the formulas with the same adapters merged into the weights."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import merged, write_adapter
+from engine.jobs import result_of
+from reference import Continuation, ReferenceYuan
+from safetensors.torch import save_file
+from torch import Tensor
+
+from yuan_grpc.model.checkpoint import write_checkpoint
+
+pytestmark = pytest.mark.engine
+
+# An odd number of heads: the middle one has its query from q_proj and its key from k_proj.
+SIZES = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 3}
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", "conv1", "conv2")
+TOKENS = 12
+TOLERANCE = 1e-4
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 16,
+    "max_model_len": 512,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 64 * 2**20,
+    "enable_lora": True,
+    "max_lora_rank": 8,
+    "max_loras": 2,
+}
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in float32."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, demo, SIZES, seed=7, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompt(tokens: int) -> list[int]:
+    """Longer than a step."""
+    generator = random.Random(0)
+    return [generator.randrange(tokens) for _ in range(70)]
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, tokens: int) -> ReferenceYuan:
+    """The model without an adapter."""
+    return ReferenceYuan(checkpoint, tokens)
+
+
+@pytest.fixture
+def run(tmp_path: Path, checkpoint: Path) -> Run:
+    """Runs an engine in a process of its own."""
+
+    def run(rounds: list[list[list[int]]], adapters: list[Path | None], load: list[Path]) -> dict[str, Any]:
+        job = {"model": checkpoint, "engine": ENGINE, "rounds": rounds, "tokens": TOKENS}
+        job |= {"adapters": adapters, "load": load}
+        result: dict[str, Any] = result_of("run_engine.py", job, tmp_path / "out.json")
+        return result
+
+    return run
+
+
+def difference(answer: dict[str, Any], expected: Continuation) -> float:
+    """The largest difference of log-probability, once the tokens are known to be the same. `pytest -s` shows it."""
+    assert answer["token_ids"] == expected.token_ids
+    largest = float((torch.tensor(answer["logprobs"]) - torch.tensor(expected.logprobs)).abs().max())
+    print(f"largest difference: {largest:.1e}")
+    return largest
+
+
+def with_adapter(reference: ReferenceYuan, checkpoint: Path, adapter: Path) -> ReferenceYuan:
+    """The formulas with the adapter's product added to the weights."""
+    adapted = ReferenceYuan(checkpoint, reference.known_tokens)
+    adapted.weights = merged(reference.weights, adapter)
+    return adapted
+
+
+def test_every_prompt_of_a_batch_gets_its_adapter_or_none(
+    run: Run, checkpoint: Path, reference: ReferenceYuan, prompt: list[int], tmp_path: Path
+) -> None:
+    everything, keys = tmp_path / "everything", tmp_path / "keys"
+    write_adapter(everything, reference.weights, MODULES, seed=1)
+    write_adapter(keys, reference.weights, ["k_proj", "layers.1.mlp.gate_proj"], rank=3, seed=2, lora_alpha=24)
+    models = [with_adapter(reference, checkpoint, everything), reference, with_adapter(reference, checkpoint, keys)]
+    result = run([[prompt] * 3] * 2, [everything, None, keys], load=[everything, keys])
+    assert result["errors"] == [None, None]
+    expected = [model.continue_greedily(prompt, TOKENS) for model in models]
+    for answers in result["rounds"]:
+        assert max(map(difference, answers, expected)) < TOLERANCE
+    assert [answer["cached"] > 0 for answer in result["rounds"][1]] == [True] * 3
+    # An adapter that did nothing would pass everything above.
+    scored = torch.stack([model.logprobs(prompt)[-1] for model in models])
+    assert min((scored[i] - scored[1]).abs().max() for i in (0, 2)) > 0.1
+
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj."
+HEAD = "base_model.model.lm_head."
+SPOILS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "the adapter has no weights": lambda tensors: tensors.clear(),
+    "the adapter lacks model.layers.0.self_attn.q_proj.lora_B.weight": lambda tensors: tensors.pop(
+        f"{QUERY}lora_B.weight"
+    ),
+    "received ['lm_head']": lambda tensors: tensors.update({f"{HEAD}lora_A.weight": torch.zeros(8, 96)}),
+    "the adapter has a module that this model does not: model.layers.2.self_attn.q_proj": lambda tensors: (
+        tensors.update({f"{QUERY}lora_A.weight".replace("0", "2"): torch.zeros(8, 96)})
+    ),
+    "model.layers.0.self_attn.q_proj.lora_A.weight must be of shape [8, 96], not [8, 64]": lambda tensors: (
+        tensors.update({f"{QUERY}lora_A.weight": torch.zeros(8, 64)})
+    ),
+}
+"""Ways to spoil an adapter's tensors, by what is said of them."""
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing_behind(
+    run: Run, checkpoint: Path, reference: ReferenceYuan, prompt: list[int], tmp_path: Path
+) -> None:
+    missing, large, good = tmp_path / "missing", tmp_path / "large", tmp_path / "good"
+    write_adapter(large, reference.weights, MODULES, rank=16)
+    write_adapter(good, reference.weights, MODULES)
+    complaints = {missing: "No adapter found", large: "LoRA rank 16 is greater than max_lora_rank 8"}
+    for number, (complaint, spoil) in enumerate(SPOILS.items()):
+        folder = tmp_path / f"spoiled {number}"
+        tensors = write_adapter(folder, reference.weights, MODULES)
+        spoil(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        complaints[folder] = complaint
+    result = run([[prompt] * 2], [good, None], load=[*complaints, good])
+    *refused, accepted = result["errors"]
+    for error, complaint in zip(refused, complaints.values(), strict=True):
+        assert complaint in error
+    assert accepted is None
+    assert result["loaded"] == [str(good)]
+    models = [with_adapter(reference, checkpoint, good), reference]
+    expected = [model.continue_greedily(prompt, TOKENS) for model in models]
+    assert max(map(difference, result["rounds"][0], expected)) < TOLERANCE

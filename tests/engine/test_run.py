@@ -1,0 +1,31 @@
+"""`yuan-grpc run`: an engine without a server gives a server's answers."""
+
+import asyncio
+import json
+import sys
+
+import pytest
+from engine.conftest import Served
+
+from yuan_grpc.v1 import yuan_pb2 as pb
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+PROMPTS = ("大学生写简历有哪些思路建议和注意事项", "请以人工智能四个字写一首诗", "世界上最高的山是什么")
+"""The original's."""
+
+
+async def test_three_prompts_get_the_servers_answers_without_one(served: Served) -> None:
+    options = ("--json", "--max-tokens=24", "--temperature=0.8", "--top-p=0.95", "--seed=7", "--stop=<eod>")
+    command = (sys.executable, "-m", "yuan_grpc", "run", *PROMPTS, *options, "--", "--max-num-seqs", "2")
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+    texts = [json.loads(line)["text"] for line in output.decode().splitlines()]
+    sampling = pb.GenerateRequest(max_tokens=24, temperature=0.8, top_p=0.95, seed=7, stop=["<eod>"])
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        request = pb.GenerateRequest(prompt=prompt)
+        request.MergeFrom(sampling)
+        assert text == (await served.generate(request)).choices[0].text != ""

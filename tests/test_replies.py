@@ -1,0 +1,111 @@
+"""Plain values to messages."""
+
+import pytest
+
+from yuan_grpc.server.generation import FinishReason, Piece, Position, Progress, RankedToken, Step
+from yuan_grpc.server.replies import MAX_LOGPROBS_IN_A_MESSAGE, Reply
+from yuan_grpc.v1 import yuan_pb2 as pb
+
+PROMPT = [1, 2, 3, 4, 5]
+FIRST = Position(RankedToken(1, "a", 0.0, 0), ())
+SECOND = Position(RankedToken(4, "d", -2.5, 9), [RankedToken(1, "a", -0.5, 1)])
+
+
+def reply(echo: str = "", seed: int | None = None, prompt: list[int] = PROMPT, **fields: int) -> Reply:
+    """What builds the responses to a request."""
+    return Reply(pb.GenerateRequest(request_id="id", **fields), "model", prompt, echo, seed)  # type: ignore[arg-type]
+
+
+def test_choices_come_in_the_order_of_their_indices() -> None:
+    step = Step([Piece(1, "b", [2], finish_reason=FinishReason.STOP), Piece(0, "a", [1])], cached_tokens=3)
+    response = reply().whole(step)
+    assert [(choice.index, choice.text) for choice in response.choices] == [(0, "a"), (1, "b")]
+    assert response.usage == pb.Usage(prompt_tokens=5, completion_tokens=2, cached_tokens=3)
+
+
+def test_a_stream_echoes_once_a_choice_and_counts_where_one_ends() -> None:
+    built = reply(echo="Q")
+    steps = [
+        Step(),
+        Step([Piece(0, "a", [1]), Piece(1, "b", [2])]),
+        Step([Piece(0, "c", [3, 4])]),
+        Step([Piece(1, "", [5], finish_reason=FinishReason.LENGTH)]),
+    ]
+    _, *parts = [part for step in steps for part in built.parts(step)]
+    assert [[choice.text for choice in part.choices] for part in parts] == [["Qa", "Qb"], ["c"], [""]]
+    assert [part.HasField("usage") for part in parts] == [False, False, True]
+    assert parts[-1].usage.completion_tokens == 5
+
+
+@pytest.mark.parametrize(("stopped_by", "field"), [("。", "stop_string"), (7, "stop_token_id"), (None, None)])
+def test_what_stopped_a_choice_is_a_string_or_a_token(stopped_by: str | int | None, field: str | None) -> None:
+    piece = Piece(0, "", [], finish_reason=FinishReason.STOP, stopped_by=stopped_by)
+    (choice,) = reply().whole(Step([piece])).choices
+    assert choice.WhichOneof("stopped_by") == field
+
+
+def test_logprobs_keep_their_order_and_ranks() -> None:
+    chosen, first = RankedToken(4, "d", -2.5, 9), RankedToken(1, "a", -0.5, 1)
+    piece = Piece(0, "d", [4], positions=[Position(chosen, [first])], cumulative_logprob=-2.5)
+    (choice,) = reply().whole(Step([piece])).choices
+    assert choice.logprobs[0] == pb.TokenLogprob(
+        token_id=4, token="d", logprob=-2.5, rank=9, top=[pb.TopLogprob(token_id=1, token="a", logprob=-0.5, rank=1)]
+    )
+    assert choice.cumulative_logprob == -2.5
+
+
+def test_flat_logprobs_say_where_each_position_begins() -> None:
+    piece = Piece(0, "ad", [1, 4], positions=[FIRST, SECOND])
+    (choice,) = reply(flat_logprobs=True).whole(Step([piece])).choices
+    assert not choice.logprobs
+    assert choice.flat_logprobs == pb.FlatLogprobs(
+        token_ids=[1, 4, 1], logprobs=[0.0, -2.5, -0.5], ranks=[0, 9, 1], starts=[0, 1]
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_prompts_logprobs_come_whole_or_first(flat: bool) -> None:
+    response = reply(flat_logprobs=flat).whole(Step(prompt_positions=[FIRST, SECOND]))
+    (first,) = reply(flat_logprobs=flat, prompt_logprobs=1).parts(Step(prompt_positions=[FIRST, SECOND]))
+    assert (response.prompt_logprobs, response.flat_prompt_logprobs) == (
+        first.prompt_logprobs,
+        first.flat_prompt_logprobs,
+    )
+    assert response.HasField("flat_prompt_logprobs") == flat
+    assert len(response.prompt_logprobs) == (0 if flat else 2)
+
+
+def test_a_long_prompts_logprobs_are_cut_into_messages() -> None:
+    positions = [SECOND] * (MAX_LOGPROBS_IN_A_MESSAGE + 1)
+    messages = list(reply(prompt_logprobs=1).parts(Step(prompt_positions=positions)))
+    assert [len(message.prompt_logprobs) for message in messages] == [MAX_LOGPROBS_IN_A_MESSAGE // 2] * 2 + [1]
+    assert [message.HasField("usage") for message in messages] == [True, False, False]
+
+
+def test_the_first_message_tells_prompt_tokens_and_seed() -> None:
+    (first,) = reply(seed=0, return_prompt_token_ids=True).parts(Step())
+    assert first.usage == pb.Usage(prompt_tokens=5)
+    assert (first.HasField("seed"), first.seed, list(first.prompt_token_ids)) == (True, 0, PROMPT)
+    (first,) = reply().parts(Step())
+    assert (first.HasField("seed"), list(first.prompt_token_ids)) == (False, [])
+
+
+def test_discarded_tokens_are_counted() -> None:
+    response = reply().whole(Step([Piece(0, "a", [1])], discarded_tokens=7))
+    assert response.usage.completion_tokens == 8
+
+
+def test_progress_is_told() -> None:
+    _, part = reply().parts(Step(progress=Progress(3, 1, "best", -1.5)))
+    assert part.progress == pb.Progress(tokens=3, finished=1, best_text="best", best_cumulative_logprob=-1.5)
+    assert not part.HasField("usage")
+
+
+def test_the_first_message_waits_for_the_prompts_logprobs_unless_a_heartbeat_is_due() -> None:
+    patient, hurried = reply(prompt_logprobs=1), reply(prompt_logprobs=1)
+    assert list(patient.parts(Step())) == []
+    (first,) = hurried.heartbeat()
+    (second,) = hurried.heartbeat()
+    (third,) = hurried.parts(Step(prompt_positions=[FIRST]))
+    assert [message.HasField("usage") for message in (first, second, third)] == [True, False, False]
+    assert len(third.prompt_logprobs) == 1
