@@ -8,10 +8,10 @@ PROTO_READY := .venv-proto/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` ends with the tests
-.PHONY: help setup serve test check proto proto-check lint format lock clean
+.PHONY: help setup serve test check proto proto-check proto-release lint format lock clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv from the locked packages, once (EXTRA=cuda for NVIDIA GPUs)
 
@@ -23,20 +23,26 @@ test: $(READY) ## run the tests (ARGS="..." goes to pytest)
 
 check: lint proto-check test ## all that CI runs: lint, proto-check, test
 
-proto: $(PROTO_READY) ## generate yuan_grpc/v1 from protos/
+proto: $(PROTO_READY) ## generate yuan_grpc/v1 and docs/api.md from protos/ and clients/examples/
 	protos/generate.sh
 
-proto-check: $(PROTO_READY) ## compare yuan_grpc/v1 with what protos/ generates
+proto-check: $(PROTO_READY) ## compare yuan_grpc/v1 and docs/api.md with what `make proto` would generate
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && protos/generate.sh "$$fresh" && \
-	diff -ru -x __init__.py -x __pycache__ yuan_grpc/v1 "$$fresh" || \
-	{ echo "yuan_grpc/v1 is not what protos/ generates: run 'make proto'" >&2; exit 1; }
+	diff -ru -x __init__.py -x __pycache__ yuan_grpc/v1 "$$fresh/yuan_grpc/v1" && \
+	diff -u docs/api.md "$$fresh/docs/api.md" || \
+	{ echo "yuan_grpc/v1 or docs/api.md is not what protos/ and clients/examples/ generate: run 'make proto'" >&2; exit 1; }
 
-lint: $(READY) ## check style, types, who imports whom, and the proto
+# As text, so that a review sees what it promises; without comments, which break nobody.
+proto-release: $(READY) ## keep the contract as released, which `make lint` then holds later ones against
+	.venv/bin/buf build --exclude-source-info -o protos/released.txtpb
+
+lint: $(READY) ## check style, types, who imports whom, and that the proto is in order and breaks no caller
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 	.venv/bin/buf lint
+	.venv/bin/buf breaking --against protos/released.txtpb
 
 format: $(READY) ## format the code and mend what ruff can mend
 	.venv/bin/ruff check --fix-only
@@ -49,8 +55,8 @@ TORCH_CPU = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),
 NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton)
 
 lock: $(READY) ## pin requirements/*.txt anew after a change of pyproject.toml (ARGS=--upgrade moves every pin)
-	$(COMPILE) pyproject.toml --extra cpu --group dev $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
-	$(COMPILE) pyproject.toml --extra cuda --group dev -o requirements/cuda.txt >/dev/null
+	$(COMPILE) pyproject.toml --extra cpu --extra humaneval --group dev $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
+	$(COMPILE) pyproject.toml --extra cuda --extra humaneval --group dev -o requirements/cuda.txt >/dev/null
 	$(COMPILE) --group proto -o requirements/proto.txt >/dev/null
 
 clean: ## delete what these commands made
