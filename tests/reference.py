@@ -1,6 +1,7 @@
 """Yuan 2.0 in plain torch, float32, whole sequences, no cache: the formulas, to hold the engine against."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +81,22 @@ class ReferenceYuan:
 
     def _rotate(self, x: Tensor) -> Tensor:
         """NeoX-style rotary embedding over the whole head: [tokens, heads, head_dim]."""
-        frequencies = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        frequencies, magnitude = self._yarn() if self.config.get("use_yarn") else (self._frequencies(10_000.0), 1.0)
         angles = torch.arange(len(x))[:, None] * frequencies
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        cos, sin = magnitude * angles.cos()[:, None], magnitude * angles.sin()[:, None]
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    def _frequencies(self, default_base: float) -> Tensor:
+        base: float = self.config.get("rope_theta", default_base)
+        return torch.pow(base, -torch.arange(0, self.head_dim, 2) / self.head_dim)
+
+    def _yarn(self) -> tuple[Tensor, float]:
+        """Frequencies of the YaRN variant, [head_dim / 2], and what cosines and sines are multiplied by."""
+        d, base, scaling = self.head_dim, self.config.get("rope_theta", 1e6), self.config.get("rope_scaling", {})
+        s, original = scaling.get("factor", 128), scaling.get("original_max_position_embeddings", 8192)
+        low, high = (d * math.log(original / (2 * math.pi * r)) / (2 * math.log(base)) for r in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
+        ramp = ((torch.arange(d // 2) - low) / (high - low)).clamp(0, 1)
+        mask = 1 - ramp
+        return self._frequencies(1e6) / ((1 - mask) * s + mask), 0.1 * math.log(s) + 1

@@ -22,10 +22,6 @@ def weights(config: YuanConfig = CONFIG) -> dict[str, torch.Tensor]:
     return dict(random_weights(config, seed=0))
 
 
-def asking_for(flag: str, value: bool) -> dict[str, Any]:
-    return {flag: value}
-
-
 def place_nothing(name: str) -> Placement | None:
     return None
 
@@ -110,32 +106,3 @@ def test_weights_are_placed_as_they_stream_by() -> None:
         seen.append(name)
 
     load_checkpoint(stream(), CONFIG, place)
-
-
-@pytest.mark.parametrize("flag", ["use_yarn", "rope_scaling", "use_shareqk"])
-def test_a_variant_that_would_be_computed_wrongly_is_refused(flag: str) -> None:
-    with pytest.raises(ValueError, match=f"config.json sets `{flag}`, which is not supported"):
-        YuanConfig(**asking_for(flag, True))
-    YuanConfig(**asking_for(flag, False))
-
-
-def test_a_scaled_rotary_embedding_is_refused_wherever_it_is_said() -> None:
-    with pytest.raises(ValueError, match="`rope_type` must be 'default', not 'yarn'"):
-        YuanConfig(rope_parameters={"rope_type": "yarn", "factor": 2.0})
-
-
-def test_a_silent_configuration_has_the_published_values() -> None:
-    config = YuanConfig()
-    assert (config.rms_norm_eps, config.rope_parameters["rope_theta"], config.tie_word_embeddings) == (
-        1e-6,
-        10000,
-        True,
-    )
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (77185, 77185, 77185)
-    assert (config.head_dim, config.num_key_value_heads) == (64, 32)
-    assert YuanConfig(model_max_length=4096).max_position_embeddings == 4096
-
-
-def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="`hidden_size` must be"):
-        YuanConfig(hidden_size=100, num_attention_heads=32)

@@ -37,7 +37,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         outputs = llm.generate(tokens, sampling, use_tqdm=False, lora_request=adapters)
         rounds.append([_answer(output) for output in outputs])
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    return {"rounds": rounds, "preemptions": counters["vllm:num_preemptions"], "errors": errors, "loaded": loaded}
+    counted = {
+        "preemptions": counters["vllm:num_preemptions"],
+        "drafted": counters.get("vllm:spec_decode_num_draft_tokens", 0),
+        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
+    }
+    return {"rounds": rounds, "errors": errors, "loaded": loaded} | counted
 
 
 def _load(llm: Any, request: Any) -> str | None:

@@ -39,9 +39,9 @@ ENDLESS = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True}
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def port(served: Served) -> AsyncIterator[int]:
+async def port(session_server: Served) -> AsyncIterator[int]:
     """Of the HTTP calls, on the session's engine."""
-    async with listening(served.engine, ["/mnt/models/yuan2B"]) as listener:
+    async with listening(session_server.engine, ["/mnt/models/yuan2B"]) as listener:
         yield listener.port
 
 

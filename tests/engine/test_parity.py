@@ -29,6 +29,7 @@ ENGINE = {
     "block_size": 32,
     "kv_cache_memory_bytes": 128 * 2**20,
 }
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 Run = Callable[..., dict[str, Any]]
 
@@ -85,16 +86,19 @@ def alone(prompts: list[list[int]]) -> list[list[list[int]]]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("speculation", [None, DRAFTS], ids=["plain", "drafts"])
 def test_in_vllms_default_configuration_on_a_gpu(
-    run: Run, checkpoint: Path, tokens: int, prompts: list[list[int]]
+    run: Run, checkpoint: Path, tokens: int, prompts: list[list[int]], speculation: dict[str, Any] | None
 ) -> None:
     """In bfloat16, compiled, with CUDA graphs: each token's log-probability under the formulas, not the tokens."""
     default = {"enforce_eager": False, "dtype": "bfloat16", "block_size": None, "max_num_batched_tokens": None}
-    result = run([prompts, prompts], **default)
+    repeated = [prompt[:10] * 8 for prompt in prompts]
+    result = run([prompts, prompts, repeated], **default, speculative_config=speculation)
     assert result["rounds"][1][-1]["cached"] > 0
+    assert (0 < result["accepted"] < result["drafted"]) == bool(speculation)
     reference = ReferenceYuan(checkpoint, tokens)
-    for answers in result["rounds"]:
-        for prompt, answer in zip(prompts, answers, strict=True):
+    for asked, answers in zip([prompts, prompts, repeated], result["rounds"], strict=True):
+        for prompt, answer in zip(asked, answers, strict=True):
             logprobs = reference.logprobs(prompt + answer["token_ids"])[len(prompt) - 1 : -1]
             scored = logprobs.gather(1, torch.tensor(answer["token_ids"])[:, None])[:, 0]
             assert (scored - torch.tensor(answer["logprobs"])).abs().max() < GPU_TOLERANCE
@@ -123,24 +127,34 @@ def test_with_prefix_caching(run: Run, prompts: list[list[int]], expected: list[
     assert [answer["cached"] for answer in again][-2:] == [96, 320]
 
 
-def test_behind_a_prefix_that_another_prompt_left(run: Run, checkpoint: Path, tokens: int) -> None:
+def test_behind_any_block_of_a_prefix_that_another_prompt_left(run: Run, checkpoint: Path, tokens: int) -> None:
     generator = random.Random(1)
-    prefix = [generator.randrange(tokens) for _ in range(256)]
-    prompts = [prefix, [*prefix, 5], [*prefix, 6, 7, 8]]
+    prefix = [generator.randrange(tokens) for _ in range(400)]
+    prompts = [prefix, [*prefix[:257], 5], [*prefix[:96], 6, 7, 8], prefix[:33], prefix[:320]]
     reference = ReferenceYuan(checkpoint, tokens)
     result = run(alone(prompts), enable_prefix_caching=True)
     answers = [answers[0] for answers in result["rounds"]]
     assert difference(answers, [reference.continue_greedily(prompt, TOKENS) for prompt in prompts]) < TOLERANCE
-    assert all(answer["cached"] > 0 for answer in answers[1:])
+    assert [answer["cached"] for answer in answers] == [0, 256, 96, 32, 288]  # the last token is always computed
 
 
-@pytest.mark.parametrize(("caching", "blocks"), [(False, 26), (True, 40)])
-def test_through_preemptions(
-    run: Run, prompts: list[list[int]], expected: list[Continuation], caching: bool, blocks: int
-) -> None:
-    result = run([prompts * 2], enable_prefix_caching=caching, num_gpu_blocks_override=blocks)
+@pytest.mark.parametrize("caching", [False, True])
+def test_through_preemptions(run: Run, prompts: list[list[int]], expected: list[Continuation], caching: bool) -> None:
+    result = run([prompts * 2], enable_prefix_caching=caching, num_gpu_blocks_override=20)
     assert result["preemptions"] > 0
     assert difference(result["rounds"][0], expected * 2) < TOLERANCE
+
+
+def test_with_drafts_that_are_taken_and_drafts_that_are_not(run: Run, checkpoint: Path, tokens: int) -> None:
+    generator = random.Random(2)
+    prompts = [[generator.randrange(tokens) for _ in range(length)] * 5 for length in (1, 3, 7, 12)]
+    result = run([prompts, prompts, *alone(prompts)], speculative_config=DRAFTS)
+    reference = ReferenceYuan(checkpoint, tokens)
+    expected = [reference.continue_greedily(prompt, TOKENS) for prompt in prompts]
+    first, again, *one_by_one = result["rounds"]
+    for answers in (first, again, [answers[0] for answers in one_by_one]):
+        assert difference(answers, expected) < TOLERANCE
+    assert 0 < result["accepted"] < result["drafted"]
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "bin", "sharded bin"])

@@ -20,7 +20,7 @@ def register() -> None:
     from yuan_grpc.model import grammars, logprobs, process
     from yuan_grpc.model.config import YuanConfig
     from yuan_grpc.model.defaults import YuanModelConfig
-    from yuan_grpc.model.ops import SHIFT_OP
+    from yuan_grpc.model.ops import PLAN_OP
 
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
         return
@@ -32,7 +32,7 @@ def register() -> None:
     # A Yuan checkpoint is never to be read with transformers' tokenizer, so `--tokenizer-mode auto` means ours.
     MODELS_CONFIG_MAP[ARCHITECTURE] = YuanModelConfig
     # The op reads per-step metadata, which a captured graph must not bake in: CUDA graphs split around it.
-    CompilationConfig._attention_ops.append(SHIFT_OP)
+    CompilationConfig._attention_ops.append(PLAN_OP)
     grammars.mend()
     logprobs.mend()
     process.prepare()

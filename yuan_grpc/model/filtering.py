@@ -4,88 +4,105 @@
     h2[t]     = B0 h1[t-1] + B1 h1[t] + b        hidden / 2 -> hidden
     LFA(y)[t] = RMSNorm(h2[t] + y[t])            y and h1 are zero before a sequence's first token
 
-Each sequence therefore carries two vectors a layer from step to step, beside its attention cache: y[t-1] and h1[t-1].
-They live in vLLM's cache for recurrent ("Mamba") states, which gives every sequence a slot of its own, moves it on
-preemption and snapshots it for prefix caching.
+Each token makes both its own part of the sum, A1 y[t], and the next token's, A0 y[t], in one matrix product. So what a
+sequence carries from step to step is not y and h1 but A0 y[t] and B0 h1[t], beside its keys and values: see `state`.
 """
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFunc,
-    get_conv_copy_spec,
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
 )
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from yuan_grpc.model import ops  # noqa: F401 - registers torch.ops.vllm.yuan_*
 from yuan_grpc.model.config import YuanConfig
+from yuan_grpc.model.state import StateBackend, cache_spec
 
 NORM_EPS = 1e-6
 
 
-class LocalizedFiltering(nn.Module, MambaBase):
-    """LFA of one layer. Tensor parallel: conv1 splits its outputs, conv2 its inputs, so only h1's state is split.
+class SecondConvolution(RowParallelLinear):
+    """conv2 as one product: B0's rows, then B1's. A rank has some of the inputs, so its result is a partial sum."""
 
-    A convolution over (previous, current) is one matrix product over the two side by side. The checkpoint stores a
-    kernel as [out, in, 2, 1], which flattened reads (channel 0 previous, channel 0 current, channel 1 previous, …):
-    inputs are interleaved the same way, and any split over channels is a contiguous split of the weight.
+    def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__(
+            config.hidden_size // 2,
+            2 * config.hidden_size,
+            bias=False,
+            reduce_results=False,  # half as much is to be sent once the two parts are added up
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+        )
+
+
+class LocalizedFiltering(nn.Module, AttentionLayerBase):
+    """LFA of one layer, but for conv1's product, which is made together with the values: see `InputLinear`.
+
+    Tensor parallel: conv1 splits its outputs, conv2 its inputs; what is summed over ranks is h2.
     """
 
     def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        hidden, half = config.hidden_size, config.hidden_size // 2
-        quant_config = vllm_config.quant_config
-        self.conv1 = ColumnParallelLinear(2 * hidden, half, quant_config=quant_config, prefix=f"{prefix}.conv1")
-        self.conv2 = RowParallelLinear(2 * half, hidden, quant_config=quant_config, prefix=f"{prefix}.conv2")
+        hidden, ranks = config.hidden_size, get_tensor_model_parallel_world_size()
+        self.dims = (hidden // 2 // ranks, hidden)  # of the two states
+        self.conv1_bias = nn.Parameter(torch.empty(self.dims[0]), requires_grad=False)
+        self.conv1_bias.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+        self.conv2 = SecondConvolution(config, vllm_config, f"{prefix}.conv2")
+        self.conv2_bias = nn.Parameter(torch.empty(hidden), requires_grad=False)
         self.output_layernorm = RMSNorm(hidden, eps=NORM_EPS)
-        self.vllm_config = vllm_config
+        self.alone, self.first_rank = ranks == 1, get_tensor_model_parallel_rank() == 0
+        self.fused = self.alone and current_platform.is_cuda()
         self.prefix = prefix
-        # Bound by the engine: ([blocks, 1, hidden], [blocks, 1, half / tp]).
-        self.kv_cache: tuple[torch.Tensor, ...] = ()
+        self.kv_cache = torch.empty(0)
+        """[blocks, 1, slots, sum of dims]: the engine's, once it knows how much memory it has."""
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        """Filters the normalized layer input: [tokens, hidden] -> [tokens, hidden]."""
-        h1, _ = self.conv1(self._with_previous(y, state=0))  # [tokens, half / tp]
-        h2, _ = self.conv2(self._with_previous(h1, state=1))  # [tokens, hidden]
-        filtered: torch.Tensor = self.output_layernorm(h2 + y)
+    def forward(self, parts: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
+        """Filters the normalized layer input.
+
+        Args:
+            parts: [tokens, hidden / ranks]: A0 y and A1 y, side by side.
+            y: [tokens, hidden].
+            plan: the step's, of `ops.plan`.
+
+        Returns:
+            [tokens, hidden].
+        """
+        h1 = y.new_empty(y.shape[0], self.dims[0])
+        torch.ops.vllm.yuan_shift_add(parts, self.conv1_bias, h1, plan, self.prefix, 0)
+        parts, _ = self.conv2(h1)  # [tokens, 2 * hidden]
+        z = torch.empty_like(y)
+        norm = self.output_layernorm
+        if self.fused:
+            torch.ops.vllm.yuan_shift_add_norm(
+                parts, self.conv2_bias, y, norm.weight, norm.variance_epsilon, z, plan, self.prefix, 1
+            )
+            return z
+        bias = self.conv2_bias if self.first_rank else None
+        torch.ops.vllm.yuan_shift_add(parts, bias, z, plan, self.prefix, 1)
+        h2 = z if self.alone else tensor_model_parallel_all_reduce(z)
+        filtered: torch.Tensor = norm(h2 + y)
         return filtered
 
-    def _with_previous(self, current: torch.Tensor, state: int) -> torch.Tensor:
-        """[tokens, dim] -> [tokens, 2 * dim]: each channel of the previous token beside the same of the current."""
-        previous = torch.empty_like(current)
-        torch.ops.vllm.yuan_shift(current, previous, self.prefix, state)
-        return torch.stack((previous, current), dim=-1).flatten(1)
+    def get_attn_backend(self) -> type[StateBackend]:
+        """Of its cache, not of an attention."""
+        return StateBackend
 
-    @property
-    def mamba_type(self) -> MambaAttentionBackendEnum:
-        """The metadata this layer reads is the one vLLM prepares for its own short convolutions."""
-        return MambaAttentionBackendEnum.SHORT_CONV
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        """Both states of a slot lie together."""
+        return cache_spec(vllm_config, sum(self.dims))
 
-    def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of one sequence's states on this rank: y and h1 of its last token."""
-        return state_shape(self.vllm_config, get_tensor_model_parallel_world_size())
-
-    def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
-        """The model's own dtype, for what is kept is an activation."""
-        return state_dtype(self.vllm_config)
-
-
-def state_shape(vllm_config: VllmConfig, tensor_parallel_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((1, hidden), (1, hidden / 2 / tp)): one token of y, whole on every rank, and one of h1, split over them."""
-    hidden = vllm_config.model_config.hf_config.hidden_size
-    return (1, hidden), (1, hidden // 2 // tensor_parallel_size)
-
-
-def state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of either state."""
-    return vllm_config.model_config.dtype, vllm_config.model_config.dtype
-
-
-def state_copy() -> tuple[MambaStateCopyFunc, MambaStateCopyFunc]:
-    """How the engine snapshots the states for prefix caching: as convolution states, one token long."""
-    return get_conv_copy_spec, get_conv_copy_spec
+    def state(self, convolution: int) -> torch.Tensor | None:
+        """[blocks, slots, dim] of what one convolution keeps; None while the engine measures its memory."""
+        if not self.kv_cache.numel():
+            return None
+        return torch.split(self.kv_cache[:, 0], list(self.dims), dim=-1)[convolution]

@@ -1,63 +1,200 @@
-"""The one op of Yuan's that reads per-step metadata: shift a batch's vectors by one token."""
+"""Yuan's own operations: adding to each token what a convolution made of the token before, and a quick product.
+
+A step's batch is a sequence of rows: a token of each decoding sequence, chunks of prompts, then padding. `plan` finds
+out, once a step, where each row's predecessor is and which states must be kept; `shift_add` follows the plan in every
+layer. They are opaque to torch.compile. Only `plan` reads what changes from step to step, so only there are CUDA graphs
+split. Both have a Triton kernel (`kernels`) and, where there is none, a PyTorch version, here. `product` is for GPUs.
+"""
 
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
+from torch.nn.functional import linear
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadata
+
+from yuan_grpc.model.state import ROW_BEFORE, SEQUENCE_START, StateMetadata
 
 if TYPE_CHECKING:
     from yuan_grpc.model.filtering import LocalizedFiltering
 
-SHIFT_OP = "vllm::yuan_shift"
+PLAN_OP = "vllm::yuan_plan"
+
+
+def new_plan(tokens: torch.Tensor) -> torch.Tensor:
+    """Room for a plan of so many rows, [3, tokens] int32: read slot, write slot, written row."""
+    return torch.empty((3, tokens.shape[0]), dtype=torch.int32, device=tokens.device)
 
 
 @eager_break_during_capture
-def shift(current: torch.Tensor, previous: torch.Tensor, layer_name: str, state: int) -> None:
-    """Writes to `previous` what `current` holds one token earlier in the same sequence, zero before a first token.
-
-    The last token of each sequence is kept in the layer's cache for the next step, so that a sequence may come in any
-    number of chunks, in any company. Opaque to torch.compile, and a place where CUDA graphs split.
+def plan(plan: torch.Tensor, layer_name: str) -> None:
+    """Writes, for each row of this step's batch, where its predecessor's state is and what is to be kept of it.
 
     Args:
-        current: [tokens, dim], the batch as the scheduler laid it out: one row for each decoding sequence, then the
-            prompt chunks one after another, then rows of padding.
-        previous: [tokens, dim], overwritten.
-        layer_name: the layer whose cache holds the state.
-        state: which of the layer's states (0: the filter's input, 1: its hidden half).
+        plan: [3, tokens], overwritten. First row: the slot to read, `SEQUENCE_START` or `ROW_BEFORE`. Second: the slot
+            to write, or -1. Third: the row whose state goes there. That is the row itself, unless the slot is the one
+            that its sequence begins this step with: then the sequence's first row, which reads it, is also the one to
+            write it, in that order.
+        layer_name: any layer with LFA: they all have the same sequences.
     """
-    context = get_forward_context()
-    metadata = context.attn_metadata
+    metadata = get_forward_context().attn_metadata
     if metadata is None:  # the memory-profiling run has no sequences
-        previous.zero_()
+        plan.fill_(SEQUENCE_START)
         return
     assert isinstance(metadata, dict)
-    layer = cast("LocalizedFiltering", context.no_compile_layers[layer_name])
-    step = cast(ShortConvAttentionMetadata, metadata[layer_name])
-    cache: torch.Tensor = layer.kv_cache[state].squeeze(1)  # [blocks, dim]
-    decodes, prompts = step.num_decode_tokens, step.num_prefill_tokens
-    previous[decodes + prompts :] = 0  # padding, which may share a scale with the rest where products are quantized
-    if decodes:
-        assert step.state_indices_tensor_d is not None
-        blocks = step.state_indices_tensor_d[:decodes, 0]
-        previous[:decodes] = cache[blocks]
-        cache[blocks] = current[:decodes]
-    if prompts:
-        assert step.query_start_loc_p is not None
-        assert step.state_indices_tensor_p is not None
-        assert step.has_initial_states_p is not None
-        chunk, shifted = current[decodes : decodes + prompts], previous[decodes : decodes + prompts]
-        first, last = step.query_start_loc_p[:-1], step.query_start_loc_p[1:] - 1
-        blocks = step.state_indices_tensor_p
-        shifted[1:] = chunk[:-1]
-        shifted[first] = torch.where(step.has_initial_states_p[:, None], cache[blocks], 0)
-        cache[blocks] = chunk[last]
+    step = cast(StateMetadata, metadata[layer_name])
+    if plan.is_cuda:
+        from yuan_grpc.model import kernels
+
+        kernels.plan(plan, step)
+    else:
+        plan_in_torch(plan, step)
 
 
-def _shift_shapes(current: torch.Tensor, previous: torch.Tensor, layer_name: str, state: int) -> None:
-    """What torch.compile traces in place of `shift`: nothing but its in-place result."""
+def plan_in_torch(plan: torch.Tensor, step: StateMetadata) -> None:
+    """`plan`, without Triton."""
+    read, write, source = plan.long().unbind()
+    starts, block_size, slots = step.query_start_loc.long(), step.block_size, step.slots
+    rows = torch.arange(plan.shape[1], device=plan.device)
+    sequence = torch.searchsorted(starts[:-1], rows, right=True) - 1
+    first, last = starts[sequence], starts[sequence + 1] - 1
+    position = step.seq_lens.long()[sequence] - 1 - last + rows
+    present = (rows <= last) & (position >= 0)  # the rest is padding
+    position.clamp_(min=0)
+
+    def slot(at: torch.Tensor) -> torch.Tensor:
+        """The slot of a position, in its block."""
+        block = step.block_table[sequence, (at // block_size).clamp(min=0)].long()
+        return block * slots.in_block + at % block_size % slots.in_block
+
+    begins = slot(position - (rows - first) - 1)  # the slot that the sequence's first row reads
+    begun = position > rows - first  # and whether it reads one
+    kept = present & ((position % block_size == block_size - 1) | (last - rows < slots.kept))
+    own = slot(position)
+    handed = kept & begun & (own == begins)
+    source.copy_(rows).index_copy_(0, first[handed], rows[handed])
+    write.copy_(torch.where(kept & ~handed, own, -1)).index_copy_(0, first[handed], own[handed])
+    read.fill_(ROW_BEFORE)
+    at_first = rows == first
+    read[at_first & begun] = begins[at_first & begun]
+    read[(at_first & ~begun) | ~present] = SEQUENCE_START
+    plan.copy_(torch.stack((read, write, source)))
 
 
-direct_register_custom_op(op_name="yuan_shift", op_func=shift, mutates_args=["previous"], fake_impl=_shift_shapes)
+def shift_add(
+    parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, plan: torch.Tensor, layer_name: str, state: int
+) -> None:
+    """Writes to `out` each token's own part plus the part that the token before made for it, and keeps states.
+
+    Args:
+        parts: [tokens, 2 * dim]: what a token makes for the next one, then what it makes for itself.
+        bias: [dim], or None.
+        out: [tokens, dim], overwritten; summed in float32 and rounded once.
+        plan: the step's, of `plan`.
+        layer_name: the layer whose cache holds the state.
+        state: which of the layer's convolutions this is, 0 or 1.
+    """
+    cache = _cache(layer_name, state)
+    if parts.is_cuda:
+        from yuan_grpc.model import kernels
+
+        kernels.shift_add(parts, bias, out, plan, cache)
+    else:
+        shift_add_in_torch(parts, bias, out, plan, cache)
+
+
+def shift_add_in_torch(
+    parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, plan: torch.Tensor, cache: torch.Tensor | None
+) -> None:
+    """`shift_add`, without Triton; `cache` is [blocks, slots, dim] or None."""
+    for_next, own = parts.float().chunk(2, dim=-1)
+    read, write, source = plan.long().unbind()
+    previous = torch.zeros_like(own)
+    (inner,) = torch.where(read == ROW_BEFORE)
+    previous[inner] = for_next[inner - 1]
+    if cache is not None:
+        (resumed,) = torch.where(read >= 0)
+        previous[resumed] = cache[_place(read[resumed], cache)].float()
+        (kept,) = torch.where(write >= 0)
+        cache[_place(write[kept], cache)] = for_next[source[kept]].to(cache.dtype)
+    previous += own
+    if bias is not None:
+        previous += bias.float()
+    out.copy_(previous)
+
+
+def _place(slots: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and slot in the block, for a cache that other vectors lie between."""
+    return slots // cache.shape[1], slots % cache.shape[1]
+
+
+def shift_add_norm(
+    parts: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    out: torch.Tensor,
+    plan: torch.Tensor,
+    layer_name: str,
+    state: int,
+) -> None:
+    """`shift_add`, plus a residual, RMS-normalized: [tokens, dim] in one kernel, on GPUs.
+
+    Args:
+        residual: [tokens, dim].
+        weight: [dim], the norm's.
+        epsilon: the norm's.
+    """
+    from yuan_grpc.model import kernels
+
+    cache = _cache(layer_name, state)
+    kernels.shift_add(parts, bias, out, plan, cache, norm=kernels.Norm(residual, weight, epsilon))
+
+
+def _cache(layer_name: str, state: int) -> torch.Tensor | None:
+    """[blocks, slots, dim] of one layer's state; None while vLLM measures what memory is left for caches."""
+    layer = cast("LocalizedFiltering", get_forward_context().no_compile_layers[layer_name])
+    return layer.state(state)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ, [tokens, rows]: with few tokens at the speed of reading the weight. On GPUs."""
+    from yuan_grpc.model import skinny
+
+    if skinny.serves(x.shape[0], weight):
+        return skinny.linear(x, weight)
+    return linear(x, weight)
+
+
+def _product_shapes(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def multiply_with_product(model: nn.Module) -> None:
+    """Has the linear layers of a model use `product` where vLLM would leave the choice of a kernel to PyTorch."""
+
+    def multiply(_: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if bias is not None:
+            return linear(x, weight, bias)
+        result: torch.Tensor = torch.ops.vllm.yuan_product(x, weight)
+        return result
+
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedLinearMethod) and method._gemm_impl is default_unquantized_gemm:
+            method._gemm_impl = multiply
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """What torch.compile traces in place of an operation: nothing but its in-place result."""
+
+
+direct_register_custom_op("yuan_product", product, fake_impl=_product_shapes)
+direct_register_custom_op("yuan_plan", plan, mutates_args=["plan"], fake_impl=_nothing)
+direct_register_custom_op("yuan_shift_add", shift_add, mutates_args=["out"], fake_impl=_nothing)
+direct_register_custom_op("yuan_shift_add_norm", shift_add_norm, mutates_args=["out"], fake_impl=_nothing)

@@ -12,19 +12,31 @@ from yuan_grpc.model.layout import DERIVED, HEAD, published_shapes
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a published weight goes: a module's parameter, and which part of it where several share one."""
+    """Where a published weight goes: a parameter, and which parts of it where several weights share one."""
 
     param: nn.Parameter
-    part: int | None
+    parts: tuple[int, ...]
 
     def load(self, loaded: torch.Tensor) -> None:
         """Copies the weight, or this rank's share of it, into the parameter."""
-        if loaded.dim() == 4:  # a convolution, [out, in, 2, 1]: see LocalizedFiltering
-            loaded = loaded.flatten(1)
-        if loader := getattr(self.param, "weight_loader", None):  # takes this rank's share
-            loader(self.param, loaded, *() if self.part is None else (self.part,))
+        pieces = taps(loaded) if loaded.dim() == 4 else (loaded,)
+        loader: Callable[..., None] = getattr(
+            self.param, "weight_loader", _copy
+        )  # a parallel layer's takes this rank's share
+        if self.parts:
+            for part, piece in zip(self.parts, pieces, strict=True):
+                loader(self.param, piece, part)
         else:
-            self.param.data.copy_(loaded)
+            loader(self.param, torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+
+
+def taps(kernel: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A published convolution [out, in, 2, 1] as two matrices [out, in]: of the token before, and of the token."""
+    return kernel.squeeze(-1).unbind(-1)
+
+
+def _copy(param: nn.Parameter, loaded: torch.Tensor) -> None:
+    param.data.copy_(loaded)
 
 
 def load_checkpoint(

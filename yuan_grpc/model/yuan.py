@@ -6,6 +6,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import nn
+from torch.utils.serialization import config as serialization
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
@@ -13,12 +14,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsLoRA, SupportsPP
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
     make_empty_intermediate_tensors_factory,
@@ -30,10 +29,29 @@ from vllm.sequence import IntermediateTensors
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from yuan_grpc.model.config import YuanConfig
-from yuan_grpc.model.filtering import LocalizedFiltering, state_copy, state_dtype, state_shape
+from yuan_grpc.model.filtering import LocalizedFiltering
+from yuan_grpc.model.ops import multiply_with_product, new_plan
+from yuan_grpc.model.rotary import rotary_embedding
 from yuan_grpc.model.weights import Placement, load_checkpoint
 
 logger = init_logger("vllm.yuan_grpc.model")
+
+
+class InputLinear(MergedColumnParallelLinear):
+    """All that is made of a layer's input: LFA's first convolution and the values, in one product.
+
+    Its result is what each token makes for the next one (A0 y), what it makes for itself (A1 y), and v.
+    """
+
+    def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        hidden = config.hidden_size
+        super().__init__(
+            hidden,
+            [hidden // 2, hidden // 2, hidden],
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+        )
 
 
 class QueryKeyLinear(MergedColumnParallelLinear):
@@ -90,17 +108,13 @@ class YuanAttention(nn.Module):
         quant_config = vllm_config.quant_config
         hidden, self.head_dim = config.hidden_size, config.head_dim
         heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
+        self.input_proj = InputLinear(config, vllm_config, f"{prefix}.input_proj")
         self.lf_gate = LocalizedFiltering(config, vllm_config, f"{prefix}.lf_gate")
         self.qk_proj = QueryKeyLinear(config, vllm_config, f"{prefix}.qk_proj")
-        self.v_proj = ColumnParallelLinear(
-            hidden, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.v_proj"
-        )
         self.o_proj = RowParallelLinear(
             hidden, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        self.rotary_emb = get_rope(
-            self.head_dim, config.max_position_embeddings, is_neox_style=True, rope_parameters=config.rope_parameters
-        )
+        self.rotary_emb = rotary_embedding(config, vllm_config.model_config.max_model_len)
         self.attn = Attention(
             heads,
             self.head_dim,
@@ -110,9 +124,10 @@ class YuanAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, positions: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        v, _ = self.v_proj(y)  # [tokens, hidden / tp]
-        qk, _ = self.qk_proj(self.lf_gate(y))
+    def forward(self, positions: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
+        projected, _ = self.input_proj(y)  # [tokens, 2 * hidden / ranks]
+        parts, v = projected.chunk(2, dim=-1)
+        qk, _ = self.qk_proj(self.lf_gate(parts, y, plan))
         q, k = qk.chunk(2, dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
@@ -150,14 +165,14 @@ class YuanDecoderLayer(nn.Module):
         self.mlp = YuanMLP(config, vllm_config, f"{prefix}.mlp")
 
     def forward(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, plan: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
             residual = hidden
             hidden = self.input_layernorm(hidden)
         else:
             hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.self_attn(positions, hidden)
+        hidden = self.self_attn(positions, hidden, plan)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
         return self.mlp(hidden), residual
 
@@ -180,6 +195,7 @@ class YuanModel(nn.Module):
             lambda prefix: YuanDecoderLayer(config, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
+        self.lfa_name = self.layers[self.start_layer].self_attn.lf_gate.prefix
         self.norm: nn.Module = PPMissingLayer()
         if ranks.is_last_rank:
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -201,18 +217,43 @@ class YuanModel(nn.Module):
         else:
             assert intermediate_tensors is not None
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        plan = new_plan(hidden)
+        torch.ops.vllm.yuan_plan(plan, self.lfa_name)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            hidden, residual = layer(positions, hidden, residual)
+            hidden, residual = layer(positions, hidden, residual, plan)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         normed, _ = self.norm(hidden, residual)
         return normed
 
 
-class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, SupportsPP):
+JOINED = {
+    "self_attn.lf_gate.conv1": ("self_attn.input_proj", (0, 1)),
+    "self_attn.v_proj": ("self_attn.input_proj", (2,)),
+    "self_attn.q_proj": ("self_attn.qk_proj", (0,)),
+    "self_attn.k_proj": ("self_attn.qk_proj", (1,)),
+    "mlp.up_proj": ("mlp.up_gate_proj", (0,)),
+    "mlp.gate_proj": ("mlp.up_gate_proj", (1,)),
+}
+"""Published modules that are parts of another here: in which, and which. A convolution is two, one for each token."""
+
+
+def place_of(published: str) -> tuple[str, tuple[int, ...]]:
+    """A published weight's name -> the parameter that it goes to, and to which parts of that (none: all of it)."""
+    path, _, kind = published.rpartition(".")
+    if kind == "bias":  # of a convolution, whose product has none
+        return f"{path}_bias", ()
+    for module, (joined, parts) in JOINED.items():
+        if path.endswith(f".{module}"):
+            return f"{path.removesuffix(module)}{joined}.{kind}", parts
+    return published, ()
+
+
+class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     """What vLLM loads and runs: the decoder, its head, and the way their weights are found in a checkpoint."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "input_proj": ["lf_gate.conv1", "v_proj"],
         "qk_proj": ["q_proj", "k_proj"],
         "up_gate_proj": ["up_proj", "gate_proj"],
     }
@@ -240,6 +281,8 @@ class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Supports
         # The embedding has more rows than there are tokens; the rest is padding and must never be sampled.
         self.known_tokens = self.config.vocab_size if tokenizer is None else len(tokenizer)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        if current_platform.is_cuda() and vllm_config.kernel_config.linear_backend == "auto":
+            multiply_with_product(self)
 
     def _new_head(self) -> ParallelLMHead:
         return ParallelLMHead(
@@ -275,56 +318,39 @@ class YuanForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Supports
         """Streams a published checkpoint into place.
 
         Returns:
-            Names of all parameters, for every one is accounted for.
+            Names of the parameters that were loaded.
 
         Raises:
             ValueError: a weight is missing, unknown or of another shape; the message names it.
         """
-        stored_head = load_checkpoint(weights, self.config, self._placement)
+        loaded: set[str] = set()
+
+        def placement(name: str) -> Placement | None:
+            target, parts = place_of(name)
+            try:
+                param = self.get_parameter(target)
+            except AttributeError:  # of a layer that another pipeline rank has
+                return None
+            loaded.add(target)
+            return Placement(param, parts)
+
+        # vLLM would read a `.bin` whole, beside the model; what is mapped, Linux can take back.
+        with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
+            stored_head = load_checkpoint(weights, self.config, placement)
         if stored_head is not None and get_pp_group().is_last_rank:
             self._load_head(stored_head)
-        return {name for name, _ in self.named_parameters()}
-
-    def _placement(self, name: str) -> Placement | None:
-        """Where a published weight goes on this rank; None for one that another pipeline rank holds."""
-        path, _, kind = name.rpartition(".")
-        owner, _, module = path.rpartition(".")
-        part = None
-        for merged, parts in self.packed_modules_mapping.items():
-            if module in parts:
-                module, part = merged, parts.index(module)
-        try:
-            target = self.get_submodule(f"{owner}.{module}" if owner else module)
-        except AttributeError:  # of a layer that is a placeholder here
-            return None
-        if isinstance(target, PPMissingLayer):
-            return None
-        return Placement(getattr(target, kind), part)
+        return loaded
 
     def _load_head(self, stored: torch.Tensor) -> None:
         """Loads a head stored beside a tied embedding; a second copy is kept only where the two really differ."""
-        embedding = cast(nn.Parameter, self.model.embed_tokens.weight)
+        tokens = cast(VocabParallelEmbedding, self.model.embed_tokens)
+        embedding, share = tokens.weight, tokens.shard_indices
+        mine = stored[share.org_vocab_start_index : share.org_vocab_end_index]
+        if torch.equal(mine.to(embedding), embedding[: len(mine)]):
+            return
+        logger.warning("config.json ties lm_head to the embedding, but the stored ones differ: using lm_head.weight")
         with embedding.device:
             head = self._new_head()
         head.to(embedding.dtype)
         head.weight.weight_loader(head.weight, stored)
-        if not torch.equal(head.weight, embedding):
-            logger.warning(
-                "config.json ties lm_head to the embedding, but the stored ones differ: using lm_head.weight"
-            )
-            self.lm_head = head
-
-    @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of LFA's states, for the engine to size its cache before any layer exists."""
-        return state_shape(vllm_config, vllm_config.parallel_config.tensor_parallel_size)
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-        """Dtypes of LFA's states."""
-        return state_dtype(vllm_config)
-
-    @classmethod
-    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, MambaStateCopyFunc]:
-        """How each of LFA's states is snapshot for prefix caching."""
-        return state_copy()
+        self.lm_head = head

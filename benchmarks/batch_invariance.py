@@ -1,0 +1,113 @@
+"""Whether an answer depends on the company its request keeps: prompts answered alone, and again among 63 others.
+
+Greedy, without prefix caching, so that both are computed in full. Reported are how many answers differ in a token, and
+how many in any bit of a log-probability. vLLM computes alike whatever the batch where VLLM_BATCH_INVARIANT=1 is set and
+every layer's backend can; an engine that refuses says why. Checkpoints are `random`, `demo` or a folder's path:
+
+    python benchmarks/batch_invariance.py --out invariance.jsonl random 'VLLM_BATCH_INVARIANT=1 random'
+
+On a CPU:
+
+    python benchmarks/batch_invariance.py --out /tmp/invariance.jsonl --hidden 128 --layers 2 --heads 4 --width 256 \\
+      --prompts 8 --batch 4 --tokens 8 --engine '{"enforce_eager":true,"kv_cache_memory_bytes":67108864}' random
+"""
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from answers import Answer, add_options, answer, checkpoint_of, known_tokens, prompts_of, start
+from variants import Record, Variant, read_job, read_records, run_each
+
+
+def child() -> None:
+    """Answers alone and in company, and compares."""
+    job = read_job()
+    record = Record(Path(job["out"]), variant=job["variant"])
+    try:
+        llm = start(job["checkpoint"], {"enable_prefix_caching": False, "max_num_seqs": job["batch"]} | job["engine"])
+    except BaseException as error:
+        record.add(step="start", error=f"{type(error).__name__}: {error}"[:500])
+        raise
+    asked, tokens = job["asked"], job["tokens"]
+    alone = [answer(llm, [prompt], tokens)[0] for prompt in asked]
+    again = [answer(llm, [prompt], tokens)[0] for prompt in asked]
+    record.attempt("alone again", lambda: compare(alone, again))
+    record.attempt("in company", lambda: compare(alone, in_company(llm, asked, job["batch"], tokens)))
+
+
+def in_company(llm: Any, asked: list[list[int]], batch: int, tokens: int) -> list[Answer]:
+    """Answers all, so many at a time; the last ones are joined by the first."""
+    answers: list[Answer] = []
+    for first in range(0, len(asked), batch):
+        together = (asked * 2)[first : first + batch]
+        answers += answer(llm, together, tokens)
+    return answers[: len(asked)]
+
+
+def compare(ours: list[Answer], theirs: list[Answer]) -> dict[str, Any]:
+    """How many answers differ, in what, and from which token on; log-probabilities up to there are compared."""
+    firsts, bits, largest = [], 0, 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        pairs = zip(one.token_ids, other.token_ids, strict=True)
+        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        if first is not None:
+            firsts.append(first)
+        gaps = [abs(a - b) for a, b in zip(one.logprobs[:first], other.logprobs[:first], strict=True)]
+        largest = max(largest, *gaps, 0.0)
+        bits += one.logprobs != other.logprobs
+    return {
+        "answers": len(ours),
+        "other_tokens": len(firsts),
+        "earliest": min(firsts, default=None),
+        "other_logprobs": bits,
+        "largest_difference": largest,
+    }
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown, a row a comparison."""
+    columns = ["variant", "step", "answers", "other_tokens", "earliest", "other_logprobs", "largest_difference"]
+    rows = [[str(record.get(column, record.get("error", "–"))) for column in columns] for record in records]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] CHECKPOINT[:{JSON}]")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("invariance.jsonl"), help="JSON lines, one a comparison")
+    parser.add_argument("--prompts", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=64, help="prompts at a time, in company (default: %(default)s)")
+    parser.add_argument("--longest", type=int, default=300, help="tokens of a prompt, at most (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
+    parser.add_argument("--limit", type=float, default=200, help="seconds a variant may take (default: %(default)s)")
+    add_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compares, one variant after another."""
+    arguments = read_arguments()
+    if arguments.child:
+        return child()
+    before = len(read_records(arguments.out)) if arguments.out.exists() else 0
+    with TemporaryDirectory() as scratch:
+        jobs = []
+        for variant in arguments.variants:
+            checkpoint = checkpoint_of(variant.model, Path(scratch, "random"), arguments)
+            asked = prompts_of(arguments.prompts, arguments.longest, known_tokens(checkpoint))
+            job = {"out": str(arguments.out.absolute()), "variant": variant.label, "checkpoint": str(checkpoint)}
+            job |= {"asked": asked, "tokens": arguments.tokens, "batch": arguments.batch}
+            jobs.append((variant, job | {"engine": arguments.engine | dict(variant.engine)}))
+        run_each(Path(__file__).absolute(), jobs, arguments.out.with_suffix(".log"), arguments.limit)
+    if arguments.out.exists():
+        print(table(read_records(arguments.out)[before:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""How long a checkpoint of Yuan2.0-2B's shape takes to load on a CPU, and how much memory that takes at its peak.
+
+Writes the checkpoint as one `.bin` and as sharded safetensors (4.7 GB each, deleted afterwards), then loads each
+through the engine in a process of its own:
+
+    python benchmarks/loading.py --folder /tmp/checkpoints --out loading.jsonl
+
+Memory is told apart: `anonymous` is what the process holds, `file` what it has mapped of the checkpoint, which Linux
+takes back when others need it. Both are GiB, from /proc/self/status; `pss` is from smaps_rollup.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from variants import Record, Shape, Variant, read_job, read_records, run_each
+
+from yuan_grpc.model.config import YuanConfig
+from yuan_grpc.model.layout import HEAD, published_shapes
+
+GIB = 2**30
+PAUSE_SECONDS = 0.02
+STATUS = {"VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file"}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class Memory(threading.Thread):
+    """Samples this process's memory until it is stopped, and keeps the highest of each kind since it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.highest: dict[str, float] = {}
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        """Samples until stopped."""
+        while not self.stopped.wait(PAUSE_SECONDS):
+            self.sample()
+
+    def sample(self) -> dict[str, float]:
+        """GiB now, by kind."""
+        now = self.now()
+        self.highest = {kind: max(value, self.highest.get(kind, 0.0)) for kind, value in now.items()}
+        return now
+
+    def reset(self) -> dict[str, float]:
+        """Forgets the highest; GiB now, by kind."""
+        self.highest = {}
+        return self.sample()
+
+    @staticmethod
+    def now() -> dict[str, float]:
+        """GiB now, by kind."""
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return {kind: int(fields[name].split()[0]) * 1024 / GIB for name, kind in STATUS.items()}
+
+
+def proportional() -> float:
+    """GiB of this process, what it shares with others counted in part."""
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024 / GIB
+    raise RuntimeError("smaps_rollup has no Pss")
+
+
+def shards(config: YuanConfig) -> Iterator[dict[str, torch.Tensor]]:
+    """Random bfloat16 weights, embedding and head first and then a layer at a time; the head equals the embedding."""
+    noise = torch.randn(2**22).to(torch.bfloat16) * 0.02
+
+    def weight(shape: tuple[int, ...]) -> torch.Tensor:
+        size = torch.Size(shape).numel()
+        return noise.repeat(size // len(noise) + 1)[:size].reshape(shape).clone()
+
+    shapes = published_shapes(config)
+    embedding = weight(shapes.pop(EMBEDDING))
+    yield {EMBEDDING: embedding, HEAD: embedding.clone()}
+    shapes.pop(HEAD)
+    of_layer: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        of_layer.setdefault(layer, {})[name] = shape
+    for group in of_layer.values():
+        yield {name: weight(shape) for name, shape in group.items()}
+
+
+def write(folder: Path, shape: Shape, layout: str) -> None:
+    """Writes config and weights: one `pytorch_model.bin`, or safetensors, a shard a layer, with their index."""
+    folder.mkdir(parents=True)
+    fields = shape.config("yuan")
+    folder.joinpath("config.json").write_text(json.dumps(fields), encoding="utf-8")
+    config = YuanConfig(**fields)
+    if layout == "bin":
+        weights: dict[str, torch.Tensor] = {}
+        for shard in shards(config):
+            weights |= shard
+        torch.save(weights, folder / "pytorch_model.bin")
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards(config), start=1):
+        file = f"model-{number:05}-of-{shape.layers + 2:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": places}
+    folder.joinpath("model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def own_size(model: torch.nn.Module) -> float:
+    """GiB of a model's parameters and buffers, each storage counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()) / GIB
+
+
+def watch(load: Callable[..., Any], memory: Memory, seen: dict[str, Any]) -> Callable[..., Any]:
+    """vLLM's loader, with what it took noted in `seen`."""
+
+    @wraps(load)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before, start = memory.reset(), time.perf_counter()
+        model = load(*args, **kwargs)
+        seen["seconds"] = round(time.perf_counter() - start, 2)
+        after = memory.sample()
+        seen["model_gib"] = round(own_size(model), 3)
+        for kind in STATUS.values():
+            seen[f"{kind}_before"], seen[f"{kind}_after"] = round(before[kind], 3), round(after[kind], 3)
+            seen[f"{kind}_peak"] = round(memory.highest[kind], 3)
+        seen["pss_after"] = round(proportional(), 3)
+        return model
+
+    return watched
+
+
+def child() -> None:
+    """Writes a checkpoint, or loads one."""
+    job = read_job()
+    folder = Path(job["folder"])
+    record = Record(Path(job["out"]), layout=job["layout"], variant=job["layout"])
+    start = time.perf_counter()
+    if job["write"]:
+        write(folder, Shape(**job["shape"]), job["layout"])
+        return print(f"{job['layout']} | written in {time.perf_counter() - start:.0f} s", flush=True)
+    record.attempt("load", lambda: load(folder, job["engine"]))
+
+
+def load(folder: Path, engine: dict[str, Any]) -> dict[str, Any]:
+    """Starts an engine on a checkpoint; what its loader took, and what the whole process did."""
+    from vllm import LLM
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    memory, seen = Memory(), dict[str, Any]()
+    memory.start()
+    BaseModelLoader.load_model = watch(BaseModelLoader.load_model, memory, seen)
+    llm = LLM(str(folder), skip_tokenizer_init=True, **engine)
+    memory.stopped.set()
+    seen["anonymous_ready"] = round(memory.now()["anonymous"], 3)
+    del llm
+    seen["max_resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)
+    return seen
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layouts", nargs="*", default=["bin", "safetensors"], help="bin, safetensors (default: both)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="where to write; must not exist")
+    parser.add_argument("--out", type=Path, default=Path("loading.jsonl"), help="JSON lines, one a layout")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints, and use those that are there")
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: more engine arguments")
+    parser.add_argument("--limit", type=float, default=500, help="seconds a step may take (default: %(default)s)")
+    Shape.add_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Writes, loads and deletes one layout after the other."""
+    arguments = read_arguments()
+    if arguments.child:
+        return child()
+    engine = {
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 1,
+        "kv_cache_memory_bytes": 256 * 2**20,
+    }
+    common = {"out": str(arguments.out.absolute()), "shape": asdict(Shape.of(arguments))}
+    log = arguments.out.with_suffix(".log")
+    for layout in arguments.layouts:
+        folder = arguments.folder.absolute() / layout
+        job = common | {"layout": layout, "folder": str(folder), "engine": engine | arguments.engine}
+        inside = Variant(layout, "yuan", {}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+        try:
+            writing = [] if arguments.keep and folder.exists() else [(inside, job | {"write": True})]
+            run_each(Path(__file__).absolute(), [*writing, (inside, job | {"write": False})], log, arguments.limit)
+        finally:
+            if not arguments.keep:
+                shutil.rmtree(folder, ignore_errors=True)
+    if arguments.out.exists():
+        print(table(read_records(arguments.out)))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown, a row a load."""
+    columns = ["layout", "seconds", "model_gib", "anonymous_before", "anonymous_peak", "anonymous_after"]
+    columns += ["file_peak", "resident_peak", "pss_after", "anonymous_ready", "max_resident"]
+    rows = [[str(record.get(column, "–")) for column in columns] for record in records if record["step"] == "load"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    main()

@@ -1,0 +1,235 @@
+"""What the benchmarks measure: a model of a given shape under given engine arguments, each in a process of its own."""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import psutil
+
+FIRST_TOKEN = 10
+"""Ids below it are controls in either vocabulary; random prompts begin here."""
+
+ENGINE: dict[str, Any] = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "max_model_len": 8192,
+    "max_num_seqs": 256,
+    "gpu_memory_utilization": 0.85,
+    "seed": 0,
+}
+"""Engine arguments of every variant, before its own."""
+
+VARIANT = re.compile(r"(?P<environment>(?:\w+=\S*\s+)*)(?P<model>[^\s:]+)(?P<engine>:\{.*\})?")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, by default those of Yuan2.0-2B."""
+
+    hidden: int = 2048
+    layers: int = 24
+    heads: int = 32
+    width: int = 8192
+    vocabulary: int = 135040
+    positions: int = 8192
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """One option a size."""
+        group = parser.add_argument_group("shape (Yuan2.0-2B's unless given)")
+        for name, value in asdict(Shape()).items():
+            group.add_argument(f"--{name}", type=int, default=value)
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Shape":
+        """Reads the options back."""
+        return cls(**{name: getattr(arguments, name) for name in asdict(cls())})
+
+    def config(self, model: str) -> dict[str, Any]:
+        """`config.json` of a Yuan or of a Llama with as many heads for keys as for queries.
+
+        Raises:
+            ValueError: the model is neither.
+        """
+        architectures = {"yuan": "YuanForCausalLM", "llama": "LlamaForCausalLM"}
+        if model not in architectures:
+            raise ValueError(f"a model is one of {', '.join(architectures)}, not {model!r}")
+        config: dict[str, Any] = {
+            "architectures": [architectures[model]],
+            "model_type": model,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.positions,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+        }
+        eod = min(77185, self.vocabulary - 1)
+        special = ("eod_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        return config | (dict.fromkeys(special, eod) if model == "yuan" else {"rope_theta": 10000.0})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model, what its engine is started with, and its environment; written `[VAR=VALUE …] MODEL[:{JSON}]`."""
+
+    label: str
+    model: str
+    engine: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+    @classmethod
+    def read(cls, text: str) -> "Variant":
+        """Reads the written form.
+
+        Raises:
+            argparse.ArgumentTypeError: the text is not of that form.
+        """
+        found = VARIANT.fullmatch(text.strip())
+        if found is None:
+            raise argparse.ArgumentTypeError(f"a variant is [VAR=VALUE …] MODEL[:{{JSON}}], not {text!r}")
+        try:
+            engine = json.loads((found["engine"] or ":{}")[1:])
+        except json.JSONDecodeError as error:
+            raise argparse.ArgumentTypeError(f"{error} in {text!r}") from error
+        environment = dict(pair.split("=", 1) for pair in found["environment"].split())
+        return cls(text.strip(), found["model"], engine, environment)
+
+
+class Record:
+    """JSON lines, appended as soon as each is known, so that what follows may fail."""
+
+    def __init__(self, file: Path, **common: Any) -> None:
+        self.file = file
+        self.common = common
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **fields: Any) -> None:
+        """Writes one line: the fields that are common to all, then these."""
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(self.common | fields, ensure_ascii=False) + "\n")
+
+    def attempt(self, step: str, measure: Callable[[], dict[str, Any]]) -> bool:
+        """Writes and prints what a step measured, or how it failed.
+
+        Returns:
+            Whether it is worth going on: an engine that died answers nothing more.
+        """
+        try:
+            fields = measure()
+        except Exception as error:
+            fields = {"error": f"{type(error).__name__}: {error}"[:500]}
+        self.add(step=step, **fields)
+        shown = " ".join(f"{name}={value}" for name, value in fields.items() if not isinstance(value, list | dict))
+        print(f"{self.common.get('variant', '')} | {step} | {shown}", flush=True)
+        return "EngineDead" not in str(fields.get("error"))
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """All lines of a record."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def random_prompts(generator: random.Random, batch: int, length: int, vocabulary: int) -> list[list[int]]:
+    """Distinct prompts of random ids, so that no two share a cached prefix."""
+    return [[generator.randrange(FIRST_TOKEN, vocabulary) for _ in range(length)] for _ in range(batch)]
+
+
+def batches_of(text: str) -> list[tuple[int, int]]:
+    """Reads `1x1024,16x4096`: prompts by tokens."""
+    return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(",") if part)]
+
+
+def run_each(program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], log: Path, limit: float) -> None:
+    """Runs jobs one after another, each as `program --child < JOB` in a process of its own.
+
+    A job that fails or outlasts its limit says so, and the next one starts.
+
+    Args:
+        program: the script.
+        jobs: the variant, whose environment the process gets, and the job it reads.
+        log: where the engine's own output goes.
+        limit: seconds each may take.
+    """
+    for variant, job in jobs:
+        environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"} | dict(variant.environment)
+        with log.open("a", encoding="utf-8") as errors:
+            start = errors.tell()
+            child = subprocess.Popen(
+                [sys.executable, program, "--child"],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            try:
+                child.communicate(json.dumps(job), timeout=limit)
+                outcome = f"ended with {child.returncode}" if child.returncode else ""
+            except subprocess.TimeoutExpired:
+                outcome = f"was ended after {limit:.0f} s"
+                _end(child)
+        if outcome:
+            lines = log.read_text(encoding="utf-8", errors="replace")[start:].splitlines()
+            told = [line for line in lines if "Error" in line][-8:] or lines[-8:]
+            print(f"{variant.label} {outcome}:", *(line[-300:] for line in told), sep="\n  ", flush=True)
+
+
+def _end(child: "subprocess.Popen[str]") -> None:
+    """Ends a process and the engine's that it started, and waits until they have given their memory back."""
+    started = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.wait()
+    for process in started:
+        if process.is_running():
+            process.kill()
+    psutil.wait_procs(started, timeout=30)
+
+
+def read_job() -> dict[str, Any]:
+    """The job a child was given."""
+    job: dict[str, Any] = json.load(sys.stdin)
+    return job
+
+
+def start_engine(job: Mapping[str, Any]) -> Any:
+    """vLLM's `LLM` on dummy weights of the job's `shape`, with its `model` and `engine` arguments."""
+    from vllm import LLM
+
+    config = json.dumps(Shape(**job["shape"]).config(job["model"]), sort_keys=True)
+    # Not a fresh folder each time: its path is part of the name under which vLLM keeps what it compiled.
+    folder = Path(gettempdir(), f"yuan-grpc-{job['model']}-{sha256(config.encode()).hexdigest()[:12]}")
+    folder.mkdir(exist_ok=True)
+    folder.joinpath("config.json").write_text(config, encoding="utf-8")
+    return LLM(str(folder), **ENGINE | job["engine"])
+
+
+def describe(llm: Any) -> dict[str, Any]:
+    """Versions, device and what the engine settled on."""
+    import torch
+    import vllm
+
+    config = llm.llm_engine.vllm_config
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "device": device,
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "kv_blocks": config.cache_config.num_gpu_blocks,
+        "block_size": config.cache_config.block_size,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+    }

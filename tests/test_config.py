@@ -1,0 +1,122 @@
+"""The configuration: what a file may leave out, what it may say in several ways, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from yuan_grpc.model.config import YuanConfig, check_split
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 128, "original_max_position_embeddings": 8192}
+
+
+def config(**fields: Any) -> YuanConfig:
+    """The configuration of a file with these fields."""
+    return YuanConfig(**fields)
+
+
+def scaling(**entries: Any) -> dict[str, Any]:
+    """A `rope_scaling` of type YaRN."""
+    return {"type": "yarn", **entries}
+
+
+def test_a_silent_configuration_has_the_published_values() -> None:
+    silent = config()
+    assert (silent.rms_norm_eps, silent.tie_word_embeddings, silent.use_yarn) == (1e-6, True, False)
+    assert silent.rope_parameters == {"rope_type": "default", "rope_theta": 10_000}
+    assert (silent.bos_token_id, silent.eos_token_id, silent.pad_token_id) == (77185, 77185, 77185)
+    assert (silent.head_dim, silent.num_key_value_heads, silent.max_position_embeddings) == (64, 32, 8192)
+    assert config(model_max_length=4096).max_position_embeddings == 4096
+
+
+def test_a_silent_yarn_configuration_has_the_published_values() -> None:
+    yarn = config(use_yarn=True)
+    assert (yarn.use_yarn, yarn.rope_parameters, yarn.max_position_embeddings) == (True, YARN, 1_048_576)
+
+
+def test_a_published_yarn_file_states_the_length_it_extends_from() -> None:
+    assert config(use_yarn=True, max_position_embeddings=8192, model_max_length=8192).max_position_embeddings == 2**20
+    extended = config(
+        use_yarn=True, max_position_embeddings=4096, scaled_max_position_embeddings=65536, yarn_scale_factor=16
+    )
+    assert extended.max_position_embeddings == 65536
+    assert extended.rope_parameters == YARN | {"factor": 16, "original_max_position_embeddings": 4096}
+
+
+def test_a_yarn_file_in_the_words_of_transformers_states_the_length_it_extends_to() -> None:
+    entries = scaling(factor=4.0, original_max_position_embeddings=8192)
+    yarn = config(use_yarn=True, max_position_embeddings=32768, rope_scaling=entries, rope_theta=5e5)
+    assert yarn.max_position_embeddings == 32768
+    assert yarn.rope_parameters == YARN | {"rope_theta": 5e5, "factor": 4}
+    assert config(rope_scaling=entries).max_position_embeddings == 32768
+    assert config(rope_scaling=entries, max_position_embeddings=8192).max_position_embeddings == 8192
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rotary_base"])
+def test_the_base_may_have_either_name(field: str) -> None:
+    assert config(**{field: 5e5}).rope_parameters["rope_theta"] == 5e5
+    assert config(use_yarn=True, **{field: 5e5}).rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_yarn": True}, {"rope_scaling": scaling(original_max_position_embeddings=8192)}],
+    ids=["plain", "published yarn", "yarn in the words of transformers"],
+)
+@pytest.mark.parametrize("positions", [None, 8192, 16384])
+def test_a_configuration_written_out_and_read_again_is_the_same(fields: dict[str, Any], positions: int | None) -> None:
+    once = config(max_position_embeddings=positions, **fields)
+    again = config(**once.to_dict())
+    assert again.to_dict() == once.to_dict()
+
+
+def test_what_a_plain_file_says_of_yarn_is_of_no_account() -> None:
+    fields = {"use_yarn": False, "yarn_scale_factor": 128, "rope_scaling": None, "attn_factor": 1.0}
+    assert config(**fields).rope_parameters == config().rope_parameters
+
+
+@pytest.mark.parametrize("flag", ["use_shareqk", "use_moe"])
+def test_a_variant_that_would_be_computed_wrongly_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"config.json sets `{flag}`, which is not supported"):
+        config(**{flag: True})
+    config(**{flag: False})
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"rope_scaling": True}, "`rope_scaling` must be an object, not True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`rope_scaling` must have the `rope_type` .* 'linear'"),
+        ({"use_yarn": True, "rope_scaling": {"rope_type": "dynamic"}}, "`rope_scaling` must have .* not 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "`rope_parameters` must have .* not 'llama3'"),
+        ({"rope_scaling": {"factor": 2.0}}, "`rope_scaling` sets `factor`, which Yuan's rotation of type 'default'"),
+        ({"rope_scaling": scaling(mscale=0.7)}, "`rope_scaling` sets `mscale`, which .* 'yarn' lacks"),
+        ({"rope_scaling": scaling(beta_fast=16)}, "`beta_fast` in `rope_scaling` must be 32 for a Yuan model, not 16"),
+        ({"use_yarn": True, "attn_factor": 0.5}, r"`attn_factor` in `config.json` must be 1 .* not 0\.5"),
+        ({"rotary_percent": 0.5}, "`rotary_percent` in `config.json` must be 1"),
+        ({"use_yarn": False, "rope_scaling": scaling()}, "`use_yarn` must not be false where"),
+        ({"use_yarn": True, "yarn_scale_factor": 0.5}, r"`factor` must be a number above 1, not 0\.5"),
+        ({"rope_scaling": scaling(factor="128")}, "`factor` must be a number above 1, not '128'"),
+        ({"use_yarn": True, "max_position_embeddings": 4096}, "at least `original_max_position_embeddings`, 8192"),
+    ],
+)
+def test_a_rotation_that_is_not_yuans_is_refused(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        config(**fields)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="`hidden_size` must be"):
+        config(hidden_size=100, num_attention_heads=32)
+    with pytest.raises(ValueError, match="`head_dim` must be even"):
+        config(hidden_size=96, num_attention_heads=32)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_published_sizes_can_be_split(ranks: int) -> None:
+    check_split(config(), ranks)
+    check_split(config(hidden_size=8192, intermediate_size=32768, num_attention_heads=64), ranks)
+
+
+def test_a_split_that_does_not_come_out_even_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`intermediate_size` must be divisible .*, and 8190 is not divisible by 4"):
+        check_split(config(intermediate_size=8190), 4)
