@@ -26,7 +26,7 @@ def more(text: str, index: int = 0) -> Step:
 
 class FakeEngine:
     """Plays a script to every request: acceptance, steps to yield, exceptions to raise, and then, if told so, nothing
-    for ever.
+    until it is cut short.
 
     A token is a character. Its start fails with `failure`, or lasts until `may_start` is set; `dies` loses it.
     """
@@ -86,10 +86,17 @@ class FakeEngine:
     async def holding(self, lora: str) -> AsyncGenerator[str, None]:
         yield lora
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         self.asked.append(job)
         self.running += 1
         self.began.set()
+        ended = {
+            piece.index
+            for step in self.script
+            if isinstance(step, Step)
+            for piece in step.pieces
+            if piece.finish_reason
+        }
         try:
             if not (self.script and isinstance(self.script[0], Exception)):
                 yield Step()
@@ -98,7 +105,9 @@ class FakeEngine:
                     raise step
                 yield step
             if self.hangs:
-                await asyncio.Event().wait()
+                await (cut or asyncio.Event()).wait()
+                going_on = [index for index in range(job.sampling.n) if index not in ended]
+                yield Step([Piece(index, "", (), finish_reason=FinishReason.DEADLINE) for index in going_on])
         finally:
             self.running -= 1
             self.freed.set()

@@ -67,7 +67,7 @@ class TableEngine(FakeEngine):
                 return text[: end if keeps_end else end - len(stop)], stop
         return text, None
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         assert job.request_id not in {other.request_id for other in self.asked}
         self.asked.append(job)
         self.running += 1
@@ -77,6 +77,9 @@ class TableEngine(FakeEngine):
             await asyncio.sleep(0)  # the others begin
             if self.before:
                 await self.before(job)
+            if cut and cut.is_set():
+                yield Step([Piece(0, "", (), finish_reason=FinishReason.DEADLINE)])
+                return
             logprobs = self.table(job.prompt)
             order = sorted(range(len(logprobs)), key=lambda token_id: -logprobs[token_id])
             ranked = [RankedToken(i, self.pieces[i], logprobs[i], rank) for rank, i in enumerate(order, start=1)]
@@ -325,69 +328,81 @@ async def test_a_model_that_gives_no_token_a_probability_is_an_error() -> None:
         await choices_of(TableEngine(lambda _: [math.nan, math.nan], tokens=2), job_of(), Beam(1, 2))
 
 
-async def test_the_rest_is_as_many_empty_choices_before_there_is_anything() -> None:
-    search = BeamSearch(TableEngine(random_table(0, tokens=5), tokens=5), job_of(), Beam(3, 4))
-    rest = await search.rest()
-    assert [(piece.index, piece.text, piece.finish_reason) for piece in rest.pieces] == [
+async def test_a_search_cut_before_it_has_anything_ends_with_empty_choices() -> None:
+    cut = asyncio.Event()
+    cut.set()
+    search = BeamSearch(TableEngine(random_table(0, tokens=5), tokens=5), job_of(), Beam(3, 4), cut=cut)
+    *_, end = await all_steps(search)
+    assert [(piece.index, piece.text, piece.finish_reason) for piece in end.pieces] == [
         (index, "", FinishReason.DEADLINE) for index in range(3)
     ]
 
 
-async def test_the_rest_is_the_best_of_what_is_finished_and_what_is_not() -> None:
+async def test_a_search_cut_short_ends_with_the_best_of_what_is_finished_and_what_is_not() -> None:
     seen = set()
     for seed in SEEDS:
-        job, search_width = job_of(max_tokens=9, logprobs=1), 3
-        search = BeamSearch(
-            TableEngine(random_table(seed, tokens=5), tokens=5), job, Beam(2, search_width, early_stopping="never")
-        )
+        job, cut = job_of(max_tokens=9, logprobs=1), asyncio.Event()
+        engine = TableEngine(random_table(seed, tokens=5), tokens=5)
+        search = BeamSearch(engine, job, Beam(2, 3, early_stopping="never"), cut=cut)
         async with aclosing(search.steps()) as steps:
             for _ in range(4):
                 await anext(steps)
-        pieces = (await search.rest()).pieces
-        assert [piece.index for piece in pieces] == [0, 1]
-        assert score(job, 1.0, pieces[0]) >= score(job, 1.0, pieces[1])
-        for piece in pieces:
+            cut.set()
+            (end,) = [step async for step in steps]
+        assert [piece.index for piece in end.pieces] == [0, 1]
+        assert score(job, 1.0, end.pieces[0]) >= score(job, 1.0, end.pieces[1])
+        for piece in end.pieces:
             assert (len(piece.token_ids) == 3) or piece.finish_reason is FinishReason.STOP
             assert len(piece.positions) == len(piece.token_ids)
             seen.add(piece.finish_reason)
     assert seen == {FinishReason.STOP, FinishReason.DEADLINE}
 
 
-async def test_nothing_is_left_once_the_choices_have_come() -> None:
-    search = BeamSearch(TableEngine(random_table(0, tokens=5), tokens=5), job_of(), Beam(2, 2))
-    await all_steps(search)
-    assert await search.rest() == Step()
-
-
 class Held:
-    """Holds the jobs of one length for ever, once they are accepted; `all_there` is set when so many are."""
+    """Holds the jobs of one length until they are let go, once they are accepted; `all_there` is set when so many
+    are."""
 
     def __init__(self, tokens: int, jobs: int) -> None:
         self.length = len(PROMPT) + tokens
         self.missing = jobs
         self.all_there = asyncio.Event()
+        self.go = asyncio.Event()
 
     async def __call__(self, job: Job) -> None:
         if len(job.prompt) == self.length:
             self.missing -= 1
             if not self.missing:
                 self.all_there.set()
-            await asyncio.Event().wait()
+            await self.go.wait()
 
 
-@pytest.mark.parametrize(("tokens", "jobs"), [(0, 1), (1, 3), (3, 3)])
+WHEREVER_IT_IS = pytest.mark.parametrize(("tokens", "jobs"), [(0, 1), (1, 3), (3, 3)])
+
+
+@WHEREVER_IT_IS
 async def test_a_cancelled_search_frees_every_job(tokens: int, jobs: int) -> None:
     engine = TableEngine(random_table(0, tokens=5), tokens=5)
     engine.before = held = Held(tokens, jobs)
-    search = BeamSearch(engine, job_of(ignore_eos=True), Beam(2, 3))
-    task = asyncio.create_task(all_steps(search))
+    task = asyncio.create_task(all_steps(BeamSearch(engine, job_of(ignore_eos=True), Beam(2, 3))))
     await held.all_there.wait()
     assert engine.running == jobs
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert engine.running == 0
-    assert [len(piece.token_ids) for piece in (await search.rest()).pieces] == [tokens] * 2
+
+
+@WHEREVER_IT_IS
+async def test_a_search_cut_short_has_the_tokens_of_all_whole_steps(tokens: int, jobs: int) -> None:
+    engine = TableEngine(random_table(0, tokens=5), tokens=5)
+    engine.before = held = Held(tokens, jobs)
+    search = BeamSearch(engine, job_of(ignore_eos=True), Beam(2, 3), cut=held.go)
+    task = asyncio.create_task(all_steps(search))
+    await held.all_there.wait()
+    held.go.set()
+    *_, end = await task
+    assert [len(piece.token_ids) for piece in end.pieces] == [tokens] * 2
+    assert engine.running == 0
 
 
 @pytest.mark.parametrize("taken", [1, 2, 4])

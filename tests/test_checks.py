@@ -1,6 +1,7 @@
 """What is said of bad requests."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from fakes import INFO
@@ -9,21 +10,25 @@ from google.protobuf.struct_pb2 import NULL_VALUE, Value
 
 from yuan_grpc.server.checks import check_generate, check_tokenize, check_turns
 from yuan_grpc.server.errors import InvalidRequestError, ModelNotFoundError, NotEnabledError
+from yuan_grpc.server.generation import ModelInfo
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 PROMPT = [65, 66]
 
 
-def complaints_about(request: pb.GenerateRequest, prompt: list[int] = PROMPT) -> list[tuple[str, str]]:
+def complaints_about(
+    request: pb.GenerateRequest, prompt: list[int] = PROMPT, info: ModelInfo = INFO
+) -> list[tuple[str, str]]:
     """All violations, field and description."""
     with pytest.raises(InvalidRequestError) as raised:
-        check_generate(request, prompt, INFO, ["style"])
+        check_generate(request, prompt, info, ["style"])
     return [(violation.field, violation.description) for violation in raised.value.violations]
 
 
-def complaint_about(**fields: object) -> tuple[str, str]:
+def complaint_about(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, str]:
     """The one violation of an otherwise right request."""
-    (complaint,) = complaints_about(pb.GenerateRequest(**({"prompt": "AB"} | fields)))  # type: ignore[arg-type]
+    request = pb.GenerateRequest(**({"prompt": "AB"} | fields))  # type: ignore[arg-type]
+    (complaint,) = complaints_about(request, info=info)
     return complaint
 
 
@@ -106,6 +111,29 @@ def test_a_wrong_prompt_is_refused(request_: pb.GenerateRequest, prompt: list[in
 def test_all_that_is_wrong_is_said_at_once() -> None:
     complaints = complaints_about(pb.GenerateRequest(n=0, top_p=2, stop=[""]), [])
     assert [field for field, _ in complaints] == ["prompt", "n", "top_p", "stop[0]"]
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": -1}, {"n": -3, "best_of": 2, "top_k": 1}], ids=str)
+def test_nothing_is_said_of_what_is_right_beside_what_is_wrong(fields: dict[str, int]) -> None:
+    assert complaint_about(**fields)[0] == next(iter(fields))
+
+
+def test_more_choices_than_the_server_ever_takes_are_no_matter_of_waiting() -> None:
+    small = replace(INFO, max_num_queued_reqs=5)
+    rule = "must be at most 5, which is as many choices as the server takes at a time, not 6"
+    assert complaint_about(small, n=6) == ("n", f"`n` {rule}")
+    assert complaint_about(small, n=2, best_of=6) == ("best_of", f"`best_of` {rule}")
+    for fields in ({"n": 5}, {"n": 6, "top_k": 1}, {"n": 6, "best_of": 6, "use_beam_search": True}):
+        check_generate(pb.GenerateRequest(prompt="AB", **fields), PROMPT, small, [])  # type: ignore[arg-type]
+
+
+def test_log_probabilities_have_an_end_in_all() -> None:
+    long = replace(INFO, context=8192)
+    fields = {"n": 32, "max_tokens": 2048}
+    rule = "must be so few that choices × `max_tokens` × (`logprobs` + 1) is at most 1048576, not 1114112"
+    assert complaint_about(long, **fields, logprobs=16) == ("logprobs", f"`logprobs` {rule}")
+    assert complaint_about(long, **fields, logprob_token_ids=range(16))[0] == "logprob_token_ids"
+    check_generate(pb.GenerateRequest(prompt="AB", n=32, max_tokens=2048, logprobs=15), PROMPT, long, [])
 
 
 def test_other_wrong_entries_are_named_by_their_places() -> None:

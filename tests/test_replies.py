@@ -3,7 +3,7 @@
 import pytest
 
 from yuan_grpc.server.generation import FinishReason, Piece, Position, Progress, RankedToken, Step
-from yuan_grpc.server.replies import MAX_LOGPROBS_IN_A_MESSAGE, Reply
+from yuan_grpc.server.replies import MAX_ENTRIES_IN_A_MESSAGE, Reply
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -76,10 +76,30 @@ def test_the_prompts_logprobs_come_whole_or_first(flat: bool) -> None:
 
 
 def test_a_long_prompts_logprobs_are_cut_into_messages() -> None:
-    positions = [SECOND] * (MAX_LOGPROBS_IN_A_MESSAGE + 1)
+    positions = [SECOND] * (MAX_ENTRIES_IN_A_MESSAGE + 1)
     messages = list(reply(prompt_logprobs=1).parts(Step(prompt_positions=positions)))
-    assert [len(message.prompt_logprobs) for message in messages] == [MAX_LOGPROBS_IN_A_MESSAGE // 2] * 2 + [1]
+    assert [len(message.prompt_logprobs) for message in messages] == [MAX_ENTRIES_IN_A_MESSAGE // 2] * 2 + [1]
     assert [message.HasField("usage") for message in messages] == [True, False, False]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_is_too_large_for_a_message_of_a_stream_comes_in_several(flat: bool) -> None:
+    tokens = MAX_ENTRIES_IN_A_MESSAGE // 2 + 1  # with their log-probabilities one more than half fit
+    long = Piece(1, "long", [4] * tokens, [SECOND] * tokens, -9.0, FinishReason.STOP, "x")
+    step = Step([Piece(0, "a", [1], [FIRST]), long, Piece(2, "b", [2], [FIRST], -1.0)], progress=Progress(1, 1))
+    begun, *messages = reply(echo="Q", flat_logprobs=flat).parts(step)
+    assert not begun.choices
+    assert max(message.ByteSize() for message in messages) < 2 << 20
+    assert all(message.HasField("progress") for message in messages)
+    choices = [choice for message in messages for choice in message.choices]
+    assert [choice.text for choice in choices] == ["Qa", "Qlong", "", "Qb"]
+    assert [choice.finish_reason for choice in choices] == [0, 0, pb.FINISH_REASON_STOP, 0]
+    assert [choice.stop_string for choice in choices] == ["", "", "x", ""]
+    assert [choice.HasField("cumulative_logprob") for choice in choices] == [False, False, True, True]
+    assert sum(len(choice.token_ids) for choice in choices) == tokens + 2
+    assert [message.HasField("usage") for message in messages] == [False] * (len(messages) - 1) + [True]
+    kept = sum(len(choice.flat_logprobs.starts) if flat else len(choice.logprobs) for choice in choices)
+    assert kept == tokens + 2
 
 
 def test_the_first_message_tells_prompt_tokens_and_seed() -> None:

@@ -100,7 +100,7 @@ class LateEngine(FakeEngine):
         self.may_start.set()
         self.go = asyncio.Event()
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         self.running += 1
         yield Step()
         await self.go.wait()

@@ -20,6 +20,7 @@ from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, ServiceEr
 from yuan_grpc.server.generation import FinishReason, Piece, Position, RankedToken, Step
 from yuan_grpc.server.health import Health
 from yuan_grpc.server.service import NAME
+from yuan_grpc.server.writer import Writer
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -212,6 +213,18 @@ async def test_a_dropped_connection_frees_its_request() -> None:
         await call.read()
         await channel.close()
         await engine.freed.wait()
+
+
+async def test_who_is_found_gone_while_a_message_is_written_has_cancelled() -> None:
+    class Gone:
+        async def send_initial_metadata(self, metadata: object) -> None: ...
+
+        async def write(self, message: object) -> None:
+            raise grpc.aio.InternalError("the call has ended")
+
+    gone: Any = Gone()
+    with pytest.raises(asyncio.CancelledError):
+        await Writer(gone).write(pb.GenerateStreamResponse())
 
 
 async def test_a_deadline_frees_its_request() -> None:
@@ -445,6 +458,14 @@ async def test_a_batch_runs_a_bounded_number_at_a_time() -> None:
             assert (await call.read()).request_id == str(ended)
         call.cancel()
         await until(lambda: not engine.running)
+
+
+async def test_an_answer_that_is_too_large_harms_no_other_of_its_batch() -> None:
+    large = Step([Piece(0, "x" * (4 << 20), [1], finish_reason=FinishReason.LENGTH)])
+    async with served(FakeEngine(large)) as channel:
+        (answer,) = [answer async for answer in stub_of(channel).GenerateBatch(iter(batch_of(REQUEST)))]
+    assert answer.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert answer.error.message.startswith("a request's answer must be at most 4190208 bytes in a batch, not 41943")
 
 
 async def test_one_request_of_a_batch_can_be_aborted() -> None:

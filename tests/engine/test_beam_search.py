@@ -100,8 +100,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
-        async with aclosing(self._engine.generate(job, stream=stream)) as steps:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
+        async with aclosing(self._engine.generate(job, stream=stream, cut=cut)) as steps:
             async for step in steps:
                 self._missing -= not step.pieces
                 if not self._missing:
@@ -110,26 +110,30 @@ class Watched:
 
 
 @pytest.mark.timeout(120)  # by itself it ends too late
+@pytest.mark.parametrize("is_cut", [False, True], ids=["cancelled", "cut short"])
 @pytest.mark.parametrize(("jobs", "tokens"), [(1, 0), (17, 1), (40, 3)])
-async def test_a_cancelled_search_frees_all_that_the_engine_has_of_it(
-    engine: Any, tokenizer: YuanTokenizer, jobs: int, tokens: int
+async def test_a_search_that_is_ended_frees_all_that_the_engine_has_of_it(
+    engine: Any, tokenizer: YuanTokenizer, jobs: int, tokens: int, is_cut: bool
 ) -> None:
-    """Cancelled with the first job in the engine, with all of a step's, and with a part of them."""
-    watched = Watched(engine, jobs)
-    job = Job("cancelled", tokenizer.encode(PROMPTS[0]), Sampling(max_tokens=2000, ignore_eos=True))
-    search = BeamSearch(watched, job, Beam(8, 16))
+    """With the first job in the engine, with all of a step's, and with a part of them."""
+    watched, cut = Watched(engine, jobs), asyncio.Event()
+    job = Job("ended", tokenizer.encode(PROMPTS[0]), Sampling(max_tokens=2000, ignore_eos=True))
 
-    async def run() -> None:
-        async with aclosing(search.steps()) as steps:
-            async for _ in steps:
-                pass
+    async def run() -> list[Step]:
+        async with aclosing(BeamSearch(watched, job, Beam(8, 16), cut=cut).steps()) as steps:
+            return [step async for step in steps]
 
     task = asyncio.create_task(run())
     await watched.all_there.wait()
     assert engine._llm.get_num_unfinished_requests() > 0
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    if is_cut:
+        cut.set()
+        *_, end = await task
+        assert [len(piece.token_ids) for piece in end.pieces] == [tokens] * 8
+        assert {piece.finish_reason for piece in end.pieces} == {FinishReason.DEADLINE}
+    else:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     assert engine._llm.get_num_unfinished_requests() == 0
     assert await engine._llm.reset_prefix_cache()
-    assert [len(piece.token_ids) for piece in (await search.rest()).pieces] == [tokens] * 8

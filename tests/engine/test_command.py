@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Semaphore, Thread
 
 import grpc
 import psutil
@@ -126,6 +127,31 @@ def test_a_server_that_is_killed_takes_its_engine_with_it(start: Callable[..., P
     server.process.kill()
     server.end()
     assert gone(below)
+
+
+def test_who_has_the_lower_priority_number_goes_first(start: Callable[..., Process]) -> None:
+    server = start("--scheduling-policy", "priority", "--max-num-seqs", "1")
+    server.wait_until_serving()
+    before = server.stub.GenerateStream(ENDLESS)
+    next(before)
+    next(before)  # it runs, so that the others wait
+    came, ended = list[int](), Semaphore(0)
+
+    def follow(priority: int, parts: Iterator[pb.GenerateStreamResponse]) -> None:
+        for _ in parts:
+            came.append(priority)
+        ended.release()
+
+    for priority in (5, 1):
+        parts = server.stub.GenerateStream(pb.GenerateRequest(prompt="一", max_tokens=200, priority=priority))
+        next(parts)  # it is in the queue
+        Thread(target=follow, args=(priority, parts)).start()
+    before.cancel()
+    assert ended.acquire(timeout=60)
+    assert ended.acquire(timeout=60)
+    assert came.index(5) > came.count(1) // 2 > 0
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end()[0] == 0
 
 
 def test_it_can_be_stopped_while_the_model_loads(start: Callable[..., Process]) -> None:

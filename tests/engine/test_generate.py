@@ -143,9 +143,11 @@ async def test_zero_logprobs_are_those_of_the_chosen_tokens_alone(served: Served
     assert [list(position.top) for position in choice.logprobs] == [[]] * 5
 
 
-async def test_greedy_choices_are_all_the_same(served: Served) -> None:
-    choices = (await served.generate(pb.GenerateRequest(prompt=PROMPT, n=3, top_p=0))).choices
-    assert len({tuple(choice.token_ids) for choice in choices}) == 1
+async def test_greedy_choices_are_all_the_same_and_all_counted(served: Served) -> None:
+    response = await served.generate(pb.GenerateRequest(prompt=PROMPT, n=3, top_p=0))
+    assert [choice.index for choice in response.choices] == [0, 1, 2]
+    (ids,) = {tuple(choice.token_ids) for choice in response.choices}
+    assert response.usage.completion_tokens == 3 * len(ids)
 
 
 async def test_a_seed_repeats_and_no_seed_does_not(served: Served) -> None:
@@ -315,9 +317,13 @@ async def test_a_full_engine_says_so_and_goes_on(served: Served) -> None:
 
 
 @ends_by_itself_too_late
-async def test_a_request_past_its_deadline_is_freed(served: Served) -> None:
+@pytest.mark.parametrize(
+    "search", [{}, {"use_beam_search": True, "best_of": 4}, {"best_of": 4}], ids=["sampled", "beam", "best_of"]
+)
+async def test_a_request_past_its_deadline_is_freed(served: Served, search: dict[str, Any]) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, ignore_eos=True, **search)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await served.stub.Generate(ENDLESS, timeout=0.5)
+        await served.stub.Generate(request, timeout=0.5)
     assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await assert_freed(served)
 
@@ -325,4 +331,5 @@ async def test_a_request_past_its_deadline_is_freed(served: Served) -> None:
 async def assert_freed(served: Served) -> None:
     """Nothing is left at the front, and behind it the cache can be emptied."""
     await served.until_unfinished(0)
+    assert not served.llm.output_processor.parent_requests
     assert await served.is_empty()

@@ -1,6 +1,8 @@
 """What each parameter does, on the real engine behind the real server."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -9,6 +11,7 @@ from engine.conftest import Served
 from google.protobuf.duration_pb2 import Duration
 from reference import ReferenceYuan
 
+from yuan_grpc.server.generation import FinishReason, Job, Sampling
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -193,20 +196,62 @@ async def test_a_heartbeat_comes_while_the_prompt_waits(served: Served) -> None:
     await served.until_unfinished(0)
 
 
-async def test_a_deadline_gives_what_there_is(served: Served) -> None:
-    request = pb.GenerateRequest(prompt=PROMPT, n=3, max_tokens=2000, ignore_eos=True, partial_on_deadline=True)
-    response = await served.stub.Generate(request, timeout=1)
-    assert [choice.finish_reason for choice in response.choices] == [pb.FINISH_REASON_DEADLINE] * 3
-    assert response.usage.completion_tokens == sum(len(choice.token_ids) for choice in response.choices) > 0
+SEARCHES = pytest.mark.parametrize(
+    "search", [{}, {"use_beam_search": True, "best_of": 4}, {"best_of": 4}], ids=["sampled", "beam", "best_of"]
+)
+
+
+@SEARCHES
+async def test_a_deadline_gives_what_there_is(served: Served, search: dict[str, Any]) -> None:
+    request = pb.GenerateRequest(
+        prompt=PROMPT, n=3, max_tokens=2000, ignore_eos=True, partial_on_deadline=True, **search
+    )
+
+    async def items() -> AsyncIterator[pb.GenerateBatchRequest]:
+        yield pb.GenerateBatchRequest(request=request)
+
+    alone = await served.stub.Generate(request, timeout=1)
+    (item,) = [item async for item in served.stub.GenerateBatch(items(), timeout=1)]
+    for response in (alone, item.response):
+        assert [choice.finish_reason for choice in response.choices] == [pb.FINISH_REASON_DEADLINE] * 3
+        returned = sum(len(choice.token_ids) for choice in response.choices)
+        assert response.usage.completion_tokens >= returned > 0
     parts = [part async for part in served.stub.GenerateStream(request, timeout=1)]
     assert {choice.index for choice in parts[-1].choices if choice.finish_reason} == {0, 1, 2}
     await served.until_unfinished(0)
     assert await served.is_empty()
 
 
-@pytest.mark.parametrize(
-    "search", [{}, {"use_beam_search": True, "best_of": 4}, {"best_of": 4}], ids=["sampled", "beam", "best_of"]
-)
+KEPT_BACK = {"a stop string": {"stop": ["x" * 1000]}, "an interval": {"stream_interval": 2000}}
+"""What has the engine keep back what it has generated: until it is no beginning of a stop string, or enough."""
+
+
+@pytest.mark.parametrize("fields", KEPT_BACK.values(), ids=KEPT_BACK.keys())
+async def test_a_deadline_gives_all_that_was_generated(served: Served, fields: dict[str, Any]) -> None:
+    greedy: dict[str, Any] = {"prompt": PROMPT, "ignore_eos": True, "top_k": 1}
+    request = pb.GenerateRequest(**greedy, **fields, max_tokens=2000, partial_on_deadline=True)
+    parts = [part async for part in served.stub.GenerateStream(request, timeout=1)]
+    response = await served.stub.Generate(request, timeout=1)
+    (choice,) = response.choices
+    for text, tokens in ((text_of(parts), parts[-1].usage.completion_tokens), (choice.text, len(choice.token_ids))):
+        expected = await served.generate(pb.GenerateRequest(**greedy, max_tokens=tokens))
+        assert text == expected.choices[0].text != ""
+
+
+async def test_a_job_cut_short_while_nobody_reads_ends_with_one_step_of_all_the_rest(served: Served) -> None:
+    cut, sampling = asyncio.Event(), Sampling(n=2, max_tokens=2000, ignore_eos=True, seed=1, logprobs=1)
+    job = Job("cut-short", [5, 6, 7], sampling)
+    async with aclosing(served.engine.generate(job, stream=True, cut=cut)) as steps:
+        before = [await anext(steps) for _ in range(3)]
+        cut.set()
+        await served.until_unfinished(0)
+        (end,) = [step async for step in steps]
+    assert not before[0].pieces
+    assert {(piece.index, piece.finish_reason) for piece in end.pieces} == {(i, FinishReason.DEADLINE) for i in (0, 1)}
+    assert all(len(piece.positions) == len(piece.token_ids) for piece in end.pieces)
+
+
+@SEARCHES
 async def test_an_aborted_call_leaves_nothing_in_the_engine(served: Served, search: dict[str, Any]) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, ignore_eos=True, request_id="to-abort", **search)
     call = served.stub.GenerateStream(request)

@@ -1,5 +1,6 @@
 """Answers to requests, whole or in parts: what every way into the service shares."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -10,10 +11,10 @@ from yuan_grpc.server import checks, requests
 from yuan_grpc.server.beam import BeamSearch
 from yuan_grpc.server.calls import Calls
 from yuan_grpc.server.errors import UnavailableError
-from yuan_grpc.server.generation import Engine, Job, Run
-from yuan_grpc.server.pacing import Pause, cut_off, paced
+from yuan_grpc.server.generation import INLINE_ENTRIES, Engine, Job, Step
+from yuan_grpc.server.pacing import cut_before, with_heartbeats
 from yuan_grpc.server.replies import Reply
-from yuan_grpc.server.runs import BestOf, Gathering, Sampled
+from yuan_grpc.server.runs import Gathering, alike, best_of
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 SEED_BITS = 48
@@ -49,14 +50,16 @@ class Answers:
             request: is given a name where it has none.
             seconds: how many are left until the caller's deadline, which matters to `partial_on_deadline` alone.
         """
-        with self.calls.running(_named(request)):
-            reply, run, choices = await self._begin(request, stream=request.partial_on_deadline)
+        with self.calls.running(_named(request)), cut_before(_until(request, seconds)) as cut:
+            reply, steps, choices = await self._begin(request, stream=False, cut=cut)
             gathering = Gathering(choices)
-            steps = paced(run.steps(), seconds=_cut_off(request, seconds))
             async with aclosing(steps):
                 async for step in steps:
-                    gathering.add(await run.rest() if isinstance(step, Pause) else step)
-            return reply.whole(gathering.whole())
+                    gathering.add(step)
+            whole = gathering.whole()
+            if whole.entries > INLINE_ENTRIES:
+                return await asyncio.to_thread(reply.whole, whole)
+            return reply.whole(whole)
 
     @asynccontextmanager
     async def in_parts(
@@ -72,17 +75,18 @@ class Answers:
     async def _parts(
         self, request: pb.GenerateRequest, seconds: float | None
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        reply, run, _ = await self._begin(request, stream=True)
-        heartbeat = requests.heartbeat_seconds(request)
-        steps = paced(run.steps(), heartbeat=heartbeat, seconds=_cut_off(request, seconds))
-        async with aclosing(steps):
-            async for step in steps:
-                step = await run.rest() if step is Pause.DEADLINE else step
-                for part in reply.heartbeat() if isinstance(step, Pause) else reply.parts(step):
-                    yield part
+        with cut_before(_until(request, seconds)) as cut:
+            reply, steps, _ = await self._begin(request, stream=True, cut=cut)
+            paced = with_heartbeats(steps, requests.heartbeat_seconds(request))
+            async with aclosing(paced):
+                async for step in paced:
+                    for part in reply.heartbeat() if step is None else reply.parts(step):
+                        yield part
 
-    async def _begin(self, request: pb.GenerateRequest, *, stream: bool) -> tuple[Reply, Run, int]:
-        """Checks the request; nothing is asked of the engine before the run's steps are iterated.
+    async def _begin(
+        self, request: pb.GenerateRequest, *, stream: bool, cut: asyncio.Event | None
+    ) -> tuple[Reply, AsyncGenerator[Step, None], int]:
+        """Checks the request; nothing is asked of the engine before the steps are iterated.
 
         Returns:
             What builds the responses, what yields their content, and how many choices it has.
@@ -93,13 +97,17 @@ class Answers:
         checks.check_generate(request, prompt, engine.info, engine.loras)
         work = requests.work_of(request, prompt, engine.info)
         job = _seeded(work.job)
-        n, echo = (work.beam or job.sampling).n, self._echo(request, text, prompt, len(prompt) < len(whole))
+        echo = self._echo(request, text, prompt, len(prompt) < len(whole))
         reply = Reply(request, request.model or engine.info.name, prompt, echo, job.sampling.seed)
         if work.beam:
-            return reply, BeamSearch(engine, job, work.beam, stream=stream), n
+            return reply, BeamSearch(engine, job, work.beam, stream=stream, cut=cut).steps(), work.beam.n
+        n = job.sampling.n
         if work.best_of > n:
-            return reply, BestOf(engine, job, work.best_of), n
-        return reply, Sampled(engine, job, stream=stream), n
+            return reply, best_of(engine, job, work.best_of, cut=cut), n
+        if n > 1 and job.sampling.is_greedy:
+            one = replace(job, sampling=replace(job.sampling, n=1))
+            return reply, alike(engine.generate(one, stream=stream, cut=cut), n), n
+        return reply, engine.generate(job, stream=stream, cut=cut), n
 
     async def _prompt(self, request: pb.GenerateRequest) -> tuple[str, Sequence[int]]:
         """The prompt's text, where it was one, and all of its tokens."""
@@ -131,6 +139,6 @@ def _seeded(job: Job) -> Job:
     return job if sampling.seed is not None else replace(job, sampling=replace(sampling, seed=randbits(SEED_BITS)))
 
 
-def _cut_off(request: pb.GenerateRequest, seconds: float | None) -> float | None:
-    """After how many seconds the answer is to be cut short; None for never."""
-    return cut_off(seconds) if request.partial_on_deadline and seconds is not None else None
+def _until(request: pb.GenerateRequest, seconds: float | None) -> float | None:
+    """How many seconds are left to an answer that is to be what there is by then; None for any number."""
+    return seconds if request.partial_on_deadline else None

@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from grpc import StatusCode
 
-from yuan_grpc.server.errors import status_of
+from yuan_grpc.server.errors import AnswerTooLargeError, status_of
 from yuan_grpc.server.interceptor import explain, logged
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 IN_FLIGHT = 64
+MAX_ANSWER = (4 << 20) - 4096  # beside which a batch has the request's place and name
 
 Answer = Callable[[pb.GenerateRequest], Awaitable[pb.GenerateResponse]]
 Write = Callable[[pb.GenerateBatchResponse], Awaitable[None]]
@@ -51,11 +52,18 @@ async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], answer: Answe
         await asyncio.gather(*running, return_exceptions=True)
 
 
+def _check_size(response: pb.GenerateResponse) -> None:
+    """Most clients take no message of more, and would lose the call with all its other requests."""
+    if (size := response.ByteSize()) > MAX_ANSWER:
+        raise AnswerTooLargeError(f"a request's answer must be at most {MAX_ANSWER} bytes in a batch, not {size}")
+
+
 async def _one(index: int, request: pb.GenerateRequest, answer: Answer) -> pb.GenerateBatchResponse:
     with logged("GenerateBatch") as outcome:
         reply = pb.GenerateBatchResponse(index=index)
         try:
             reply.response.CopyFrom(await answer(request))
+            _check_size(reply.response)
             outcome.code = StatusCode.OK
         except Exception as error:
             outcome.code, status = status_of(error)

@@ -74,14 +74,18 @@ class BeamSearch:
             what to return.
         beam: the search's own parameters; `n` is at most `width`.
         stream: whether progress is told, which takes a text for each token.
+        cut: see `Engine.generate`; then the choices are the best of what there is, finished or not.
     """
 
-    def __init__(self, engine: Engine, job: Job, beam: Beam, *, stream: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, job: Job, beam: Beam, *, stream: bool = True, cut: asyncio.Event | None = None
+    ) -> None:
         info, sampling = engine.info, job.sampling
         self._engine = engine
         self._job = job
         self._beam = beam
         self._stream = stream
+        self._cut = cut
         self._end_of_text = frozenset(info.end_token_ids)
         self._held_back = self._end_of_text.union(sampling.stop_token_ids)
         self._ends = frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self._held_back
@@ -94,7 +98,6 @@ class BeamSearch:
         self._tail = 4 * max(map(len, sampling.stop), default=0) + 8
         self._frontier = _Frontier()
         self._cached_tokens = 0
-        self._is_over = False
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """Acceptance; progress after each token; and the `n` best choices, best first.
@@ -110,46 +113,56 @@ class BeamSearch:
                 lora = await held.enter_async_context(self._engine.holding(self._job.lora))
                 self._job = replace(self._job, lora=lora)
             first = Step()
-            async with aclosing(self._engine.generate(self._child(_Hypothesis()), stream=False)) as steps:
+            async with aclosing(self._next_tokens(_Hypothesis())) as steps:
                 async for step in steps:
                     if step.pieces:
                         first = step
                     else:
                         yield step
             self._cached_tokens = first.cached_tokens
-            yield await self._advance([_top_of(first)], first.prompt_positions)
-            while self._goes_on():
-                yield await self._advance(await self._tops())
-            best = await asyncio.to_thread(self._best, self._frontier.finished)
-            self._is_over = True
-            yield best
+            if (top := _top_of(first)) is not None:
+                yield await self._advance([top], first.prompt_positions)
+            while self._goes_on() and not self._is_cut:
+                if tops := await self._tops():
+                    yield await self._advance(tops)
+            yield await asyncio.to_thread(self._best, self._ends_of_search())
 
-    async def rest(self) -> Step:
-        """The `n` best of what there is, finished or not; nothing once `steps` has yielded the choices."""
-        if self._is_over:
-            return Step()
-        unfinished = [replace(beam, finish_reason=FinishReason.DEADLINE) for beam in self._frontier.running]
-        missing = self._beam.n - len(unfinished) - len(self._frontier.finished)
+    @property
+    def _is_cut(self) -> bool:
+        return self._cut is not None and self._cut.is_set()
+
+    def _ends_of_search(self) -> Sequence[_Hypothesis]:
+        """What is finished; and where the search was cut short all that is not, at least `n` in all."""
+        finished, running = self._frontier.finished, self._frontier.running
+        if not self._goes_on():
+            return finished
         empty = _Hypothesis(finish_reason=FinishReason.DEADLINE)
-        return await asyncio.to_thread(self._best, [*self._frontier.finished, *unfinished, *[empty] * missing])
+        unfinished = [replace(beam, finish_reason=FinishReason.DEADLINE) for beam in running]
+        return [*finished, *unfinished, *[empty] * (self._beam.n - len(finished) - len(unfinished))]
 
     async def _tops(self) -> list[Top]:
+        """Of each running beam; nothing at all where the search was cut short first."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._top_behind(beam)) for beam in self._frontier.running]
         except ExceptionGroup as errors:
             error = errors.exceptions[0]
             raise error from error.__cause__
-        return [task.result() for task in tasks]
+        tops = [task.result() for task in tasks]
+        return [] if None in tops else [top for top in tops if top is not None]
 
-    async def _top_behind(self, beam: _Hypothesis) -> Top:
-        while True:
+    async def _top_behind(self, beam: _Hypothesis) -> Top | None:
+        while not self._is_cut:
             try:
-                async with aclosing(self._engine.generate(self._child(beam), stream=False)) as steps:
+                async with aclosing(self._next_tokens(beam)) as steps:
                     tops = [_top_of(step) async for step in steps if step.pieces]
                     return tops[0]
             except OverloadedError:
                 await asyncio.sleep(RETRY_SECONDS)
+        return None
+
+    def _next_tokens(self, beam: _Hypothesis) -> AsyncGenerator[Step, None]:
+        return self._engine.generate(self._child(beam), stream=False, cut=self._cut)
 
     def _child(self, beam: _Hypothesis) -> Job:
         """The first one gets ready what the others find in the prefix cache, and alone sees to the prompt."""
@@ -293,5 +306,7 @@ class BeamSearch:
         return text
 
 
-def _top_of(step: Step) -> Top:
-    return step.pieces[0].positions[0].top
+def _top_of(step: Step) -> Top | None:
+    """The most likely next tokens; None where the job was cut short before it had any."""
+    piece = step.pieces[0]
+    return None if piece.finish_reason is FinishReason.DEADLINE else piece.positions[0].top

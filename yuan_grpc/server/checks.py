@@ -11,6 +11,8 @@ from yuan_grpc.server.generation import ModelInfo
 from yuan_grpc.server.requests import (
     early_stopping_of,
     heartbeat_seconds,
+    jobs_of,
+    logprobs_beside,
     max_tokens_of,
     n_of,
     sampling_of,
@@ -26,9 +28,11 @@ MAX_TEXTS = 64
 MAX_STOP_LENGTH = 1024
 MAX_IDS = 1024
 """So many has vLLM's V2 model runner room for, in `logit_bias` and in `allowed_token_ids`."""
-MAX_STOP_IDS_WITH_MIN_TOKENS = 127
-"""The V2 runner has room for 128 to hold back until `min_tokens`, of which `<eod>` is one."""
+MAX_HELD_BACK = 128
+"""Tokens that the V2 runner has room for to hold back until `min_tokens`: stop tokens and those that end a text."""
 MAX_LOGPROB_IDS = 128
+MAX_LOGPROBS_IN_ALL = 2**20
+"""Of all tokens that may be generated: some 30 MB of an answer, and 300 of memory while it is made."""
 MAX_BAD_WORD = 256
 MAX_SALT = 1024
 MAX_MESSAGES = 1024
@@ -39,7 +43,7 @@ MAX_PATTERN = 1024
 MIN_HEARTBEAT = 0.1
 MAX_HEARTBEAT = 3600
 MAX_TOKENIZE = 2**17
-"""Characters, or ids: what is far beyond any model's context would be an answer over a client's 4 MiB."""
+"""Characters, or ids: more than any model's context holds, in an answer of a few megabytes."""
 MAX_REPETITIONS = 2000
 """Of `{m,n}` in a constraint, summed up. Tens of thousands take the compiler minutes, which it is not told to spend."""
 ROLES = ("system", "user", "assistant")
@@ -185,9 +189,9 @@ def _number_violations(request: pb.GenerateRequest, prompt: Sequence[int], info:
     if request.truncate_prompt_tokens == -1 and most >= info.context:
         text = f"be below the model's context, {info.context}, where the prompt is to be what else fits"
         yield _violation("max_tokens", text, most)
-    if request.min_tokens > most:
+    if request.HasField("min_tokens") and request.min_tokens > most >= 1:
         yield _violation("min_tokens", f"be at most `max_tokens`, {most}", request.min_tokens)
-    elif prompt and 0 < left < request.min_tokens:
+    elif prompt and 0 < left < min(request.min_tokens, most):
         text = f"be at most {left}, which is what the prompt leaves of the model's context"
         yield _violation("min_tokens", text, request.min_tokens)
     heartbeat = _between("heartbeat_interval", MIN_HEARTBEAT, MAX_HEARTBEAT)
@@ -197,6 +201,23 @@ def _number_violations(request: pb.GenerateRequest, prompt: Sequence[int], info:
         yield from _repetition_violations(request.repetition_detection)
     if request.truncation_side not in pb.TruncationSide.values():
         yield _violation("truncation_side", "be a known side", request.truncation_side)
+
+
+def _size_violations(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelInfo) -> Iterator[Violation]:
+    """What is too much in all, though each number is within its range."""
+    most, jobs = info.max_num_queued_reqs, jobs_of(request)
+    if most is not None and most < jobs <= MAX_CHOICES:
+        field = "best_of" if request.HasField("best_of") else "n"
+        yield _violation(field, f"be at most {most}, which is as many choices as the server takes at a time", jobs)
+    beside = logprobs_beside(request)
+    if beside is None:
+        return
+    tokens = max(0, min(max_tokens_of(request), info.context - len(prompt)))
+    logprobs = min(width_of(request), MAX_CHOICES) * tokens * (1 + min(beside, info.max_logprobs))
+    if logprobs > MAX_LOGPROBS_IN_ALL:
+        field = "logprobs" if request.HasField("logprobs") else "logprob_token_ids"
+        rule = f"be so few that choices × `max_tokens` × (`{field}` + 1) is at most {MAX_LOGPROBS_IN_ALL}"
+        yield _violation(field, rule, logprobs)
 
 
 def _repetition_violations(detection: pb.RepetitionDetection) -> Iterator[Violation]:
@@ -237,7 +258,7 @@ def _too_many(field: str, values: Sequence[object], most: int, what: str) -> Ite
 
 def _id_violations(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelInfo) -> Iterator[Violation]:
     limits = {
-        "stop_token_ids": MAX_STOP_IDS_WITH_MIN_TOKENS if request.min_tokens else MAX_IDS,
+        "stop_token_ids": MAX_HELD_BACK - len(info.end_token_ids) if request.min_tokens else MAX_IDS,
         "allowed_token_ids": MAX_IDS,
         "logprob_token_ids": MAX_LOGPROB_IDS,
         "logit_bias": MAX_IDS,
@@ -287,7 +308,7 @@ def _constraint_violations(request: pb.GenerateRequest, prompt: Sequence[int], i
             yield Violation(other, f"`{other}` must not be given with `{field}`")
 
 
-_REPETITION = re.compile(r"\{\s*([0-9]+)\s*(?:,\s*([0-9]*)\s*)?\}")
+_REPETITION = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
 
 
 def _specification_violations(field: str, kind: str, text: str) -> Iterator[Violation]:
@@ -300,7 +321,7 @@ def _specification_violations(field: str, kind: str, text: str) -> Iterator[Viol
         except (ValueError, RecursionError):
             yield Violation(field, f"`{field}` must be a JSON document, not nested too deeply and of no huge numbers")
             return
-    numbers = [number for match in _REPETITION.findall(text) for number in match if number]
+    numbers = [number for match in _REPETITION.findall("".join(text.split())) for number in match if number]
     is_huge = any(len(number) >= 10 for number in numbers)
     if is_huge or sum(map(int, numbers)) > MAX_REPETITIONS:
         rule = f"have counted repetitions ({{m,n}}) of at most {MAX_REPETITIONS} in all"
@@ -339,7 +360,7 @@ def _search_violations(request: pb.GenerateRequest, prompt: Sequence[int], info:
         yield Violation("early_stopping", "`early_stopping` must be false without `use_beam_search`")
     if request.HasField("length_penalty") and request.length_penalty != 1:
         yield _violation("length_penalty", "be 1 without `use_beam_search`", request.length_penalty)
-    if best_of > n and sampling_of(request).is_greedy:
+    if best_of > n >= 1 and sampling_of(request).is_greedy:
         yield _violation("best_of", f"be `n`, {n}, where the most likely token is always taken", best_of)
 
 
@@ -363,4 +384,5 @@ _CHECKS = (
     _id_violations,
     _constraint_violations,
     _search_violations,
+    _size_violations,
 )

@@ -113,6 +113,13 @@ class OverloadedError(ServiceError):
         return (RetryInfo(retry_delay=Duration(seconds=self.retry_seconds)),)
 
 
+class AnswerTooLargeError(ServiceError):
+    """What was generated does not fit into a message."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_ANSWER_TOO_LARGE
+
+
 class UnavailableError(ServiceError):
     """The engine is not there: not yet, no longer, or not for this request."""
 

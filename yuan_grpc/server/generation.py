@@ -1,5 +1,6 @@
 """What the service asks of an engine, in plain values: neither protobuf's nor vLLM's."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -8,6 +9,9 @@ from typing import Literal, Protocol
 
 CONTEXT_TOKENS = 16
 """So many tokens before a text decide how it begins, with some to spare."""
+
+INLINE_ENTRIES = 16_384
+"""Tokens and log-probabilities whose conversion, some 20 ms, may hold up every stream; more go to a thread."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,15 @@ class Piece:
     finish_reason: FinishReason | None = None
     stopped_by: str | int | None = None
 
+    @property
+    def entries(self) -> int:
+        """Tokens and log-probabilities in it."""
+        return len(self.token_ids) + _entries(self.positions)
+
+
+def _entries(positions: Sequence[Position]) -> int:
+    return sum(1 + len(position.top) for position in positions)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -223,18 +236,10 @@ class Step:
     progress: Progress | None = None
     discarded_tokens: int = 0
 
-
-class Run(Protocol):
-    """A request on its way: sampled, the best of several, or beam search."""
-
-    def steps(self) -> AsyncGenerator[Step, None]:
-        """All that comes, the first step being the engine's acceptance.
-
-        Closing the generator, or cancelling the task that waits for it, frees all that the engine has of it at once.
-        """
-
-    async def rest(self) -> Step:
-        """For when the steps are cut short: what ends the choices that have not ended, with `DEADLINE`."""
+    @property
+    def entries(self) -> int:
+        """Tokens and log-probabilities in it."""
+        return sum(piece.entries for piece in self.pieces) + _entries(self.prompt_positions)
 
 
 class Engine(Protocol):
@@ -314,11 +319,15 @@ class Engine(Protocol):
             ModelNotFoundError: it is not loaded.
         """
 
-    def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         """Generates, yielding pieces as they come or, unless `stream`, all of every choice in one step.
 
         The first step, which has no pieces, says that the job was accepted. Closing the generator, or cancelling the
         task that waits for it, frees the job at once.
+
+        Args:
+            cut: once it is set, the job ends with what there is: a last step has all that was not yielded yet, and ends
+                every choice that has not ended with `DEADLINE`.
 
         Raises:
             InvalidRequestError: what only the engine can tell.

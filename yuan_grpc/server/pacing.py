@@ -1,9 +1,8 @@
-"""Steps on a clock: what comes in time, and signs of life or of the end where nothing does."""
+"""Steps on a clock: signs of life where nothing comes, and an end shortly before a deadline."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from enum import Enum
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 
 from yuan_grpc.server.generation import Step
 
@@ -12,57 +11,69 @@ MARGIN_SHARE = 0.1
 """So long before its deadline a call that wants what there is gets it: the answer has to travel."""
 
 
-class Pause(Enum):
-    """Why there is no step."""
-
-    HEARTBEAT = "heartbeat"
-    DEADLINE = "deadline"
-
-
 def cut_off(remaining: float) -> float:
     """When to cut a call short that has so many seconds left: seconds from now."""
     return max(0.0, remaining - min(MARGIN_SECONDS, remaining * MARGIN_SHARE))
 
 
-async def paced(
-    steps: AsyncGenerator[Step, None], *, heartbeat: float | None = None, seconds: float | None = None
-) -> AsyncGenerator[Step | Pause, None]:
+@contextmanager
+def cut_before(remaining: float | None) -> Iterator[asyncio.Event | None]:
+    """Yields an event that is set shortly before so many seconds are over; None where there is no end to them."""
+    if remaining is None:
+        yield None
+        return
+    cut = asyncio.Event()
+    timer = asyncio.get_running_loop().call_later(cut_off(remaining), cut.set)
+    try:
+        yield cut
+    finally:
+        timer.cancel()
+
+
+async def with_heartbeats(
+    steps: AsyncGenerator[Step, None], seconds: float | None
+) -> AsyncGenerator[Step | None, None]:
     """Yields the steps, and closes them when it is closed.
 
     Args:
         steps: of a run.
-        heartbeat: yields `HEARTBEAT` when so many seconds have passed without a step; None for never.
-        seconds: yields `DEADLINE` after so many, and nothing more; None for never.
+        seconds: yields None whenever so many have passed without a step; None for never.
     """
     async with aclosing(steps):
-        if heartbeat is None and seconds is None:
+        if seconds is None:
             async for step in steps:
                 yield step
             return
-        loop = asyncio.get_running_loop()
-        end = None if seconds is None else loop.time() + seconds
         coming: asyncio.Future[Step | None] = asyncio.ensure_future(_next(steps))
         try:
             while True:
-                left = None if end is None else max(0.0, end - loop.time())
-                waits = [wait for wait in (heartbeat, left) if wait is not None]
-                await asyncio.wait([coming], timeout=min(waits))
-                if coming.done():
-                    if (came := coming.result()) is None:
-                        return
+                await asyncio.wait([coming], timeout=seconds)
+                if not coming.done():
+                    yield None
+                elif (came := coming.result()) is not None:
                     coming = asyncio.ensure_future(_next(steps))
                     yield came
-                elif end is not None and loop.time() >= end:
-                    yield Pause.DEADLINE
-                    return
                 else:
-                    yield Pause.HEARTBEAT
+                    return
         finally:
-            coming.cancel()
-            await asyncio.wait([coming])
-            if not coming.cancelled():
-                coming.exception()  # which has been told to whoever waited for it, or is nobody's
+            await _ended(coming)
 
 
 async def _next(steps: AsyncGenerator[Step, None]) -> Step | None:
     return await anext(steps, None)
+
+
+async def _ended(coming: asyncio.Future[Step | None]) -> None:
+    """Cancels it and returns when it has ended, however often we are told to end ourselves: for as long as it runs the
+    steps cannot be closed."""
+    told: asyncio.CancelledError | None = None
+    coming.cancel()
+    while not coming.done():
+        try:
+            await asyncio.wait([coming])
+        except asyncio.CancelledError as error:
+            told = error
+    if not coming.cancelled():
+        coming.exception()  # which has been told to whoever waited for it, or is nobody's
+    if told:
+        raise told

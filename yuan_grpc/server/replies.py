@@ -1,13 +1,15 @@
 """Plain values to messages. Does nothing else."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from yuan_grpc.server.checks import MAX_CHOICES
 from yuan_grpc.server.generation import FinishReason, LoraInfo, ModelInfo, Piece, Position, Progress, RankedToken, Step
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-MAX_LOGPROBS_IN_A_MESSAGE = 32_768
-"""So many of a prompt's go into one message of a stream: about a megabyte, of the four that a client takes."""
+MAX_ENTRIES_IN_A_MESSAGE = 32_768
+"""So many tokens and log-probabilities go into one message of a stream: about a megabyte, of the four that a client
+takes."""
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -57,7 +59,7 @@ class Reply:
         return response
 
     def parts(self, step: Step) -> Iterator[pb.GenerateStreamResponse]:
-        """The responses of GenerateStream that a step makes: none, one, or more where the prompt's are many.
+        """The responses of GenerateStream that a step makes: none, one, or more where one would be too large.
 
         The first of all waits for the prompt's log-probabilities, where they are asked for. Usage comes with it, and
         where a choice finishes.
@@ -68,7 +70,7 @@ class Reply:
         elif positions:
             yield from self._prompt(positions)
         if step.pieces or step.progress:
-            yield self._part(step)
+            yield from self._rest(step)
 
     def heartbeat(self) -> Iterator[pb.GenerateStreamResponse]:
         """A response of GenerateStream that has nothing new; or the first one, which waits no longer."""
@@ -88,21 +90,22 @@ class Reply:
 
     def _prompt(self, positions: Sequence[Position]) -> Iterator[pb.GenerateStreamResponse]:
         beside = max((len(position.top) for position in positions), default=0)
-        size = max(1, MAX_LOGPROBS_IN_A_MESSAGE // (1 + beside))
+        size = max(1, MAX_ENTRIES_IN_A_MESSAGE // (1 + beside))
         for start in range(0, len(positions), size):
             response = self._empty()
             self._add_prompt_logprobs(response, positions[start : start + size])
             yield response
 
-    def _part(self, step: Step) -> pb.GenerateStreamResponse:
-        response = self._empty()
-        response.choices.extend([self._choice(piece) for piece in step.pieces])
-        usage = self._count(step)
-        if any(piece.finish_reason for piece in step.pieces):
-            response.usage.CopyFrom(usage)
-        if step.progress:
-            response.progress.CopyFrom(_progress(step.progress))
-        return response
+    def _rest(self, step: Step) -> Iterator[pb.GenerateStreamResponse]:
+        usage, progress = self._count(step), step.progress
+        for pieces in _portions(step.pieces):
+            response = self._empty()
+            response.choices.extend([self._choice(piece) for piece in pieces])
+            if any(piece.finish_reason for piece in pieces):
+                response.usage.CopyFrom(usage)
+            if progress:
+                response.progress.CopyFrom(_progress(progress))
+            yield response
 
     def _empty(self) -> pb.GenerateStreamResponse:
         return pb.GenerateStreamResponse(request_id=self._request_id, model=self._model)
@@ -183,6 +186,34 @@ def model_response(info: ModelInfo, version: str, loras: Sequence[str]) -> pb.Ge
 
 def _lora_support(lora: LoraInfo, loaded: Sequence[str]) -> pb.LoraSupport:
     return pb.LoraSupport(max_loras=lora.max_loras, max_lora_rank=lora.max_rank, can_load=lora.can_load, loaded=loaded)
+
+
+def _portions(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """The pieces by the message: one at least, and in each as many as it has room for."""
+    portion, room = list[Piece](), MAX_ENTRIES_IN_A_MESSAGE
+    for part in (part for piece in pieces for part in _split(piece)):
+        if portion and part.entries > room:
+            yield portion
+            portion, room = [], MAX_ENTRIES_IN_A_MESSAGE
+        portion.append(part)
+        room -= part.entries
+    yield portion
+
+
+def _split(piece: Piece) -> Iterator[Piece]:
+    """A piece that is too large for a message in several: the text comes with the first, the end with the last."""
+    tokens = len(piece.token_ids)
+    most = max(1, MAX_ENTRIES_IN_A_MESSAGE * tokens // max(1, piece.entries))
+    for start in range(0, tokens - most, most):
+        of_these = slice(start, start + most)
+        yield Piece(piece.index, "" if start else piece.text, piece.token_ids[of_these], piece.positions[of_these])
+    start = (max(0, tokens - 1) // most) * most
+    yield replace(
+        piece,
+        text="" if start else piece.text,
+        token_ids=piece.token_ids[start:],
+        positions=piece.positions[start:],
+    )
 
 
 def _progress(progress: Progress) -> pb.Progress:

@@ -90,6 +90,18 @@ def width_of(request: pb.GenerateRequest) -> int:
     return request.best_of if request.HasField("best_of") else n_of(request)
 
 
+def jobs_of(request: pb.GenerateRequest) -> int:
+    """How many choices are computed to begin with. Beam search begins with one, and greedy choices are all alike."""
+    return 1 if request.use_beam_search or sampling_of(request).is_greedy else width_of(request)
+
+
+def logprobs_beside(request: pb.GenerateRequest) -> int | None:
+    """How many log-probabilities are asked for beside that of each generated token; None where none are."""
+    if request.HasField("logprobs"):
+        return request.logprobs
+    return len(request.logprob_token_ids) or None
+
+
 def n_of(request: pb.GenerateRequest) -> int:
     """How many choices are returned."""
     return request.n if request.HasField("n") else Sampling.n

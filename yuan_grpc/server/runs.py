@@ -1,11 +1,12 @@
-"""How a request is run: sampled, or as the best of several. Beam search has a room of its own."""
+"""How a request is run that is more than one job's choices. Beam search has a room of its own."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from math import inf
 
-from yuan_grpc.server.generation import Engine, FinishReason, Job, Piece, Progress, Step
+from yuan_grpc.server.generation import Engine, Job, Piece, Progress, Step
 
 
 class Gathering:
@@ -47,88 +48,53 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     )
 
 
-class Sampled:
-    """The engine's own choices, just as they come.
-
-    Args:
-        engine: what generates.
-        job: what is asked of it.
-        stream: whether pieces are wanted as they come.
-    """
-
-    def __init__(self, engine: Engine, job: Job, *, stream: bool) -> None:
-        self._engine = engine
-        self._job = job
-        self._stream = stream
-        self._running = dict.fromkeys(range(job.sampling.n))
-
-    def steps(self) -> AsyncGenerator[Step, None]:
-        """What the engine yields."""
-        return self._watched(self._engine.generate(self._job, stream=self._stream))
-
-    async def _watched(self, steps: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
-        async with aclosing(steps):
-            async for step in steps:
-                for piece in step.pieces:
-                    if piece.finish_reason:
-                        self._running.pop(piece.index, None)
-                yield step
-
-    async def rest(self) -> Step:
-        """An end for each choice that has none."""
-        return Step([Piece(index, "", (), finish_reason=FinishReason.DEADLINE) for index in self._running])
+async def alike(steps: AsyncGenerator[Step, None], choices: int) -> AsyncGenerator[Step, None]:
+    """The steps of a job of one choice, for so many that can only be equal to it."""
+    async with aclosing(steps):
+        async for step in steps:
+            yield replace(
+                step, pieces=[replace(piece, index=index) for piece in step.pieces for index in range(choices)]
+            )
 
 
-class BestOf:
+async def best_of(
+    engine: Engine, job: Job, choices: int, *, cut: asyncio.Event | None = None
+) -> AsyncGenerator[Step, None]:
     """More choices than are asked for, of which those with the highest cumulative log-probability are returned.
 
     Args:
         engine: what generates.
         job: what is asked of it; `n` is how many choices are returned.
-        best_of: how many are sampled.
+        choices: how many are sampled.
+        cut: see `Engine.generate`; then they are the best of what there is.
+
+    Yields:
+        Progress, and at the end the best choices.
     """
-
-    def __init__(self, engine: Engine, job: Job, best_of: int) -> None:
-        sampling = job.sampling
-        self._n = sampling.n
-        self._keeps_positions = sampling.logprobs is not None or bool(sampling.logprob_token_ids)
-        logprobs = sampling.logprobs if self._keeps_positions else 0  # without which nothing is summed up
-        self._all = Sampled(engine, replace(job, sampling=replace(sampling, n=best_of, logprobs=logprobs)), stream=True)
-        self._gathering = Gathering(best_of)
-
-    async def steps(self) -> AsyncGenerator[Step, None]:
-        """Progress, and at the end the best choices."""
-        tokens = finished = 0
-        steps = self._all.steps()
-        async with aclosing(steps):
-            async for step in steps:
-                self._gathering.add(step)
-                tokens += sum(len(piece.token_ids) for piece in step.pieces)
-                finished += sum(piece.finish_reason is not None for piece in step.pieces)
-                yield replace(step, pieces=(), progress=Progress(tokens, finished) if step.pieces else None)
-        yield self._best()
-
-    async def rest(self) -> Step:
-        """The best choices of what there is."""
-        self._gathering.add(await self._all.rest())
-        return self._best()
-
-    def _best(self) -> Step:
-        whole = self._gathering.whole()
-        best = sorted(whole.pieces, key=_likelihood, reverse=True)
-        return Step(
-            [self._returned(index, piece) for index, piece in enumerate(best[: self._n])],
-            cached_tokens=whole.cached_tokens,
-            discarded_tokens=_tokens(best[self._n :]),
-        )
-
-    def _returned(self, index: int, piece: Piece) -> Piece:
-        return replace(piece, index=index, positions=piece.positions if self._keeps_positions else ())
+    sampling = job.sampling
+    keeps_positions = sampling.logprobs is not None or bool(sampling.logprob_token_ids)
+    logprobs = sampling.logprobs if keeps_positions else 0  # without which nothing is summed up
+    gathering, tokens, finished = Gathering(choices), 0, 0
+    steps = engine.generate(
+        replace(job, sampling=replace(sampling, n=choices, logprobs=logprobs)), stream=True, cut=cut
+    )
+    async with aclosing(steps):
+        async for step in steps:
+            gathering.add(step)
+            tokens += _tokens(step.pieces)
+            finished += sum(piece.finish_reason is not None for piece in step.pieces)
+            yield replace(step, pieces=(), progress=Progress(tokens, finished) if step.pieces else None)
+    whole = gathering.whole()
+    best = sorted(whole.pieces, key=_likelihood, reverse=True)
+    returned = [replace(piece, index=index) for index, piece in enumerate(best[: sampling.n])]
+    if not keeps_positions:
+        returned = [replace(piece, positions=()) for piece in returned]
+    yield Step(returned, cached_tokens=whole.cached_tokens, discarded_tokens=_tokens(best[sampling.n :]))
 
 
 def _likelihood(piece: Piece) -> float:
     """What has no token yet is no good."""
-    return -inf if piece.cumulative_logprob is None else piece.cumulative_logprob
+    return -inf if piece.cumulative_logprob is None or not piece.token_ids else piece.cumulative_logprob
 
 
 def _tokens(pieces: Iterable[Piece]) -> int:

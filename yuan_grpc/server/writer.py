@@ -22,12 +22,15 @@ class Writer:
         self._opening: asyncio.Future[None] | None = None
 
     async def write(self, message: Any) -> None:
-        """Returns when gRPC has taken the message."""
+        """Returns when gRPC has taken the message. A caller who has gone ends the task, as if gRPC had known before."""
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
         if not self._opening.done():
             await self._opened(self._opening)
-        await self._context.write(message)
+        try:
+            await self._context.write(message)
+        except grpc.aio.InternalError as error:
+            raise asyncio.CancelledError from error
 
     async def _opened(self, opening: "asyncio.Future[None]") -> None:
         try:

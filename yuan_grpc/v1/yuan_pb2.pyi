@@ -22,6 +22,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_MODEL_NOT_FOUND: _ClassVar[ErrorReason]
     ERROR_REASON_DUPLICATE_LORA: _ClassVar[ErrorReason]
     ERROR_REASON_NOT_ENABLED: _ClassVar[ErrorReason]
+    ERROR_REASON_ANSWER_TOO_LARGE: _ClassVar[ErrorReason]
 
 class TruncationSide(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -47,6 +48,7 @@ ERROR_REASON_REQUEST_NOT_FOUND: ErrorReason
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason
 ERROR_REASON_DUPLICATE_LORA: ErrorReason
 ERROR_REASON_NOT_ENABLED: ErrorReason
+ERROR_REASON_ANSWER_TOO_LARGE: ErrorReason
 TRUNCATION_SIDE_UNSPECIFIED: TruncationSide
 TRUNCATION_SIDE_LEFT: TruncationSide
 TRUNCATION_SIDE_RIGHT: TruncationSide

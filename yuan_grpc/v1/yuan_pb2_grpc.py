@@ -145,7 +145,8 @@ class YuanServiceServicer(object):
         without those it comes as soon as the engine has accepted the request.
         The pieces of a choice, put together in order, are what Generate answers: texts byte for byte, token ids and
         log-probabilities entry for entry. No piece ends within a character. What comes while the caller does not read is
-        put together into one message, so a slow reader gets fewer and larger ones. The last message has the usage.
+        put together into one message, so a slow reader gets fewer and larger ones, up to a megabyte or so. The last message
+        has the usage.
 
         Errors include those of Generate, also after the first pieces.
         """
@@ -158,8 +159,9 @@ class YuanServiceServicer(object):
 
         At most 64 requests of a call run at a time; the next is read when one of them has been answered. A request that
         cannot be served gets a status of its own, what Generate would have ended with (ALREADY_EXISTS where its
-        `request_id` is that of another which runs, and so on), and harms no other. The call ends
-        when the caller has sent its last request and all are answered; cancelling it frees them all.
+        `request_id` is that of another which runs, and so on), and harms no other; so does one whose answer is over 4 MiB
+        (RESOURCE_EXHAUSTED), of which most clients take no message. The call ends when the caller has sent its last request
+        and all are answered; cancelling it frees them all.
 
         Errors include:
         - INVALID_ARGUMENT: the caller sent a message that is none of this service's; requests that ran are ended.
@@ -186,7 +188,8 @@ class YuanServiceServicer(object):
         """Turns text, or a conversation, into the tokens that Generate would see.
 
         Errors include:
-        - INVALID_ARGUMENT: neither `prompt` nor `messages` is given, or both are, or a message is malformed.
+        - INVALID_ARGUMENT: neither `prompt` nor `messages` is given, or both are, a message is malformed, or the text is too
+        long.
         - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -197,7 +200,7 @@ class YuanServiceServicer(object):
         """Turns token ids into text.
 
         Errors include:
-        - INVALID_ARGUMENT: an id is no token's.
+        - INVALID_ARGUMENT: an id is no token's, or there are too many.
         - UNAVAILABLE: the model is still being loaded, the server is stopping, or the engine was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -75,8 +75,9 @@ class Adapters:
         if len(self._in_memory) >= self._room:
             raise NotEnabledError(f"there is room for {self._room} adapters (--max-cpu-loras): unload one first")
         self._last_id += 1
-        # A name of its own each time: vLLM's prefix cache knows an adapter by name and path, not by what is in it.
-        request = LoRARequest(f"{name}#{self._last_id}", self._last_id, str(folder.absolute()))
+        # A name of its own each time: vLLM's prefix cache knows an adapter by name and path, not by what is in it. And
+        # one with a slash, so that no folder's is the same.
+        request = LoRARequest(f"{name}/{self._last_id}", self._last_id, str(folder.absolute()))
         self._in_memory[request.lora_name] = request
         self._loading.add(name)
         try:

@@ -1,5 +1,6 @@
 """The service's plain values to vLLM's, and back."""
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
 
@@ -24,6 +25,8 @@ from yuan_grpc.server.generation import (
     Step,
 )
 
+MIN_TEMPERATURE = 0.01
+"""vLLM takes less for so much, and leaves a line in the log each time."""
 MAX_BAD_WORD_TOKENS = 1024
 """vLLM's V2 model runner has room for no more, and its worker would die of it."""
 
@@ -39,11 +42,9 @@ _FINISH_REASONS = {
 
 
 def vllm_params(sampling: Sampling, stream: bool) -> SamplingParams:
-    """vLLM takes the most likely token at temperature 0, of one choice.
-
-    Several choices are then sampled, from that one token.
-    """
+    """vLLM takes the most likely token at temperature 0."""
     fields = vars(sampling) | {
+        "temperature": max(sampling.temperature, MIN_TEMPERATURE),
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
         "bad_words": [],  # `ban` sees to them
@@ -55,8 +56,7 @@ def vllm_params(sampling: Sampling, stream: bool) -> SamplingParams:
     if sampling.repetition_detection:
         fields["repetition_detection"] = RepetitionDetectionParams(**vars(sampling.repetition_detection))
     if sampling.is_greedy:
-        several = sampling.n > 1
-        fields |= {"temperature": float(several), "top_p": 1.0, "top_k": int(several), "min_p": 0.0}
+        fields |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     if sampling.prompt_logprobs is not None:  # of what the cache had, vLLM would tell whatever is in that memory
         fields["skip_reading_prefix_cache"] = True
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
@@ -122,17 +122,25 @@ def refusal(error: Exception, job: Job) -> InvalidRequestError:
     return InvalidRequestError([Violation(field or "", f"`{field or 'request'}` must be one that vLLM takes: {said}")])
 
 
+def entries(output: RequestOutput) -> int:
+    """Log-probabilities in it."""
+    all_of_them = (output.prompt_logprobs, *(completion.logprobs for completion in output.outputs))
+    return sum(len(logprobs.token_ids) for logprobs in all_of_them if logprobs)
+
+
 class Steps:
     """Turns what vLLM puts out for one job into steps.
 
     Args:
         job: what was asked for.
         tokenizer: the model's.
+        cut: set where the job is cut short, which is how vLLM then says it ended: by an abort.
     """
 
-    def __init__(self, job: Job, tokenizer: TokenizerLike) -> None:
+    def __init__(self, job: Job, tokenizer: TokenizerLike, cut: asyncio.Event | None) -> None:
         self._job = job
         self._tokenizer = tokenizer
+        self._cut = cut
         self._allowed = frozenset(job.sampling.allowed_token_ids)
         self._wants_prompt = job.sampling.prompt_logprobs is not None
 
@@ -153,12 +161,10 @@ class Steps:
         )
 
     def _piece(self, completion: CompletionOutput) -> Piece:
-        if completion.finish_reason not in _FINISH_REASONS:
-            raise self._given_up(completion.finish_reason)
+        finish_reason = self._finish_reason(completion.finish_reason)
         if self._allowed and not self._allowed.issuperset(completion.token_ids):  # with none left, vLLM takes any
             sentence = "`allowed_token_ids` must have one that `bad_words` and the like leave in each place"
             raise InvalidRequestError([Violation("allowed_token_ids", sentence)])
-        finish_reason = _FINISH_REASONS[completion.finish_reason]
         stopped_by = completion.stop_reason if finish_reason is FinishReason.STOP else None
         if finish_reason is FinishReason.STOP and stopped_by is None:  # how vLLM says: at the end-of-text token
             stopped_by = self._tokenizer.eos_token_id
@@ -172,6 +178,13 @@ class Steps:
             finish_reason=finish_reason,
             stopped_by=stopped_by,
         )
+
+    def _finish_reason(self, reason: str | None) -> FinishReason | None:
+        if reason == "abort" and self._cut and self._cut.is_set():
+            return FinishReason.DEADLINE
+        if reason not in _FINISH_REASONS:
+            raise self._given_up(reason)
+        return _FINISH_REASONS[reason]
 
     def _given_up(self, reason: str | None) -> ServiceError:
         constraint = self._job.sampling.structured_outputs
@@ -191,8 +204,8 @@ class Steps:
 def _positions(logprobs: FlatLogprobs | None, top: int, wanted: Sequence[int]) -> Iterator[Position]:
     """vLLM lists the chosen token first, then the `top` most likely ones or those that are `wanted`.
 
-    Where two outputs were put together, the chosen token is not listed twice. And the ranks of wanted tokens are their
-    places in that list, which says nothing.
+    The ranks of wanted tokens are their places in that list, which says nothing. Where two outputs were put together, a
+    chosen token that is wanted is listed once, with that rank: so its rank is never told.
     """
     if logprobs is None:
         return
@@ -201,7 +214,7 @@ def _positions(logprobs: FlatLogprobs | None, top: int, wanted: Sequence[int]) -
         chosen, by_id = listed[0], {token.token_id: token for token in listed}
         if wanted:
             beside = [RankedToken(i, by_id[i].text, by_id[i].logprob, 0) for i in wanted]
-            if chosen.token_id in wanted and len(listed) <= len(set(wanted)):
+            if chosen.token_id in wanted:
                 chosen = RankedToken(chosen.token_id, chosen.text, chosen.logprob, 0)
         else:
             beside = sorted((token for token in by_id.values() if token.rank <= top), key=lambda token: token.rank)

@@ -10,10 +10,10 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from vllm import SamplingParams
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
@@ -22,7 +22,7 @@ from yuan_grpc.server.engine import values
 from yuan_grpc.server.engine.adapters import Adapters
 from yuan_grpc.server.engine.options import EngineOptions
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
-from yuan_grpc.server.generation import Job, ModelInfo, Sampling, Step
+from yuan_grpc.server.generation import INLINE_ENTRIES, Job, ModelInfo, Sampling, Step
 
 INLINE_CHARACTERS = 16_384
 """Longer texts are tokenized in a thread (sentencepiece lets go of the GIL), for they would hold up every stream."""
@@ -147,31 +147,31 @@ class VllmEngine:
         """Forgets an adapter; see `Engine.unload_lora`."""
         await self._adapters.unload(self._llm, name)
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         """Runs one job; see `Engine.generate`."""
-        llm, finished = self._llm, False
-        tokenizer = llm.get_tokenizer()
-        params, steps = values.vllm_params(job.sampling, stream), values.Steps(job, tokenizer)
-        values.ban(job.sampling, params, tokenizer)
+        llm, outputs, finished = self._llm, None, False
+        steps = values.Steps(job, llm.get_tokenizer(), cut)
         async with self._adapter(job.lora) as lora:
             try:
-                outputs = await self._admitted(llm, job, params, lora)
+                outputs = await self._admitted(llm, job, lora, stream=stream)
                 yield Step()
-                while not finished:
-                    output = outputs.get_nowait() or await outputs.get()
-                    finished = output.finished
-                    yield steps.step(output)
+                async with _cutting(llm, outputs, cut):
+                    while not finished:
+                        output = outputs.get_nowait() or await outputs.get()
+                        finished = output.finished
+                        yield await _converted(steps, output)
             except EngineDeadError as error:
                 raise UnavailableError("the engine was lost while the request was running") from error
             finally:
                 if not finished:
-                    with suppress(EngineDeadError):
-                        await llm.abort(job.request_id)
+                    await _abort(llm, job, outputs)
 
     async def _admitted(
-        self, llm: AsyncLLM, job: Job, params: SamplingParams, lora: LoRARequest | None
+        self, llm: AsyncLLM, job: Job, lora: LoRARequest | None, *, stream: bool
     ) -> RequestOutputCollector:
         try:
+            params = values.vllm_params(job.sampling, stream)
+            values.ban(job.sampling, params, llm.get_tokenizer())
             return await llm.add_request(
                 job.request_id,
                 tokens_input(list(job.prompt), cache_salt=job.cache_salt or None),
@@ -203,6 +203,41 @@ class VllmEngine:
         if self._started is None:
             raise UnavailableError("the model is still being loaded")
         return self._started
+
+
+async def _converted(steps: values.Steps, output: RequestOutput) -> Step:
+    if values.entries(output) > INLINE_ENTRIES:
+        return await asyncio.to_thread(steps.step, output)
+    return steps.step(output)
+
+
+@asynccontextmanager
+async def _cutting(
+    llm: AsyncLLM, outputs: RequestOutputCollector, cut: asyncio.Event | None
+) -> AsyncGenerator[None, None]:
+    """Within it a job ends once `cut` is set: vLLM then puts what it has kept back behind the job's outputs."""
+
+    async def end(cut: asyncio.Event) -> None:
+        await cut.wait()
+        with suppress(EngineDeadError):
+            await llm.abort(outputs.request_id, internal=True)
+
+    ending = asyncio.ensure_future(end(cut)) if cut else None
+    try:
+        yield
+    finally:
+        if ending:
+            ending.cancel()
+
+
+async def _abort(llm: AsyncLLM, job: Job, outputs: RequestOutputCollector | None) -> None:
+    """By vLLM's own name, without which it remembers a job of several choices for ever. It has told none where the job
+    was cancelled on its way into the queue, from which vLLM does not take it by itself."""
+    with suppress(EngineDeadError):
+        if outputs is None:
+            await llm.abort(job.request_id)
+        else:
+            await llm.abort(outputs.request_id, internal=True)
 
 
 def _in_daemon_thread(call: Callable[[], Result]) -> tuple[Thread, asyncio.Future[Result]]:
