@@ -6,7 +6,13 @@ token. Checkpoints are `random`, `demo` or a folder's path; engine arguments go 
 
     python benchmarks/accuracy.py --out accuracy.jsonl random 'random:{"quantization":"fp8"}' demo
 
-The dtype is bfloat16 unless given. fp8 needs a GPU. On a CPU:
+The dtype is bfloat16 unless given. fp8 needs a GPU. Answers are also compared with those of the first variant of the
+same checkpoint, so this shows what sharding changes:
+
+    python benchmarks/accuracy.py --out sharding.jsonl random 'random:{"tensor_parallel_size":2}' \\
+      'random:{"pipeline_parallel_size":2}' --engine '{"dtype":"float32","attention_backend":"TRITON_ATTN"}'
+
+On a CPU:
 
     python benchmarks/accuracy.py --out /tmp/accuracy.jsonl --hidden 128 --layers 2 --heads 4 --width 256 --prompts 4 \\
       --tokens 8 --engine '{"enforce_eager":true,"kv_cache_memory_bytes":67108864}' random 'demo:{"dtype":"float32"}'
@@ -20,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from answers import Answer, add_options, answer, checkpoint_of, known_tokens, prompts_of, start
+from answers import Answer, add_options, answer, checkpoint_of, compare, known_tokens, prompts_of, start
 from variants import Record, Variant, read_job, read_records, run_each
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -34,7 +40,7 @@ def child() -> None:
     Path(job["answers"]).write_text(json.dumps([vars(one) for one in answers]), encoding="utf-8")
 
 
-def compare(checkpoint: Path, asked: list[list[int]], answers: list[Answer]) -> dict[str, Any]:
+def against_formulas(checkpoint: Path, asked: list[list[int]], answers: list[Answer]) -> dict[str, Any]:
     """Quantiles of how far the answers' log-probabilities are from the formulas'."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from reference import ReferenceYuan
@@ -57,7 +63,7 @@ def compare(checkpoint: Path, asked: list[list[int]], answers: list[Answer]) -> 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown, a row a variant."""
-    columns = ["variant", "tokens", *QUANTILES, "other_choices"]
+    columns = ["variant", "tokens", *QUANTILES, "other_choices", "other_than_first", "largest_from_first"]
     lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for record in records:
         cells = [record.get(column, "–") for column in columns]
@@ -88,6 +94,7 @@ def main() -> None:
     if arguments.child:
         return child()
     before = len(read_records(arguments.out)) if arguments.out.exists() else 0
+    firsts: dict[Path, list[Answer]] = {}
     with TemporaryDirectory() as scratch:
         for number, variant in enumerate(arguments.variants):
             checkpoint = checkpoint_of(variant.model, Path(scratch, "random"), arguments)
@@ -103,7 +110,9 @@ def main() -> None:
                 if not file.exists():
                     raise RuntimeError("the engine gave no answers")
                 answers = [Answer(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
-                return compare(checkpoint, asked, answers)
+                found = compare(firsts.setdefault(checkpoint, answers), answers)
+                same = {"other_than_first": found["other_tokens"], "largest_from_first": found["largest_difference"]}
+                return against_formulas(checkpoint, asked, answers) | same
 
             record.attempt("accuracy", measure)
     print(table(read_records(arguments.out)[before:]))

@@ -84,3 +84,23 @@ def answer(llm: Any, prompts: list[list[int]], tokens: int) -> list[Answer]:
         logprobs = [ranked[token].logprob for ranked, token in zip(choice.logprobs, ids, strict=True)]
         answers.append(Answer(ids, logprobs))
     return answers
+
+
+def compare(ours: list[Answer], theirs: list[Answer]) -> dict[str, Any]:
+    """How many answers differ, in what, and from which token on; log-probabilities up to there are compared."""
+    firsts, bits, largest = [], 0, 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        pairs = zip(one.token_ids, other.token_ids, strict=True)
+        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        if first is not None:
+            firsts.append(first)
+        gaps = [abs(a - b) for a, b in zip(one.logprobs[:first], other.logprobs[:first], strict=True)]
+        largest = max(largest, *gaps, 0.0)
+        bits += one.logprobs != other.logprobs
+    return {
+        "answers": len(ours),
+        "other_tokens": len(firsts),
+        "earliest": min(firsts, default=None),
+        "other_logprobs": bits,
+        "largest_difference": largest,
+    }

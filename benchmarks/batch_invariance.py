@@ -14,16 +14,18 @@ On a CPU:
 
 import argparse
 import json
+import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from answers import Answer, add_options, answer, checkpoint_of, known_tokens, prompts_of, start
+from answers import Answer, add_options, answer, checkpoint_of, compare, known_tokens, prompts_of, start
 from variants import Record, Variant, read_job, read_records, run_each
 
 
 def child() -> None:
-    """Answers alone and in company, and compares."""
+    """Answers alone and in company, and compares after every batch, as far as it has come."""
     job = read_job()
     record = Record(Path(job["out"]), variant=job["variant"])
     try:
@@ -31,45 +33,31 @@ def child() -> None:
     except BaseException as error:
         record.add(step="start", error=f"{type(error).__name__}: {error}"[:500])
         raise
-    asked, tokens = job["asked"], job["tokens"]
-    alone = [answer(llm, [prompt], tokens)[0] for prompt in asked]
-    again = [answer(llm, [prompt], tokens)[0] for prompt in asked]
-    record.attempt("alone again", lambda: compare(alone, again))
-    record.attempt("in company", lambda: compare(alone, in_company(llm, asked, job["batch"], tokens)))
+    alone: list[Answer] = []
+    asked, batch, tokens = job["asked"], job["batch"], job["tokens"]
 
+    def answer_alone() -> dict[str, Any]:
+        start = time.perf_counter()
+        alone.extend(answer(llm, [prompt], tokens)[0] for prompt in asked)
+        return {"seconds": round(time.perf_counter() - start, 1)}
 
-def in_company(llm: Any, asked: list[list[int]], batch: int, tokens: int) -> list[Answer]:
-    """Answers all, so many at a time; the last ones are joined by the first."""
-    answers: list[Answer] = []
+    record.attempt("alone", answer_alone)
+    if len(alone) < len(asked):
+        return
+    if job["again"]:
+        record.attempt("alone again", lambda: compare(alone, [answer(llm, [prompt], tokens)[0] for prompt in asked]))
+    company: list[Answer] = []
     for first in range(0, len(asked), batch):
-        together = (asked * 2)[first : first + batch]
-        answers += answer(llm, together, tokens)
-    return answers[: len(asked)]
-
-
-def compare(ours: list[Answer], theirs: list[Answer]) -> dict[str, Any]:
-    """How many answers differ, in what, and from which token on; log-probabilities up to there are compared."""
-    firsts, bits, largest = [], 0, 0.0
-    for one, other in zip(ours, theirs, strict=True):
-        pairs = zip(one.token_ids, other.token_ids, strict=True)
-        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
-        if first is not None:
-            firsts.append(first)
-        gaps = [abs(a - b) for a, b in zip(one.logprobs[:first], other.logprobs[:first], strict=True)]
-        largest = max(largest, *gaps, 0.0)
-        bits += one.logprobs != other.logprobs
-    return {
-        "answers": len(ours),
-        "other_tokens": len(firsts),
-        "earliest": min(firsts, default=None),
-        "other_logprobs": bits,
-        "largest_difference": largest,
-    }
+        company += answer(llm, (asked * 2)[first : first + batch], tokens)  # the last ones are joined by the first
+        done = min(len(company), len(asked))
+        record.attempt("in company", partial(compare, alone[:done], company[:done]))
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown, a row a comparison."""
-    columns = ["variant", "step", "answers", "other_tokens", "earliest", "other_logprobs", "largest_difference"]
+    """Markdown, a row a comparison: of those that went on, the last."""
+    records = list({(record["variant"], record["step"]): record for record in records}.values())
+    columns = ["variant", "step", "seconds", "answers", "other_tokens", "earliest"]
+    columns += ["other_logprobs", "largest_difference"]
     rows = [[str(record.get(column, record.get("error", "–"))) for column in columns] for record in records]
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 
@@ -82,6 +70,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("invariance.jsonl"), help="JSON lines, one a comparison")
     parser.add_argument("--prompts", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="prompts at a time, in company (default: %(default)s)")
+    parser.add_argument(
+        "--again", action="store_true", help="answer alone twice, to see whether that is always the same"
+    )
     parser.add_argument("--longest", type=int, default=300, help="tokens of a prompt, at most (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
@@ -102,7 +93,7 @@ def main() -> None:
             checkpoint = checkpoint_of(variant.model, Path(scratch, "random"), arguments)
             asked = prompts_of(arguments.prompts, arguments.longest, known_tokens(checkpoint))
             job = {"out": str(arguments.out.absolute()), "variant": variant.label, "checkpoint": str(checkpoint)}
-            job |= {"asked": asked, "tokens": arguments.tokens, "batch": arguments.batch}
+            job |= {"asked": asked, "tokens": arguments.tokens, "batch": arguments.batch, "again": arguments.again}
             jobs.append((variant, job | {"engine": arguments.engine | dict(variant.engine)}))
         run_each(Path(__file__).absolute(), jobs, arguments.out.with_suffix(".log"), arguments.limit)
     if arguments.out.exists():

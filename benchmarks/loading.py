@@ -1,4 +1,4 @@
-"""How long a checkpoint of Yuan2.0-2B's shape takes to load on a CPU, and how much memory that takes at its peak.
+"""How long a checkpoint of Yuan2.0-2B's shape takes to load, and how much memory that takes at its peak.
 
 Writes the checkpoint as one `.bin` and as sharded safetensors (4.7 GB each, deleted afterwards), then loads each
 through the engine in a process of its own:
@@ -7,6 +7,7 @@ through the engine in a process of its own:
 
 Memory is told apart: `anonymous` is what the process holds, `file` what it has mapped of the checkpoint, which Linux
 takes back when others need it. Both are GiB, from /proc/self/status; `pss` is from smaps_rollup.
+On a GPU `gpu_peak` is what torch had allocated at most.
 """
 
 import argparse
@@ -128,6 +129,9 @@ def watch(load: Callable[..., Any], memory: Memory, seen: dict[str, Any]) -> Cal
 
     @wraps(load)
     def watched(*args: Any, **kwargs: Any) -> Any:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         before, start = memory.reset(), time.perf_counter()
         model = load(*args, **kwargs)
         seen["seconds"] = round(time.perf_counter() - start, 2)
@@ -136,6 +140,9 @@ def watch(load: Callable[..., Any], memory: Memory, seen: dict[str, Any]) -> Cal
         for kind in STATUS.values():
             seen[f"{kind}_before"], seen[f"{kind}_after"] = round(before[kind], 3), round(after[kind], 3)
             seen[f"{kind}_peak"] = round(memory.highest[kind], 3)
+        if on_gpu:
+            seen["gpu_peak"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+            seen["gpu_after"] = round(torch.cuda.memory_allocated() / GIB, 3)
         seen["pss_after"] = round(proportional(), 3)
         return model
 
@@ -215,7 +222,7 @@ def main() -> None:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown, a row a load."""
     columns = ["layout", "seconds", "model_gib", "anonymous_before", "anonymous_peak", "anonymous_after"]
-    columns += ["file_peak", "resident_peak", "pss_after", "anonymous_ready", "max_resident"]
+    columns += ["file_peak", "resident_peak", "pss_after", "anonymous_ready", "max_resident", "gpu_peak"]
     rows = [[str(record.get(column, "–")) for column in columns] for record in records if record["step"] == "load"]
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 

@@ -9,7 +9,7 @@ The engine runs in one process. On a CPU, the kernels are torch's own operators:
 
     python benchmarks/model_profile.py --out /tmp/profile.jsonl --hidden 128 --layers 2 --heads 4 --width 256 \\
       --vocabulary 512 --positions 512 --decode 1,4 --prompt 16 --steps 4 --prefill 1x64 --top 5 \\
-      --engine '{"max_model_len":512,"max_num_seqs":4,"kv_cache_memory_bytes":67108864}' yuan
+      --engine '{"max_num_seqs":4,"kv_cache_memory_bytes":67108864}' yuan
 """
 
 import argparse

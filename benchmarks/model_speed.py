@@ -6,12 +6,17 @@ they are to run, each as often as it is to run; engine arguments and environment
     python benchmarks/model_speed.py --out speed.jsonl llama yuan 'yuan:{"quantization":"fp8"}' \\
       'VLLM_BATCH_INVARIANT=1 yuan' yuan llama
 
+Larger ones go the same way, as Yuan2.0-51B on two GPUs (102B has 84 layers, and takes four):
+
+    python benchmarks/model_speed.py --out large.jsonl --hidden 8192 --layers 42 --heads 64 --width 32768 \\
+      --positions 4096 --prefill 1x1024,64x1024,16x2048 --limit 600 'yuan:{"tensor_parallel_size":2}'
+
 Decode tokens per second come from the difference between answers of many tokens and of one, so they hold no prefill;
 requests are greedy, on random prompts, and nothing is detokenized. On a CPU, sizes and engine are made small:
 
     python benchmarks/model_speed.py --out /tmp/speed.jsonl --hidden 128 --layers 2 --heads 4 --width 256 \\
       --vocabulary 512 --positions 512 --decode 1,4 --prompt 16 --tokens 8 --prefill 2x64 \\
-      --engine '{"max_model_len":512,"max_num_seqs":4,"kv_cache_memory_bytes":67108864}' llama yuan
+      --engine '{"max_num_seqs":4,"kv_cache_memory_bytes":67108864}' llama yuan
 """
 
 import argparse

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,6 @@ FIRST_TOKEN = 10
 ENGINE: dict[str, Any] = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
-    "max_model_len": 8192,
     "max_num_seqs": 256,
     "gpu_memory_utilization": 0.85,
     "seed": 0,
@@ -214,22 +214,36 @@ def start_engine(job: Mapping[str, Any]) -> Any:
     folder = Path(gettempdir(), f"yuan-grpc-{job['model']}-{sha256(config.encode()).hexdigest()[:12]}")
     folder.mkdir(exist_ok=True)
     folder.joinpath("config.json").write_text(config, encoding="utf-8")
-    return LLM(str(folder), **ENGINE | job["engine"])
+    return LLM(str(folder), **ENGINE | {"max_model_len": job["shape"]["positions"]} | job["engine"])
 
 
 def describe(llm: Any) -> dict[str, Any]:
-    """Versions, device and what the engine settled on."""
+    """Versions, devices, what the engine settled on, and GiB in use on each GPU."""
     import torch
     import vllm
 
     config = llm.llm_engine.vllm_config
+    cache = config.cache_config
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "device": device,
+        "tensor_parallel": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
-        "kv_blocks": config.cache_config.num_gpu_blocks,
-        "block_size": config.cache_config.block_size,
+        "kv_blocks": cache.num_gpu_blocks,
+        "block_size": cache.block_size,
+        "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+        "gpu_gib": used_gpu_memory(),
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
     }
+
+
+def used_gpu_memory() -> list[float]:
+    """GiB in use on each GPU, by whichever process."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    return [round(float(used) / 1024, 2) for used in mib]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from yuan_grpc.model.config import YuanConfig, check_split
+from yuan_grpc.model.config import YuanConfig, check_split, check_stages
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 128, "original_max_position_embeddings": 8192}
 
@@ -120,3 +120,9 @@ def test_the_published_sizes_can_be_split(ranks: int) -> None:
 def test_a_split_that_does_not_come_out_even_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`intermediate_size` must be divisible .*, and 8190 is not divisible by 4"):
         check_split(config(intermediate_size=8190), 4)
+
+
+def test_a_pipeline_of_more_stages_than_layers_is_refused() -> None:
+    check_stages(config(num_hidden_layers=3), 3)
+    with pytest.raises(ValueError, match="`pipeline_parallel_size` must be at most `num_hidden_layers`, 3, not 4"):
+        check_stages(config(num_hidden_layers=3), 4)

@@ -17,7 +17,7 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from yuan_grpc.model import grammars, logprobs, process
+    from yuan_grpc.model import drafts, grammars, logprobs, process
     from yuan_grpc.model.config import YuanConfig
     from yuan_grpc.model.defaults import YuanModelConfig
     from yuan_grpc.model.ops import PLAN_OP
@@ -33,6 +33,7 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = YuanModelConfig
     # The op reads per-step metadata, which a captured graph must not bake in: CUDA graphs split around it.
     CompilationConfig._attention_ops.append(PLAN_OP)
+    drafts.mend()
     grammars.mend()
     logprobs.mend()
     process.prepare()

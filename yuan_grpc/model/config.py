@@ -119,6 +119,19 @@ def check_split(config: YuanConfig, ranks: int) -> None:
         )
 
 
+def check_stages(config: YuanConfig, stages: int) -> None:
+    """Whether every stage of a pipeline has a layer.
+
+    Raises:
+        ValueError: there are fewer layers than stages.
+    """
+    if stages > config.num_hidden_layers:
+        raise ValueError(
+            f"`pipeline_parallel_size` must be at most `num_hidden_layers`, {config.num_hidden_layers}, not {stages}: "
+            "every stage must have a layer"
+        )
+
+
 def _rope_parameters(fields: dict[str, Any], use_yarn: bool | None) -> dict[str, Any]:
     """What config.json says of the rotation, over the published numbers. Takes the fields that say it.
 

@@ -2,17 +2,21 @@
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from yuan_grpc.model import TOKENIZER_MODE
-from yuan_grpc.model.config import check_split
+from yuan_grpc.model.config import check_split, check_stages
+from yuan_grpc.model.state import check_block_size
 
 GRAMMAR_BACKEND = "xgrammar"
 """guidance takes fast tokenizers only, outlines counts this one's spaces twice, and lm-format-enforcer does not load.
 vLLM's `auto` falls back to these, and where it does so first it stays with them."""
 
-
 DRAFTED_FROM_THE_TEXT = ("ngram", "ngram_gpu", "suffix")
 """Ways of speculative decoding that need no model beside this one."""
+
+QUANTIZED_WHILE_LOADING = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
+"""Ways of quantization that start from the published weights."""
 
 
 class YuanModelConfig(VerifyAndUpdateConfig):
@@ -38,18 +42,59 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: the option, and why.
         """
-        check_split(vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size)
-        speculative = vllm_config.speculative_config
-        if speculative is not None and speculative.method not in DRAFTED_FROM_THE_TEXT:
-            raise ValueError(
-                f"`speculative_config` must name one of the methods {', '.join(DRAFTED_FROM_THE_TEXT)} for Yuan, "
-                f"not '{speculative.method}': no draft model of Yuan's is known"
-            )
-        if (ranks := vllm_config.parallel_config.decode_context_parallel_size) > 1:
-            raise ValueError(
-                f"`decode_context_parallel_size` must be 1 for Yuan, not {ranks}: LFA's state is not split"
-            )
+        _check_split(vllm_config)
+        _check_drafts(vllm_config)
+        _check_quantization(vllm_config.model_config)
+        _check_transfer(vllm_config)
         outputs = vllm_config.structured_outputs_config
         if outputs.backend not in ("auto", GRAMMAR_BACKEND):
             raise ValueError(f"the structured outputs `backend` must be '{GRAMMAR_BACKEND}', not '{outputs.backend}'")
         outputs.backend = GRAMMAR_BACKEND
+
+
+def _check_split(vllm_config: VllmConfig) -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    check_split(model.hf_config, parallel.tensor_parallel_size)
+    check_stages(model.hf_config, parallel.pipeline_parallel_size)
+    if parallel.pipeline_parallel_size > 1 and model.enforce_eager and current_platform.is_cpu():
+        raise ValueError(
+            "`enforce_eager` must be false for a pipeline on CPUs, not true: "
+            "vLLM makes room for what a stage hands on only when it compiles"
+        )
+    if (ranks := parallel.decode_context_parallel_size) > 1:
+        raise ValueError(f"`decode_context_parallel_size` must be 1 for Yuan, not {ranks}: LFA's state is not split")
+    if parallel.use_ubatching:
+        raise ValueError("`enable_dbo` must be false for Yuan, not true: LFA's state is planned for whole steps")
+
+
+def _check_drafts(vllm_config: VllmConfig) -> None:
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in DRAFTED_FROM_THE_TEXT:
+        raise ValueError(
+            f"`speculative_config` must name one of the methods {', '.join(DRAFTED_FROM_THE_TEXT)} for Yuan, "
+            f"not '{speculative.method}': no draft model of Yuan's is known"
+        )
+    if vllm_config.cache_config.user_specified_block_size:  # otherwise not known yet
+        check_block_size(vllm_config)
+
+
+def _check_quantization(model_config: ModelConfig) -> None:
+    stored = model_config.model_arch_config.quantization_config
+    if stored is not None:
+        raise ValueError(
+            f"`quantization_config` in config.json must be absent for Yuan, not '{stored.get('quant_method')}': "
+            "LFA's product and the values' are one here, and such checkpoints quantise the values' alone"
+        )
+    if model_config.quantization not in (None, *QUANTIZED_WHILE_LOADING):
+        raise ValueError(
+            f"`quantization` must be one of {', '.join(QUANTIZED_WHILE_LOADING)} for Yuan, "
+            f"not '{model_config.quantization}': no other is known to suit LFA's joined products"
+        )
+
+
+def _check_transfer(vllm_config: VllmConfig) -> None:
+    reason = "it is not known to move LFA's state with the keys and values"  # some connectors see attention layers only
+    if (transfer := vllm_config.kv_transfer_config) is not None:
+        raise ValueError(f"`kv_transfer_config` must be unset for Yuan, not '{transfer.kv_connector}': {reason}")
+    if (size := vllm_config.cache_config.kv_offloading_size) is not None:
+        raise ValueError(f"`kv_offloading_size` must be unset for Yuan, not {size}: {reason}")

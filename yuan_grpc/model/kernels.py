@@ -6,10 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from yuan_grpc.model.state import ROW_BEFORE, SEQUENCE_START, StateMetadata
+from yuan_grpc.model.state import IN_BATCH, SEQUENCE_START, StateMetadata
 
 ROWS = 128
 """Of a batch, to a program of `plan`."""
+
+OTHERS = 128
+"""Sequences that a program looks at at once, for one that computes what it seeks."""
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def _plan_kernel(
     steps: tl.tensor,  # of the search: 2 ** steps > sequences
     ROWS: tl.constexpr,
     SEQUENCE_START: tl.constexpr,
-    ROW_BEFORE: tl.constexpr,
+    IN_BATCH: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_plan = row < rows
@@ -76,15 +79,50 @@ def _plan_kernel(
     row_taken = first + taken - turn - 1
     takes = begun & (row == first) & (taken > turn)
     takes = takes & ((taken == block_size - 1) | (last - row_taken < kept_tokens))
-    read = tl.where(row == first, tl.where(begun, begins, SEQUENCE_START), ROW_BEFORE)
+    read = tl.where(row == first, tl.where(begun, begins, SEQUENCE_START), IN_BATCH + 1 - row)
     write = tl.where(takes, begins, tl.where(kept & ~handed, own, -1))
     tl.store(plan + row, tl.where(present, read, SEQUENCE_START), mask=in_plan)
     tl.store(plan + rows + row, tl.where(present, write, -1), mask=in_plan)
     tl.store(plan + 2 * rows + row, tl.where(takes, row_taken, row), mask=in_plan)
 
 
+@triton.jit(do_not_specialize=["rows", "sequences"])
+def _shared_blocks_kernel(
+    plan: tl.tensor,
+    query_start_loc: tl.tensor,
+    seq_lens: tl.tensor,
+    block_table: tl.tensor,
+    rows: tl.tensor,
+    sequences: tl.tensor,
+    table_stride: tl.tensor,
+    block_size: tl.tensor,
+    OTHERS: tl.constexpr,
+    IN_BATCH: tl.constexpr,
+) -> None:
+    """For a sequence that begins at a block's end: the row that computes it in this step, where one does."""
+    sequence = tl.program_id(0)
+    first = tl.load(query_start_loc + sequence)
+    end = tl.load(query_start_loc + sequence + 1)
+    position = tl.load(seq_lens + sequence) - (end - first) - 1  # the last before this step
+    if (first < end) & (end <= rows) & (position >= 0) & ((position + 1) % block_size == 0):
+        place = position // block_size  # of the block, in all tables that have it
+        block = tl.load(block_table + sequence * table_stride + place)
+        makers = tl.full([OTHERS], -1, tl.int32)
+        for start in range(0, sequences, OTHERS):
+            other = start + tl.arange(0, OTHERS)
+            inside = other < sequences
+            others_first = tl.load(query_start_loc + other, mask=inside, other=0)
+            others_end = tl.load(query_start_loc + other + 1, mask=inside, other=0)
+            row = others_end - tl.load(seq_lens + other, mask=inside, other=0) + position
+            computes = (row >= others_first) & (row < others_end)
+            others_block = tl.load(block_table + other * table_stride + place, mask=computes, other=-1)
+            makers = tl.maximum(makers, tl.where(computes & (others_block == block), row, -1))
+        maker = tl.max(makers, axis=0)
+        tl.store(plan + first, IN_BATCH - maker, mask=maker >= 0)
+
+
 def plan(plan: torch.Tensor, step: StateMetadata) -> None:
-    """`ops.plan_in_torch` in one launch, from nothing but tensors that keep their places from step to step."""
+    """`ops.plan_in_torch` in two launches, from nothing but tensors that keep their places from step to step."""
     rows, sequences = plan.shape[1], step.seq_lens.shape[0]
     _plan_kernel[(triton.cdiv(rows, ROWS),)](
         plan,
@@ -100,7 +138,19 @@ def plan(plan: torch.Tensor, step: StateMetadata) -> None:
         sequences.bit_length(),
         ROWS=ROWS,
         SEQUENCE_START=SEQUENCE_START,
-        ROW_BEFORE=ROW_BEFORE,
+        IN_BATCH=IN_BATCH,
+    )
+    _shared_blocks_kernel[(sequences,)](
+        plan,
+        step.query_start_loc,
+        step.seq_lens,
+        step.block_table,
+        rows,
+        sequences,
+        step.block_table.stride(0),
+        step.block_size,
+        OTHERS=OTHERS,
+        IN_BATCH=IN_BATCH,
     )
 
 
@@ -137,14 +187,15 @@ def _shift_add_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CACHE: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    ROW_BEFORE: tl.constexpr,
+    IN_BATCH: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DIM)
     inside = column < dim
     own = tl.load(parts + row * parts_stride + dim + column, mask=inside, other=0.0).to(tl.float32)
     read = tl.load(plan + row)
-    before = tl.load(parts + (row - 1) * parts_stride + column, mask=inside & (read == ROW_BEFORE), other=0.0)
+    row_before = (IN_BATCH - tl.minimum(read, IN_BATCH)).to(tl.int64)
+    before = tl.load(parts + row_before * parts_stride + column, mask=inside & (read <= IN_BATCH), other=0.0)
     total = own + before.to(tl.float32)
     if HAS_CACHE:
         slot = tl.maximum(read, 0).to(tl.int64)
@@ -201,6 +252,6 @@ def shift_add(
         HAS_BIAS=bias is not None,
         HAS_CACHE=cache is not None,
         HAS_NORM=norm is not None,
-        ROW_BEFORE=ROW_BEFORE,
+        IN_BATCH=IN_BATCH,
         num_warps=4 if dim <= 2048 else 8,
     )

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from yuan_grpc.model.state import ROW_BEFORE, SEQUENCE_START, StateMetadata
+from yuan_grpc.model.state import IN_BATCH, SEQUENCE_START, StateMetadata
 
 if TYPE_CHECKING:
     from yuan_grpc.model.filtering import LocalizedFiltering
@@ -30,17 +30,22 @@ def new_plan(tokens: torch.Tensor) -> torch.Tensor:
     return torch.empty((3, tokens.shape[0]), dtype=torch.int32, device=tokens.device)
 
 
-@eager_break_during_capture
 def plan(plan: torch.Tensor, layer_name: str) -> None:
     """Writes, for each row of this step's batch, where its predecessor's state is and what is to be kept of it.
 
     Args:
-        plan: [3, tokens], overwritten. First row: the slot to read, `SEQUENCE_START` or `ROW_BEFORE`. Second: the slot
-            to write, or -1. Third: the row whose state goes there. That is the row itself, unless the slot is the one
-            that its sequence begins this step with: then the sequence's first row, which reads it, is also the one to
-            write it, in that order.
+        plan: [3, tokens], overwritten. First row: the slot to read, `SEQUENCE_START`, or `IN_BATCH` less the row where
+            the predecessor is. That is the row before, or, for a sequence that begins with blocks which another one
+            fills in this step, a row of the other's. Second: the slot to write, or -1. Third: the row whose state goes
+            there. That is the row itself, unless the slot is the one that its sequence begins this step with: then the
+            sequence's first row, which reads it, is also the one to write it, in that order.
         layer_name: any layer with LFA: they all have the same sequences.
     """
+    # Not as a decorator, which would look once and too early: vLLM may ask for breaks while it reads its configuration.
+    eager_break_during_capture(_plan)(plan, layer_name)
+
+
+def _plan(plan: torch.Tensor, layer_name: str) -> None:
     metadata = get_forward_context().attn_metadata
     if metadata is None:  # the memory-profiling run has no sequences
         plan.fill_(SEQUENCE_START)
@@ -71,18 +76,36 @@ def plan_in_torch(plan: torch.Tensor, step: StateMetadata) -> None:
         block = step.block_table[sequence, (at // block_size).clamp(min=0)].long()
         return block * slots.in_block + at % block_size % slots.in_block
 
-    begins = slot(position - (rows - first) - 1)  # the slot that the sequence's first row reads
+    before = position - (rows - first) - 1  # the sequence's last position before this step
+    begins = slot(before)  # the slot that its first row reads
     begun = position > rows - first  # and whether it reads one
     kept = present & ((position % block_size == block_size - 1) | (last - rows < slots.kept))
     own = slot(position)
     handed = kept & begun & (own == begins)
     source.copy_(rows).index_copy_(0, first[handed], rows[handed])
     write.copy_(torch.where(kept & ~handed, own, -1)).index_copy_(0, first[handed], own[handed])
-    read.fill_(ROW_BEFORE)
+    torch.sub(IN_BATCH + 1, rows, out=read)  # the row before
     at_first = rows == first
     read[at_first & begun] = begins[at_first & begun]
     read[(at_first & ~begun) | ~present] = SEQUENCE_START
+    (behind_block,) = torch.where(at_first & begun & present & (position % block_size == 0))  # only those may share one
+    if len(behind_block):
+        makers = _makers(step, sequence[behind_block], before[behind_block])
+        read[behind_block] = torch.where(makers >= 0, IN_BATCH - makers, read[behind_block])
     plan.copy_(torch.stack((read, write, source)))
+
+
+def _makers(step: StateMetadata, sequence: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Which rows of this step compute these positions of these sequences, in blocks that are another's too; or -1.
+
+    A shared block is part of a shared prefix, so it is at the same place in both tables.
+    """
+    starts, ends, block = step.query_start_loc.long(), step.seq_lens.long(), position // step.block_size
+    row = starts[1:] - ends + position[:, None]  # [positions, sequences]: where it is, if it is here
+    computes = (row >= starts[:-1]) & (row < starts[1:])
+    table = step.block_table[: len(ends)]
+    shares = table[sequence, block][:, None] == table[:, block].T
+    return torch.where(computes & shares, row, -1).amax(dim=1)
 
 
 def shift_add(
@@ -114,8 +137,8 @@ def shift_add_in_torch(
     for_next, own = parts.float().chunk(2, dim=-1)
     read, write, source = plan.long().unbind()
     previous = torch.zeros_like(own)
-    (inner,) = torch.where(read == ROW_BEFORE)
-    previous[inner] = for_next[inner - 1]
+    (inner,) = torch.where(read <= IN_BATCH)
+    previous[inner] = for_next[IN_BATCH - read[inner]]
     if cache is not None:
         (resumed,) = torch.where(read >= 0)
         previous[resumed] = cache[_place(read[resumed], cache)].float()

@@ -3,7 +3,9 @@
 A layer's filter needs two vectors of the token before: what its two convolutions made of it for the next one. Kept with
 the block that the token's keys and values are in, they need no bookkeeping of their own: one block table serves both,
 a full block holds the state at its end (so any prefix of whole blocks that is found in the cache can be continued), and
-preemption, sharing and eviction are those of blocks.
+preemption, sharing and eviction are those of blocks. vLLM lets a sequence share a block in the very step that fills it,
+which suits attention, as all keys and values are written before any is read. A state that would be read from such a
+block is taken from where it is made instead: see `ops.plan`.
 
 A block has one slot, which its last token so far owns. With speculative decoding it has two more than drafted tokens:
 positions take slots in turn, so that the state before a rejected draft is still there.
@@ -20,13 +22,14 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 SEQUENCE_START = -1
 """In a plan's first row: nothing came before this token."""
-ROW_BEFORE = -2
-"""In a plan's first row: the token before is the batch's row before."""
+IN_BATCH = -2
+"""In a plan's first row: the token before is itself of this step's batch. Its row 0 is this number, row 1 one less."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,26 @@ class Slots:
         return Slots(kept=drafts + 1, in_block=drafts + 2 if drafts else 1)
 
 
+def check_block_size(vllm_config: VllmConfig) -> None:
+    """Whether a block of the attention cache has room for the slots.
+
+    Raises:
+        ValueError: it has not.
+    """
+    slots, block_size = Slots.of(vllm_config).in_block, vllm_config.cache_config.block_size
+    if slots > block_size:
+        raise ValueError(
+            f"`block_size` must be at least {slots} for {slots - 2} speculative tokens, not {block_size}: "
+            "a block keeps the states before them"
+        )
+
+
 def cache_spec(vllm_config: VllmConfig, dim: int) -> FullAttentionSpec:
     """One layer's cache, which vLLM lays out as [blocks, 1, slots, dim] in the model's dtype."""
+    check_block_size(vllm_config)  # of vLLM's choosing, which it has not made when it reads its configuration
     block_size = vllm_config.cache_config.block_size
     dtype = vllm_config.model_config.dtype
     slots = Slots.of(vllm_config).in_block
-    if slots > block_size:
-        raise ValueError(f"`block_size` must be at least {slots} for so many speculative tokens, not {block_size}")
     return FullAttentionSpec(
         block_size=block_size,
         num_kv_heads=1,
@@ -118,6 +134,11 @@ class StateBackend(AttentionBackend):
     def get_builder_cls() -> type[StateMetadataBuilder]:
         """Its metadata's."""
         return StateMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: FullAttentionSpec | None = None) -> list[int | MultipleOf]:
+        """Whole blocks. vLLM would cut them up for an attention that takes small ones only, and slots cannot be cut."""
+        return [MultipleOf(1)] if kv_cache_spec is None else [kv_cache_spec.block_size]
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:

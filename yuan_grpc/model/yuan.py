@@ -20,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
+    is_pp_missing_parameter,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
@@ -327,12 +328,10 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
         def placement(name: str) -> Placement | None:
             target, parts = place_of(name)
-            try:
-                param = self.get_parameter(target)
-            except AttributeError:  # of a layer that another pipeline rank has
+            if is_pp_missing_parameter(target, self):  # another pipeline rank has it
                 return None
             loaded.add(target)
-            return Placement(param, parts)
+            return Placement(self.get_parameter(target), parts)
 
         # vLLM would read a `.bin` whole, beside the model; what is mapped, Linux can take back.
         with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]

@@ -1,0 +1,114 @@
+"""Options of vLLM's that a Yuan does not have: refused with their names, before anything is loaded."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
+
+DRAFTS = {"method": "ngram", "prompt_lookup_max": 3}
+HEADS = {"num_attention_heads": 4}
+"""Which two ranks can share."""
+
+
+def configure(model: Path, **options: Any) -> None:
+    """Has vLLM put its configuration together, which is as far as a refused engine comes."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs(str(model), **options).create_engine_config()
+
+
+def with_fields(demo: Path, folder: Path, **fields: Any) -> Path:
+    """The demo's files but for the weights, with these fields in its `config.json`."""
+    config = json.loads((demo / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    (folder / "tokenizer.model").write_bytes((demo / "tokenizer.model").read_bytes())
+    return folder
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another tokenizer": ({"tokenizer_mode": "hf"}, "`tokenizer_mode` must be 'yuan' for a Yuan model, not 'hf'"),
+    "more stages than layers": ({"pipeline_parallel_size": 3}, "`pipeline_parallel_size` must be at most .*, 2, not 3"),
+    "heads that cannot be split": ({"tensor_parallel_size": 2}, r"heads \(3\) must be divisible by .* size \(2\)"),
+    "an MLP that cannot be split": ({"tensor_parallel_size": 3}, "`intermediate_size` must be .*, and 256 is not"),
+    "halved steps": ({"enable_dbo": True}, "`enable_dbo` must be false for Yuan, not true"),
+    "too many drafts for a block": (
+        {"speculative_config": DRAFTS | {"num_speculative_tokens": 31}, "block_size": 32},
+        "`block_size` must be at least 33 for 31 speculative tokens, not 32",
+    ),
+    "another quantisation": ({"quantization": "mxfp8"}, "`quantization` must be one of fp8, .* for Yuan, not 'mxfp8'"),
+    "a cache that is swapped": ({"kv_offloading_size": 4.0}, r"`kv_offloading_size` must be unset for Yuan, not 4\.0"),
+    "a cache that is sent": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "`kv_transfer_config` must be unset for Yuan, not 'ExampleConnector'",
+    ),
+    "another grammar": ({"structured_outputs_config": {"backend": "guidance"}}, "must be 'xgrammar', not 'guidance'"),
+}
+"""Options, and what is said of them."""
+
+
+@pytest.mark.parametrize(("options", "complaint"), REFUSED.values(), ids=REFUSED)
+def test_what_a_yuan_does_not_have_is_refused(demo: Path, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        configure(demo, **options)
+
+
+def test_a_draft_model_is_refused(demo: Path) -> None:
+    drafts = {"method": "draft_model", "model": str(demo), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match=r"`speculative_config` must name one of .* for Yuan, not 'draft_model'"):
+        configure(demo, speculative_config=drafts)
+
+
+def test_a_decode_context_that_is_split_is_refused(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`decode_context_parallel_size` must be 1 for Yuan, not 2"):
+        configure(with_fields(demo, tmp_path, **HEADS), tensor_parallel_size=2, decode_context_parallel_size=2)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "compressed-tensors"])
+def test_a_quantised_checkpoint_is_refused(demo: Path, tmp_path: Path, method: str) -> None:
+    stored = {"quant_method": method, "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "zero_point": True}
+    with pytest.raises(ValueError, match=r"`quantization_config` in config\.json must be absent for Yuan, not '"):
+        configure(with_fields(demo, tmp_path, quantization_config=stored))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+def test_a_pipeline_that_is_not_compiled_is_refused_on_cpus(demo: Path) -> None:
+    configure(demo, pipeline_parallel_size=2)
+    with pytest.raises(ValueError, match="`enforce_eager` must be false for a pipeline on CPUs, not true"):
+        configure(demo, pipeline_parallel_size=2, enforce_eager=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+def test_sleep_mode_is_refused_on_cpus(demo: Path) -> None:
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        configure(demo, enable_sleep_mode=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"speculative_config": DRAFTS | {"num_speculative_tokens": 30}, "block_size": 32}],
+    ids=["plain", "as many drafts as a block has room for"],
+)
+def test_what_a_yuan_has_is_not(demo: Path, options: dict[str, Any]) -> None:
+    configure(demo, **options)
+
+
+def test_slots_are_not_cut_with_blocks_for_an_attention_that_takes_small_ones() -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.worker.utils import select_common_block_size
+
+    from yuan_grpc.model.state import StateBackend
+
+    def sizes(kv_cache_spec: Any = None) -> list[int]:
+        return [16, 32, 64]
+
+    small: Any = SimpleNamespace(get_name=lambda: "SMALL", get_supported_kernel_block_sizes=sizes)
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    assert select_common_block_size(128, [small], [spec]) == 64
+    with pytest.raises(ValueError, match=r"No common block size for 128 .*YUAN_LFA_STATE: \[128\]"):
+        select_common_block_size(128, [small, StateBackend], [spec, spec])
+    assert select_common_block_size(64, [small, StateBackend], [spec.copy_with_new_block_size(64)] * 2) == 64
