@@ -40,11 +40,12 @@ from yuan_grpc.client import (
     YuanError,
     sync,
 )
+from yuan_grpc.client.channel import LEAST_KEEPALIVE
 from yuan_grpc.server.answers import Answers
 from yuan_grpc.server.errors import OverloadedError as Overload
 from yuan_grpc.server.generation import FinishReason, Job, Piece, Position, RankedToken, Step
 from yuan_grpc.server.health import Health
-from yuan_grpc.server.serve import build
+from yuan_grpc.server.serve import CHANNEL_OPTIONS, build
 from yuan_grpc.server.service import NAME, YuanService
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -67,7 +68,7 @@ class Echoing(FakeEngine):
         self.turns = [asyncio.Event() for _ in range(3)]
         self.ended: list[str] = []
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         text = "".join(map(chr, job.prompt))
         self.running += 1
         self.most = max(self.most, self.running)
@@ -438,6 +439,25 @@ async def test_many_are_bounded_and_the_source_may_be_endless(kind: Any, ordered
     assert len(taken) <= 20 + 3 + 1
 
 
+async def test_one_at_a_time_is_one_at_a_time(kind: Any) -> None:
+    engine, taken = Echoing(), []
+
+    def source() -> Iterator[str]:
+        for text in ("0", "1"):
+            taken.append(text)
+            yield text
+
+    async with served(engine) as address, kind(address) as client:
+        results = client.generate_many(source(), concurrency=1)
+        first = asyncio.ensure_future(anext(results))
+        await engine.began.wait()
+        assert taken == ["0"]
+        for turn in engine.turns:
+            turn.set()
+        assert [(await first).text, *[result.text for result in await _all(results)]] == ["0", "1"]
+    assert engine.most == 1
+
+
 async def test_unread_results_are_bounded_by_the_first_that_is_slow(kind: Any) -> None:
     engine, taken = Echoing(), []
 
@@ -600,6 +620,10 @@ async def test_a_server_may_come_while_it_is_waited_for(kind: Any) -> None:
         await waiting
         assert (await client.generate("A")).text == "!"
         await server.stop(None)
+
+
+def test_a_client_may_ping_no_more_often_than_our_server_takes() -> None:
+    assert dict(CHANNEL_OPTIONS)["grpc.http2.min_ping_interval_without_data_ms"] <= LEAST_KEEPALIVE * 1000
 
 
 async def test_large_answers_arrive(kind: Any) -> None:

@@ -1,6 +1,7 @@
 """The client's way to a server: targets, TLS, tokens, retries, proxies, balancing, traces."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def test_what_is_no_target_is_refused(target: str) -> None:
         ({"timeout": 0}, "`timeout` must be above 0"),
         ({"timeout": float("nan")}, "`timeout` must be above 0"),
         ({"retries": -1}, "`retries` must be at least 0, not -1"),
-        ({"keepalive": 0}, "`keepalive` must be above 0"),
+        ({"keepalive": 9.9}, "`keepalive` must be between 10 and 86400 seconds, or None for none, not 9.9"),
+        ({"keepalive": math.inf}, "`keepalive` must be between 10 and 86400"),
         ({"identity": (b"", b"")}, "`identity` needs `tls`"),
     ],
 )
@@ -92,6 +94,16 @@ def test_a_token_goes_through_no_proxy_in_plain_text() -> None:
     with pytest.raises(ValueError, match="through no proxy"):
         Client("localhost:1", token="secret", proxy="http://proxy:1")
     assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1", token="secret").channel_options()
+
+
+@pytest.mark.parametrize("metadata", [{"Authorization": "Basic x"}, [("authorization", "Basic x")]])
+def test_a_token_as_metadata_is_a_token(metadata: Any) -> None:
+    with pytest.raises(ValueError, match="`authorization` in `metadata` needs `tls`"):
+        Client("host:1", metadata=metadata)
+    Client("host:1", metadata=metadata, tls=True).close()
+    assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1", metadata=metadata).channel_options()
+    with Client("host:1") as client, pytest.raises(ValueError, match="`authorization` in `metadata` needs `tls`"):
+        client.generate("a", metadata=metadata)
 
 
 def test_only_what_changes_nothing_is_sent_again() -> None:

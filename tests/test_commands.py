@@ -49,7 +49,7 @@ class Answering(FakeEngine):
         super().__init__()
         self.second = asyncio.Event()
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         self.asked.append(job)
         prompt = prompt_of(job)
         if prompt.startswith("!"):
@@ -187,6 +187,45 @@ def test_ctrl_c_loses_no_answer_that_has_come(capsys: Captured, tmp_path: Path) 
     assert capsys.readouterr().err == "yuan-grpc: cancelled: 1 of 3 prompts were answered\n"
 
 
+def test_a_second_ctrl_c_does_not_wait_for_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, start = os.pipe()
+
+    async def work() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        print("x" * 1_000_000, flush=True)  # more than a pipe holds
+        await asyncio.Event().wait()
+
+    with open(end), open(start, "w") as paused, Interruptible() as loop:
+        monkeypatch.setattr(sys, "stdout", paused)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(work())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_takes_no_words_away_where_they_are_read(capfd: pytest.CaptureFixture[str]) -> None:
+    async def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            print("the last words", flush=True)
+
+    with Interruptible() as loop, pytest.raises(KeyboardInterrupt):
+        loop.run(work())
+    assert capfd.readouterr().out == "the last words\n"
+
+
+def test_where_fcntl_is_not_there_humaneval_alone_is_missing() -> None:
+    program = (
+        "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import yuan_grpc.__main__ as m; m.main()"
+    )
+    told = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
+    assert "generate" in told.stdout
+    assert "humaneval" not in told.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -270,7 +309,7 @@ async def test_a_deadline_is_an_error_of_one_line(capsys: Captured) -> None:
 class Parrot(FakeEngine):
     """Answers with the last turn, but `empty` with nothing and `!` with a refusal."""
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         self.asked.append(job)
         turn = prompt_of(job).removesuffix(">").split("|")[-1]
         if turn == "!":
@@ -390,7 +429,7 @@ class Slow(FakeEngine):
         super().__init__()
         self.refuses = refuses
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         self.asked.append(job)
         if self.refuses and len(self.asked) % 3 == 0:
             raise OverloadedError("too many requests")

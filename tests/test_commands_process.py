@@ -134,7 +134,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 class Picky(FakeEngine):
     """Answers all prompts but `hang`, which gets a part of an answer."""
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         self.asked.append(job)
         prompt = "".join(map(chr, job.prompt))
         try:

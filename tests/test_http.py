@@ -74,6 +74,26 @@ async def test_a_streams_chunks_have_all_text_so_far_and_end_with_a_zero_byte() 
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({"messages": TURNS}, "AB>"),
+        ({"prompt_token_ids": [65, 66]}, "AB"),
+        ({"prompt": "ABC", "truncate_prompt_tokens": 2}, "BC"),
+        ({"prompt": "AB", "echo": False}, ""),
+    ],
+    ids=["messages", "ids", "truncated", "without"],
+)
+async def test_a_choice_of_which_nothing_has_come_is_the_prompt_however_that_was_given(
+    fields: dict[str, Any], prompt: str
+) -> None:
+    engine = FakeEngine(more("a"), last("b", 1), last("c"))
+    response = await post(engine, GENERATE, fields | {"stream": True, "n": 2})
+    chunks = [json.loads(chunk)["text"] for chunk in response.content.split(b"\0")[:-1]]
+    assert chunks[0] == [f"{prompt}a", prompt]
+    assert chunks[-1] == [f"{prompt}ac", f"{prompt}b"]
+
+
 async def test_max_tokens_and_the_rest_are_what_they_were_in_the_original() -> None:
     engine = FakeEngine(last())
     await post(engine, GENERATE, {"prompt": "AB"})
@@ -616,3 +636,9 @@ async def test_a_name_that_is_no_header_is_told_in_the_log_alone() -> None:
     response = await post(FakeEngine(last()), GENERATE, {"prompt": "AB", "request_id": "名字"})
     assert response.status_code == 200
     assert "x-request-id" not in response.headers
+
+
+async def test_a_name_that_is_too_long_does_not_come_back_whole() -> None:
+    response = await post(FakeEngine(last()), GENERATE, {"prompt": "AB", "request_id": "x" * 20_000})
+    assert response.status_code == 400
+    assert response.headers["x-request-id"] == "x" * 256

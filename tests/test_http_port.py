@@ -93,7 +93,7 @@ async def test_a_caller_who_goes_away_before_the_body_is_nobody(caplog: pytest.L
 class EndlessEngine(FakeEngine):
     """Yields without end, and waits for nobody."""
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         try:
             while True:
                 yield more("a" * 10_000)
@@ -249,7 +249,7 @@ class LateEngine(FakeEngine):
         super().__init__()
         self.go = asyncio.Event()
 
-    async def generate(self, job: Job, *, stream: bool) -> AsyncGenerator[Step, None]:
+    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
         self.running += 1
         yield Step()
         await self.go.wait()

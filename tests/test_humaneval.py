@@ -7,12 +7,14 @@ import gzip
 import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from yuan_grpc.humaneval import records, report
 from yuan_grpc.humaneval.command import add_commands
 from yuan_grpc.humaneval.passrate import pass_at_k, pass_rates
-from yuan_grpc.humaneval.plot import grouped
+from yuan_grpc.humaneval.plot import drawn, grouped
 from yuan_grpc.humaneval.problems import Problem, ProblemError, read_problems, read_prompts
 from yuan_grpc.humaneval.progress import Progress, duration
 from yuan_grpc.humaneval.records import Record, Run
@@ -56,9 +58,12 @@ class Service(yuan_pb2_grpc.YuanServiceServicer):
     held: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    model: pb.GetModelResponse = field(default_factory=lambda: MODEL)
+    together: threading.Barrier | None = None
+    """Where calls wait until there are so many."""
 
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        return MODEL
+        return self.model
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         return pb.TokenizeResponse(tokens=[pb.Token(id=13, piece="<0x0A>"), pb.Token(id=28956, piece="```")])
@@ -67,6 +72,8 @@ class Service(yuan_pb2_grpc.YuanServiceServicer):
         number = request.prompt.split()[1]
         if number in self.refused:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "too long")
+        if self.together:
+            self.together.wait()
         if self.hold_after is not None and len(self.served) >= self.hold_after:
             context.add_callback(self.cancelled.set)
             self.held.set()
@@ -83,19 +90,27 @@ def service() -> Service:
     return Service()
 
 
-@pytest.fixture
-def address(service: Service) -> Iterator[str]:
-    """Where it does."""
+@contextmanager
+def serving(service: Service, healthy: health.HealthServicer | None = None) -> Iterator[str]:
+    """Yields where it answers; it is healthy unless that is left to the caller."""
     server = grpc.server(ThreadPoolExecutor(16))
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
-    healthy = health.HealthServicer()
-    healthy.set("yuan.v1.YuanService", health_pb2.HealthCheckResponse.SERVING)
+    if healthy is None:
+        healthy = health.HealthServicer()
+        healthy.set("yuan.v1.YuanService", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{port}"
     service.let_go.set()
     server.stop(None).wait()
+
+
+@pytest.fixture
+def address(service: Service) -> Iterator[str]:
+    """Where it does."""
+    with serving(service) as address:
+        yield address
 
 
 @pytest.fixture
@@ -115,14 +130,15 @@ def call(*arguments: object) -> int:
     return status
 
 
-def command(*arguments: object) -> subprocess.Popen[str]:
-    """The same in a process of its own."""
+def command(*arguments: object, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
+    """The same in a process of its own; `variables` are of its environment."""
     code = (
         "import argparse, sys; from yuan_grpc.humaneval.command import add_commands; p = argparse.ArgumentParser();"
         "add_commands(p.add_subparsers()); o = p.parse_args(sys.argv[1:]); sys.exit(o.run(o))"
     )
     line = [sys.executable, "-c", code, "humaneval", *map(str, arguments)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, **variables}
+    return subprocess.Popen(line, stdout=stdout, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
 
 
 def isolated_or_skip() -> None:
@@ -294,6 +310,17 @@ def test_a_sample_of_no_known_task_is_refused_before_anything_runs() -> None:
         score([Sample("x/1", "", {})], {}, Sandbox(), workers=1)
 
 
+def test_as_many_programs_run_as_there_are_processors_for_this_process() -> None:
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(ours)})
+    try:
+        parser = argparse.ArgumentParser()
+        add_commands(parser.add_subparsers())
+        assert parser.parse_args(["humaneval", "score", "x"]).workers == 1
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
 def test_equal_programs_are_run_once() -> None:
     judged: list[str] = []
 
@@ -402,5 +429,132 @@ def test_a_run_that_is_not_scored_is_not_reported(tmp_path: Path, capsys: pytest
     run = Run({"name": "x", "dtype": "float32"}, {}, 1, None, {"a": "b"})
     with records.Records(tmp_path / records.FILE, run):
         pass
-    assert call("report", tmp_path) == 1
+    assert call("report", tmp_path) == 2
     assert "not scored yet" in capsys.readouterr().err
+
+
+def test_a_run_that_has_grown_since_it_was_scored_is_not_reported(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    isolated_or_skip()
+    run = Run({"name": "x", "dtype": "float32"}, {}, 1, None, read_prompts(tasks))
+    score = ("score", tmp_path, "--problems", tasks, "--ignore-incomplete")
+    for text in ("    return x + 1\n```", "    return x + 2\n```"):
+        with records.Records(tmp_path / records.FILE, run) as file:
+            file.append(Record(file.missing[0][0], 0, text))
+        if (tmp_path / "scores.json").exists():
+            assert call("report", tmp_path, "--no-plot") == 2
+            assert "has changed since it was scored" in capsys.readouterr().err
+        assert call(*score) == 0
+        assert call("report", tmp_path, "--no-plot") == 0
+
+
+def test_a_report_shows_names_as_they_are() -> None:
+    table = report.Table(("kind",), [["<img src=x>"], ["a|b\r\nc"], ["$\\frac$"]])
+    text = report.markdown([report.Section("x", table=table)])
+    assert text.splitlines()[-3:] == ["| &lt;img src=x&gt; |", "| a\\|b c |", "| $\\frac$ |"]
+    pytest.importorskip("matplotlib")
+    assert "<svg" in drawn({"rules": [(5, 1.0)]}, {"rules": {"$\\frac$": 1, "passed": 1}})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--target", "localhost"), "`target` must be host:port"),
+        (("--target", "gpu1:50051", "--token", "x"), "`token` needs `tls`"),
+        (("--target", "a:1", "--target", "a:1"), "names a server twice"),
+        (("--tls", "no/such.pem"), "No such file"),
+    ],
+)
+def test_a_server_that_cannot_be_meant_is_misuse(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], said: str
+) -> None:
+    assert call("generate", tmp_path / "run", "--prompts", tasks, *options) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--patience"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "x"])
+def test_a_time_that_is_none_is_misuse(tmp_path: Path, option: str, seconds: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        call("generate", tmp_path / "run", option, seconds)
+    assert raised.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "said"),
+    [
+        ("x.jsonl", b'{"task_id": "\xff"}', "not UTF-8"),
+        ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("x.jsonl.gz", b"{}", "cannot be unpacked"),
+        ("x.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be unpacked"),
+        ("x.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 20, "cannot be unpacked"),
+    ],
+    ids=["bytes", "depths", "no-gzip", "half", "damaged"],
+)
+def test_a_file_that_cannot_be_read_is_misuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, raw: bytes, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(raw)
+    for asked in (("generate", tmp_path / "run", "--prompts", path), ("score", path, "--problems", path)):
+        assert call(*asked) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_several_servers_share_the_work(service: Service, address: str, tasks: Path, tmp_path: Path) -> None:
+    service.together = threading.Barrier(8)
+    other = Service(together=service.together)  # neither goes on before both have as many as they compute at a time
+    rows = "".join(tasks.read_text("utf-8").splitlines(keepends=True)[:8])
+    (tmp_path / "eight.jsonl").write_text(rows, "utf-8")
+    with serving(other) as second:
+        asked = ("--prompts", tmp_path / "eight.jsonl", "--target", address, "--target", second)
+        assert call("generate", tmp_path / "run", *asked) == 0
+    assert len(service.served) == len(other.served) == MODEL.limits.max_num_seqs
+    found = records.read(tmp_path / "run" / records.FILE)[1]
+    assert {record.target for record in found} == {address, second}
+    assert sorted(record.task_id for record in found) == [f"set/{i}" for i in range(8)]
+
+
+@pytest.mark.parametrize("fields", [{"name": "x"}, {"dtype": "x"}, {"quantization": "x"}, {"revision": "x"}])
+def test_servers_of_unlike_models_are_misuse(
+    address: str, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, str]
+) -> None:
+    model = pb.GetModelResponse()
+    model.CopyFrom(MODEL)
+    model.MergeFrom(pb.GetModelResponse(**fields))  # type: ignore[arg-type]
+    with serving(Service(model=model)) as second:
+        asked = ("--prompts", tasks, "--target", address, "--target", second)
+        assert call("generate", tmp_path / "run", *asked) == 2
+    assert "one run, one model" in capsys.readouterr().err
+    assert not (tmp_path / "run" / records.FILE).exists()
+
+
+def test_a_wait_for_servers_is_told(service: Service, tasks: Path, tmp_path: Path) -> None:
+    healthy = health.HealthServicer()
+    with (
+        serving(service, healthy) as address,
+        command("generate", tmp_path / "run", "--prompts", tasks, "--target", address) as process,
+    ):
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"yuan-grpc humaneval: waiting for {address}, for at most 600 s\n"
+        healthy.set("yuan.v1.YuanService", health_pb2.HealthCheckResponse.SERVING)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_what_is_written_is_utf_8_and_a_closed_pipe_ends_it_quietly(
+    service: Service, address: str, tmp_path: Path
+) -> None:
+    service.refused = ("7",)
+    own, c = tmp_path / "own.jsonl", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    own.write_text('{"task_id": "题/7", "prompt": "加 7"}', "utf-8")
+    asked = ("generate", tmp_path / "run", "--prompts", own, "--target", address)
+    with command(*asked, **c) as process:
+        _, said = process.communicate(timeout=60)
+    assert "the first of 题/7: INVALID_ARGUMENT" in said
+    end, start = os.pipe()
+    os.close(end)
+    with open(start) as unread, command(*asked, stdout=unread) as process:
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (141, "samples: 1/1, 0.0/s, ETA unknown\n")

@@ -91,6 +91,7 @@ def test_rule_4_deletes_the_first_docstring_wherever_it_occurs() -> None:
     assert extraction.without_docstring("""a'''d'''b""") == "ab"
     assert extraction.without_docstring("""a'''d'''b\"""") == """ab\""""
     assert extraction.without_docstring('a"""b') == 'a"""b'
+    assert extraction.without_docstring('x """"a" is quoted."""') == 'x a" is quoted."""'  # of four quotes, that is all
 
 
 def test_rule_5_takes_the_first_function_up_to_an_empty_line() -> None:
@@ -108,6 +109,8 @@ def test_rule_6_cuts_a_second_function_unless_rule_7_would_cut() -> None:
     for mark in ("\n```", "\n#", "\nif"):
         assert extraction.without_second_function(f"\ndef f\ndef g{mark}") == f"\ndef f\ndef g{mark}"
     assert extraction.without_second_function("\ndef f") == "\ndef f"
+    assert extraction.without_second_function("\ndef f\ndef g\ndef g") == "\ndef f\n"
+    assert extraction.without_second_function("x\ndef f\ndef f") == "x\n\n"  # the second, wherever it occurs
 
 
 def test_rule_7_cuts_at_each_end_but_not_at_the_very_beginning() -> None:

@@ -76,8 +76,10 @@ def test_no_cut_of_the_file_loses_or_doubles_a_whole_line(path: Path) -> None:
         replace(RUN, prompts={"a": "问题", "b": "other"}),
         replace(RUN, model={"name": "other", "dtype": "float32"}),
         replace(RUN, model={"name": "yuan", "dtype": "bfloat16"}),
+        replace(RUN, model={**RUN.model, "quantization": "fp8"}),
+        replace(RUN, model={**RUN.model, "revision": "abc"}),
     ],
-    ids=["request", "samples", "seed", "prompts", "model", "dtype"],
+    ids=["request", "samples", "seed", "prompts", "model", "dtype", "quantization", "revision"],
 )
 def test_another_run_is_refused_and_nothing_is_changed(path: Path, other: Run) -> None:
     with Records(path, RUN):

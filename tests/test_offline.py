@@ -1,5 +1,6 @@
-"""An engine in the caller's own care, by hand here; the real one's turn is in engine/test_offline.py."""
+"""An engine in the caller's own care, by hand here; the real one's turn is in engine/test_run.py."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,11 @@ def test_its_socket_is_the_callers_alone() -> None:
         folder = Path(target.removeprefix("unix:")).parent
         assert folder.stat().st_mode & 0o077 == 0
     assert not folder.exists()
+
+
+def test_a_long_folder_for_temporary_files_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with offline.running(startable(FakeEngine(last("yes")))) as target, Client(target) as yuan:
+        assert yuan.generate("AB").text == "yes"

@@ -1,22 +1,25 @@
 """The command `yuan-grpc`."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
 from yuan_grpc import __version__
 from yuan_grpc.commands import bench, chat, completion, generate, run, serve
-from yuan_grpc.humaneval import command as humaneval
 
-COMMANDS = (
+COMMANDS = [
     serve.add_command,
     generate.add_command,
     chat.add_command,
     bench.add_command,
-    humaneval.add_commands,
     run.add_command,
     completion.add_command,
-)
+]
+with contextlib.suppress(ModuleNotFoundError):  # of fcntl and resource, which Windows has not
+    from yuan_grpc.humaneval import command as humaneval
+
+    COMMANDS.insert(-2, humaneval.add_commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,8 @@ Needs `yuan-grpc[cpu]` or `yuan-grpc[cuda]`.
 """
 
 import asyncio
+import os
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,9 @@ from yuan_grpc.server.service import NAME, YuanService
 from yuan_grpc.server.settings import DEMO, Settings
 
 Result = TypeVar("Result")
+
+MAX_SOCKET_PATH = 107
+"""Bytes, as Linux has it."""
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def running(engine: Engine) -> Iterator[str]:
 
     It is a socket in a private folder, behind which is the service itself: answers, limits and errors are a server's.
     """
-    with TemporaryDirectory(prefix="yuan-grpc-") as folder, _loop() as do:
+    with TemporaryDirectory(prefix="yuan-grpc-", dir=_place()) as folder, _loop() as do:
         target = f"unix:{folder}/socket"
         server, _ = do(build(YuanService(Answers(engine)), Health(NAME), target))
         try:
@@ -74,6 +79,12 @@ def running(engine: Engine) -> Iterator[str]:
             yield target
         finally:
             do(_stop(server, engine))
+
+
+def _place() -> str:
+    """Where the socket's folder is to be: where temporary files are, unless the path would be too long for a socket."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(f"{usual}/yuan-grpc-12345678/socket")) <= MAX_SOCKET_PATH else "/tmp"
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import re
+import shlex
 import shutil
 import socket
 from collections.abc import AsyncIterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "http.md"
 PROMPT = "世界上最高的山是什么"
 SCRIPT = {
     "prompt": PROMPT,
@@ -41,7 +45,7 @@ ENDLESS = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True}
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def port(session_server: Served) -> AsyncIterator[int]:
     """Of the HTTP calls, on the session's engine."""
-    async with listening(session_server.engine, ["/mnt/models/yuan2B"]) as listener:
+    async with listening(session_server.engine, ["/mnt/models/yuan2B", "yuan2B"]) as listener:
         yield listener.port
 
 
@@ -51,6 +55,11 @@ async def client(port: int) -> AsyncIterator[openai.AsyncOpenAI]:
     address, direct = f"http://127.0.0.1:{port}/v1", openai.DefaultAsyncHttpxClient(trust_env=False)
     async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, http_client=direct) as client:
         yield client
+
+
+def code_blocks(indent: str) -> list[str]:
+    """The documentation's blocks of indented lines."""
+    return re.findall(rf"(?:^{indent}.*\n)+", DOCUMENT.read_text("utf-8"), re.MULTILINE)
 
 
 async def greedy_text(served: Served, **fields: Any) -> str:
@@ -85,6 +94,29 @@ async def test_the_original_curl_lines_run(port: int, headers: tuple[str, ...], 
     chunks = [json.loads(chunk)["text"][0] for chunk in said.rstrip(b"\0").split(b"\0")]
     assert all(later.startswith(earlier) for earlier, later in zip([PROMPT, *chunks], chunks, strict=False))
     assert (len(chunks) > 1) == stream
+
+
+async def test_the_original_curl_line_of_completions_runs(served: Served, port: int) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    line = shlex.split(next(block for block in code_blocks("    ") if "/v1/completions" in block))
+    line = [word.replace(":8000", f":{port}").replace('"max_tokens": 256', '"max_tokens": 32') for word in line]
+    curl = await asyncio.create_subprocess_exec(*line, "-sS", "--noproxy", "*", stdout=asyncio.subprocess.PIPE)
+    said, _ = await curl.communicate()
+    expected = await greedy_text(served, prompt=PROMPT, max_tokens=32, stop=["<eod>"])
+    assert json.loads(said)["choices"][0]["text"] == expected
+
+
+async def test_the_documentations_python_runs(
+    served: Served, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    await asyncio.to_thread(exec, code.replace(":8000", f":{port}"), names)
+    names["client"].close()
+    request = pb.GenerateRequest(messages=[pb.Message(role="user", content=PROMPT)], max_tokens=32, top_k=1)
+    assert capsys.readouterr().out == f"{(await served.generate(request)).choices[0].text}\n"
 
 
 async def test_openais_completions_are_grpcs(served: Served, client: openai.AsyncOpenAI) -> None:

@@ -1,8 +1,10 @@
-"""`yuan-grpc run`: an engine without a server gives a server's answers."""
+"""`yuan-grpc run` and `yuan_grpc.offline`: an engine without a server gives a server's answers."""
 
 import asyncio
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from engine.conftest import Served
@@ -11,6 +13,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "offline.md"
 PROMPTS = ("大学生写简历有哪些思路建议和注意事项", "请以人工智能四个字写一首诗", "世界上最高的山是什么")
 """The original's."""
 
@@ -29,3 +32,18 @@ async def test_three_prompts_get_the_servers_answers_without_one(served: Served)
         request = pb.GenerateRequest(prompt=prompt)
         request.MergeFrom(sampling)
         assert text == (await served.generate(request)).choices[0].text != ""
+
+
+async def test_the_documentations_script_gets_the_servers_answer(served: Served, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
+    script = tmp_path / "script.py"
+    script.write_text(code.replace("/models/Yuan2-2B-hf", str(served.demo)).replace("bfloat16", "float32"), "utf-8")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+    request = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=32, top_k=1)
+    first, *_, rest = output.decode().partition((await served.generate(request)).choices[0].text + "\n")
+    assert first == ""
+    assert rest.strip()

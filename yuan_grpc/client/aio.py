@@ -200,13 +200,12 @@ class AsyncClient(Caller):
                     prompt, coming = coming.result(), None
                     is_over = prompt is _END
                     if not is_over:
-                        running.add(asyncio.ensure_future(self._run(window, prompt, parameters)))
+                        running.add(asyncio.ensure_future(self._run(window, window.launch(), prompt, parameters)))
         finally:
             await _cancel([*running, *([coming] if coming else [])])
             await prompts.aclose()
 
-    async def _run(self, window: Window, prompt: Prompt, parameters: Parameters) -> None:
-        index = window.launch()
+    async def _run(self, window: Window, index: int, prompt: Prompt, parameters: Parameters) -> None:
         try:
             result = Result(index, prompt, await self.generate(prompt, **parameters), None)
         except YuanError as error:

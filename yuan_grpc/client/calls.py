@@ -11,7 +11,7 @@ import grpc
 
 from yuan_grpc.client import requests
 from yuan_grpc.client.answers import Answer, Gathering
-from yuan_grpc.client.channel import MetadataLike, Pem, Settings, Token
+from yuan_grpc.client.channel import AUTHORIZATION, MetadataLike, Pem, Settings, Token
 from yuan_grpc.client.descriptors import HEALTH_STATUSES, HealthCheckRequest
 from yuan_grpc.client.errors import DeadlineError
 from yuan_grpc.client.tracing import trace_metadata
@@ -68,10 +68,11 @@ class Caller:
                 where it is less. Each call can be given its own.
             retries: how often gRPC tries a call again that was refused as UNAVAILABLE or RESOURCE_EXHAUSTED before its
                 first answer; at most 4 count, as gRPC has it. LoadLora, UnloadLora and Abort are not tried again.
-            keepalive: seconds after which a connection with calls in flight is probed when nothing comes; None: never.
+            keepalive: seconds after which a connection with calls in flight is probed when nothing comes, 10 or more,
+                for servers take more pings for an attack; None: never.
             proxy: `http://host:port` of a proxy to go through with CONNECT. None: gRPC looks at `grpc_proxy`,
                 `https_proxy`, `http_proxy` and their `no_` forms in the environment.
-            metadata: is sent with each call.
+            metadata: is sent with each call; `authorization` in it needs what `token` needs.
             options: of the gRPC channel; they stand above those that this client sets.
             interceptors: gRPC's, for the kind of client that this is.
 
@@ -116,12 +117,14 @@ class Caller:
     def _metadata(self, own: Sequence[tuple[str, str | bytes]]) -> Sequence[tuple[str, str | bytes]]:
         """The caller's metadata, the call's own first to count, and the trace where neither says another."""
         keys = {key for key, _ in own}
+        if AUTHORIZATION in keys:
+            self._settings.check_secret(f"`{AUTHORIZATION}` in `metadata`")
         merged = [*own, *(pair for pair in _pairs(self._settings.metadata) if pair[0] not in keys)]
         keys = {key for key, _ in merged}
         merged += [pair for pair in trace_metadata() if pair[0] not in keys]
-        if self._settings.token is not None and "authorization" not in keys:
+        if self._settings.token is not None and AUTHORIZATION not in keys:
             token = self._settings.token
-            merged.append(("authorization", f"Bearer {token if isinstance(token, str) else token()}"))
+            merged.append((AUTHORIZATION, f"Bearer {token if isinstance(token, str) else token()}"))
         return tuple(merged)
 
 

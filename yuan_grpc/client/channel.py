@@ -20,8 +20,14 @@ SERVICE = pb.DESCRIPTOR.services_by_name["YuanService"].full_name
 REPEATABLE = ("Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModel", "ListLoras")
 """The RPCs that change nothing on the server, so that gRPC may send them again."""
 
+AUTHORIZATION = "authorization"
+"""The metadata that has a token."""
+
 MAX_ATTEMPTS = 5
 """gRPC's own limit."""
+
+LEAST_KEEPALIVE, MOST_KEEPALIVE = 10, 86_400
+"""Seconds: who probes more often loses all calls, cut off by the server for too many pings; and a day."""
 
 RETRY_BUFFER_BYTES = 8 << 20
 """A request that does not fit is not sent again; gRPC's own 256 KiB are less than a long prompt."""
@@ -60,15 +66,26 @@ class Settings:
             raise ValueError(f"`timeout` must be above 0 seconds, not {self.timeout}")
         if self.retries < 0:
             raise ValueError(f"`retries` must be at least 0, not {self.retries}")
-        if self.keepalive is not None and not self.keepalive > 0:
-            raise ValueError(f"`keepalive` must be above 0 seconds, or None for none, not {self.keepalive}")
+        if self.keepalive is not None and not LEAST_KEEPALIVE <= self.keepalive <= MOST_KEEPALIVE:
+            span = f"between {LEAST_KEEPALIVE} and {MOST_KEEPALIVE} seconds"
+            raise ValueError(f"`keepalive` must be {span}, or None for none, not {self.keepalive}")
         if self.identity is not None and not self.is_secure:
             raise ValueError("`identity` needs `tls`: a certificate is shown over TLS only")
-        if self.token is not None and not self.is_secure and not (is_local(self.target) and self.proxy is None):
+        if self.has_secret:
+            self.check_secret("`token`" if self.token is not None else "`authorization` in `metadata`")
+
+    def check_secret(self, name: str) -> None:
+        """Raises ValueError where something secret would be sent so that others could read it."""
+        if not self.is_secure and not (is_local(self.target) and self.proxy is None):
             raise ValueError(
-                f"`token` needs `tls`: in plain text to {self.target} whoever is on the way could read it. "
+                f"{name} needs `tls`: in plain text to {self.target} whoever is on the way could read it. "
                 "Without TLS it goes to loopback addresses and unix sockets only, and through no proxy"
             )
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether a token goes with each call, as such or as metadata."""
+        return self.token is not None or any(key.lower() == AUTHORIZATION for key in dict(self.metadata))
 
     @property
     def is_secure(self) -> bool:
@@ -104,12 +121,12 @@ class Settings:
             "grpc.max_reconnect_backoff_ms": 5_000,
         }
         if self.keepalive is not None:
-            chosen["grpc.keepalive_time_ms"] = max(1, round(self.keepalive * 1000))
+            chosen["grpc.keepalive_time_ms"] = round(self.keepalive * 1000)
             chosen["grpc.keepalive_timeout_ms"] = 20_000
             chosen["grpc.http2.max_pings_without_data"] = 0
         if self.proxy is not None:
             chosen["grpc.http_proxy"] = self.proxy
-        elif self.token is not None and not self.is_secure:
+        elif self.has_secret and not self.is_secure:
             chosen["grpc.enable_http_proxy"] = 0  # one out of the environment would read the token
         return list((chosen | dict(self.options)).items())
 

@@ -94,10 +94,6 @@ def _check_output(output: Path | None, file: Path) -> None:
         raise UsageError(f"--output would overwrite {file}")
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
-
-
 async def _stream(client: AsyncClient, request: pb.GenerateRequest, output: Output) -> int:
     began = time.monotonic()
     async with client, client.stream(request) as stream:

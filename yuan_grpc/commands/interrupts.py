@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, TypeVar
+
+from yuan_grpc.commands.terminal import hush
 
 T = TypeVar("T")
 
@@ -17,6 +20,9 @@ class Interruptible:
 
     KeyboardInterrupt as Python has it comes between any two steps: behind a line that is written and before it is known
     to be, or with a lock of gRPC's taken that nobody gives back.
+
+    While stdout's reader is paused the work stands in a write, and is not told. A second Ctrl-C then lets the write,
+    and what comes after it, go nowhere.
     """
 
     def __enter__(self) -> Interruptible:
@@ -37,12 +43,25 @@ class Interruptible:
         """
         task = self._loop.create_task(work)
         is_main = threading.current_thread() is threading.main_thread()  # no other is told of signals
-        if is_main:
-            self._loop.add_signal_handler(signal.SIGINT, task.cancel)
+        untold: list[int] = []
+
+        def cancel() -> None:
+            untold.clear()
+            task.cancel()
+
+        def interrupt(number: int, _: object) -> None:
+            if untold and sys.stdout is not None:
+                hush(sys.stdout)
+            untold.append(number)
+            self._loop.call_soon_threadsafe(cancel)
+
+        previous = signal.getsignal(signal.SIGINT)
+        if is_main:  # and not by the loop, which would come to it after the write
+            signal.signal(signal.SIGINT, interrupt)
         try:
             return self._loop.run_until_complete(task)
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
             if is_main:
-                self._loop.remove_signal_handler(signal.SIGINT)
+                signal.signal(signal.SIGINT, previous)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from yuan_grpc.client import AsyncClient, Model, Token, YuanError
-from yuan_grpc.commands.connection import ADDRESS, FAILED, INTERRUPTED, MISUSED
+from yuan_grpc.commands.connection import ADDRESS, FAILED, INTERRUPTED, MISUSED, UNREAD
 from yuan_grpc.commands.misuse import UsageError
+from yuan_grpc.commands.terminal import hush, tell, use_utf8, visible
 from yuan_grpc.humaneval import records, report, scoring
 from yuan_grpc.humaneval.extraction import EXTRACTIONS
 from yuan_grpc.humaneval.generation import (
@@ -36,6 +38,8 @@ from yuan_grpc.humaneval.records import Record, Records, RecordsError, Run
 from yuan_grpc.humaneval.sandbox import Limits, Sandbox, SandboxError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+TELL_SECONDS = 1.0
+"""What lasts longer is told of."""
 
 
 def add_commands(commands: Any) -> None:
@@ -68,9 +72,13 @@ def _add_generate(parts: Any) -> None:
     )
     parser.add_argument("--token", default=os.environ.get("YUAN_GRPC_TOKEN"), help="bearer token (YUAN_GRPC_TOKEN)")
     parser.add_argument("--concurrency", type=_positive, metavar="N", help="at a time of each server (all it computes)")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a call (default: 600)")
+    parser.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="of a call (default: 600)")
     parser.add_argument(
-        "--patience", type=float, default=600.0, metavar="S", help="with a server that does not answer (default: 600)"
+        "--patience",
+        type=_seconds,
+        default=600.0,
+        metavar="S",
+        help="with a server that does not answer (default: 600)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="ask again for samples that the server refused")
     group = parser.add_argument_group("request", "Greedy unless one of the sampling options is given.")
@@ -99,9 +107,11 @@ def _add_score(parts: Any) -> None:
         "--problems", type=Path, metavar="FILE", help="jsonl of task_id, entry_point and test (HumanEval)"
     )
     parser.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="programs at a time"
+        "--workers", type=_positive, default=_processors(), metavar="N", help="programs at a time (one a processor)"
     )
-    parser.add_argument("--seconds", type=float, default=Limits.seconds, metavar="S", help="for a program (default: 3)")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=Limits.seconds, metavar="S", help="for a program (default: 3)"
+    )
     parser.add_argument("--memory", type=_positive, default=1024, metavar="MIB", help="of a process (default: 1024)")
     parser.add_argument("--k", type=_ks, default=KS, metavar="K,…", help="of pass@k (default: 1,10,100)")
     parser.add_argument("--with-prompt", action="store_true", help="of a file: put the problem's prompt in front")
@@ -124,11 +134,15 @@ def _add_report(parts: Any) -> None:
 def _at_the_edge(options: argparse.Namespace) -> int:
     """Runs a part; what goes wrong becomes a sentence and an exit status."""
     part: Callable[[argparse.Namespace], int] = options.run_part
+    use_utf8()
     try:
         return part(options)
-    except UsageError as error:
+    except (UsageError, ProblemError) as error:
         return _complain(str(error), MISUSED)
-    except (ProblemError, RecordsError, SandboxError, PlotError, OSError) as error:
+    except BrokenPipeError:
+        hush(sys.stdout)
+        return UNREAD
+    except (RecordsError, SandboxError, PlotError, OSError) as error:
         return _complain(str(error), FAILED)
     except YuanError as error:
         return _complain(f"{error.code.name}: {error}", FAILED)
@@ -164,7 +178,7 @@ async def _generate_all(options: argparse.Namespace) -> int:
         if not options.no_fence_stop:
             request = stopping_at_fence(request, fence)
         run = Run(
-            model={name: getattr(model, name) for name in ("name", "dtype", "quantization", "version", "vllm_version")},
+            model={name: getattr(model, name) for name in (*records.SAME_MODEL, "version", "vllm_version")},
             request=request,
             samples=options.samples,
             seed=seed,
@@ -190,7 +204,10 @@ async def _work(kept: Records, targets: list[Target], patience: float) -> int:
     finally:
         progress.close()
     failed = [record for record in kept.done.values() if record.error]
-    print(f"{kept.path}: {total} samples, {total - begun} of them new, in {duration(time.monotonic() - start)}")
+    print(
+        f"{kept.path}: {total} samples, {total - begun} of them new, in {duration(time.monotonic() - start)}",
+        flush=True,
+    )
     for message, tasks in _messages(failed).items():
         _complain(f"refused {len(tasks)} samples, the first of {tasks[0]}: {message}", FAILED)
     return FAILED if failed else 0
@@ -235,17 +252,18 @@ async def _connected(stack: AsyncExitStack, options: argparse.Namespace) -> tupl
     if len(set(addresses)) < len(addresses):
         raise UsageError("--target names a server twice")
     tls = Path(options.tls) if isinstance(options.tls, str) else options.tls
-    clients = [
-        await stack.enter_async_context(AsyncClient(each, tls=tls, token=options.token, timeout=options.timeout))
-        for each in addresses
-    ]
-    await asyncio.gather(*(client.wait_until_ready(options.patience) for client in clients))
+    try:
+        clients = [AsyncClient(each, tls=tls, token=options.token, timeout=options.timeout) for each in addresses]
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+    for client in clients:
+        await stack.enter_async_context(client)
+    await _until_ready(clients, addresses, options.patience)
     models = await asyncio.gather(*(client.model() for client in clients))
-    for address, model in zip(addresses, models, strict=True):
-        if (model.name, model.dtype) != (models[0].name, models[0].dtype):
-            raise UsageError(
-                f"{address} serves {model.name}, {addresses[0]} serves {models[0].name}: one run, one model"
-            )
+    told = [", ".join(f"{name} {getattr(model, name)}" for name in records.SAME_MODEL) for model in models]
+    for address, one in zip(addresses, told, strict=True):
+        if one != told[0]:
+            raise UsageError(f"{address} serves {one}; {addresses[0]} serves {told[0]}: one run, one model")
     targets = [
         Target(address, client.generate, options.concurrency or model.limits.max_num_seqs)
         for address, client, model in zip(addresses, clients, models, strict=True)
@@ -253,8 +271,19 @@ async def _connected(stack: AsyncExitStack, options: argparse.Namespace) -> tupl
     return targets, models[0], await clients[0].tokenize(FENCE_PROBE)
 
 
+async def _until_ready(clients: list[AsyncClient], addresses: list[str], patience: float) -> None:
+    """Waits for all, and says so where that takes longer than a second."""
+    sentence = f"yuan-grpc humaneval: waiting for {', '.join(addresses)}, for at most {patience:g} s"
+    telling = asyncio.get_running_loop().call_later(TELL_SECONDS, tell, sentence)
+    try:
+        await asyncio.gather(*(client.wait_until_ready(patience) for client in clients))
+    finally:
+        telling.cancel()
+
+
 def _score(options: argparse.Namespace) -> int:
     problems = read_problems(options.problems)
+    kept: list[Record] = []
     if not options.path.is_dir():
         found = {"": scoring.read_samples(options.path)}
         tasks, lacking = set(problems), 0
@@ -271,7 +300,7 @@ def _score(options: argparse.Namespace) -> int:
         if options.path.is_dir():
             for name, one in scored.items():
                 _write(options.path / name / scoring.SAMPLES, one, samples=True)
-            scoring.write_scores(options.path, scored, sandbox, options.k)
+            scoring.write_scores(options.path, kept, scored, sandbox, options.k)
         else:
             _write(options.path, scored[""], samples=False)
     return 0
@@ -296,7 +325,7 @@ def _judged(
         progress.close()
         passed = sum(verdict.passed for verdict in scored[name].verdicts)
         rates = ", ".join(f"pass@{k} {report.percent(rate)}" for k, rate in scored[name].rates(options.k).items())
-        print(f"{name and f'{name}: '}{rates} ({passed} of {len(samples)} samples)")
+        print(f"{name and f'{name}: '}{rates} ({passed} of {len(samples)} samples)", flush=True)
     return scored
 
 
@@ -304,17 +333,17 @@ def _write(path: Path, scored: scoring.Scored, *, samples: bool) -> None:
     path.parent.mkdir(exist_ok=True)
     if samples:
         scoring.write_samples(path, scored.samples)
-    print(scoring.write_results(path, scored))
+    print(scoring.write_results(path, scored), flush=True)
 
 
 def _report(options: argparse.Namespace) -> int:
     for path in report.write(options.path, plot=not options.no_plot):
-        print(path)
+        print(path, flush=True)
     return 0
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"yuan-grpc humaneval: {message}", file=sys.stderr)
+    tell(visible(f"yuan-grpc humaneval: {message}"))
     return status
 
 
@@ -323,6 +352,18 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+    return seconds
+
+
+def _processors() -> int:
+    """Those that this process may use, where the system tells; a program that waits for one loses its own time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ks(text: str) -> tuple[int, ...]:

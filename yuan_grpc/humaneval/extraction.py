@@ -71,9 +71,10 @@ def replaced(text: str) -> str:
 def without_docstring(text: str) -> str:
     """Rule 4: without the first docstring, wherever its text occurs."""
     for quotes in QUOTES:
-        parts = text.split(quotes, 2)
-        if len(parts) == 3:
-            return text.replace(f"{quotes}{parts[1]}{quotes}", "")
+        if text.count(quotes) >= 2:
+            first = text.find(quotes)
+            second = text.find(quotes, first + 1)  # of four quotes in a row the second three
+            return text.replace(text[first : second + len(quotes)], "")
     return text
 
 
@@ -104,11 +105,11 @@ def first_function(text: str) -> str | None:
 
 
 def without_second_function(text: str) -> str:
-    """Rule 6: up to the second function, unless something else follows that rule 7 cuts at."""
-    parts = text.split("\ndef", 2)
-    if len(parts) < 3 or any(mark in text for mark in ("\n```", "\n#", "\nif")):
+    """Rule 6: without all from the second function on, wherever that occurs, unless rule 7 cuts something off."""
+    if text.count("\ndef") < 2 or any(mark in text for mark in ("\n```", "\n#", "\nif")):
         return text
-    return "\ndef".join(parts[:2]) + "\n"
+    second = text.find("\ndef", text.find("\ndef") + 1)
+    return text.replace(text[second:], "\n")
 
 
 def cut_at_ends(text: str) -> str:

