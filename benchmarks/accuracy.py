@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from answers import Answer, add_options, answer, checkpoint_of, compare, known_tokens, prompts_of, start
-from variants import Record, Variant, read_job, read_records, run_each
+from variants import Record, Variant, base_parser, read_job, read_records, run_each
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -75,15 +75,11 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = base_parser(__doc__, "accuracy.jsonl", limit=200)
     parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] CHECKPOINT[:{JSON}]")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="JSON lines, one a variant")
     parser.add_argument("--prompts", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--longest", type=int, default=333, help="tokens of a prompt, at most (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
-    parser.add_argument("--limit", type=float, default=200, help="seconds an engine may take (default: %(default)s)")
     add_options(parser)
     return parser.parse_args()
 

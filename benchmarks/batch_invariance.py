@@ -13,7 +13,6 @@ On a CPU:
 """
 
 import argparse
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from answers import Answer, add_options, answer, checkpoint_of, compare, known_tokens, prompts_of, start
-from variants import Record, Variant, read_job, read_records, run_each
+from variants import Record, Variant, base_parser, read_job, read_records, run_each
 
 
 def child() -> None:
@@ -64,10 +63,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = base_parser(__doc__, "invariance.jsonl", limit=200)
     parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] CHECKPOINT[:{JSON}]")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("invariance.jsonl"), help="JSON lines, one a comparison")
     parser.add_argument("--prompts", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="prompts at a time, in company (default: %(default)s)")
     parser.add_argument(
@@ -75,8 +72,6 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--longest", type=int, default=300, help="tokens of a prompt, at most (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
-    parser.add_argument("--limit", type=float, default=200, help="seconds a variant may take (default: %(default)s)")
     add_options(parser)
     return parser.parse_args()
 

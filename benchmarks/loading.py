@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from variants import Record, Shape, Variant, read_job, read_records, run_each
+from variants import Record, Shape, Variant, base_parser, read_job, read_records, run_each
 
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.layout import HEAD, published_shapes
@@ -179,14 +179,10 @@ def load(folder: Path, engine: dict[str, Any]) -> dict[str, Any]:
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = base_parser(__doc__, "loading.jsonl", limit=500)
     parser.add_argument("layouts", nargs="*", default=["bin", "safetensors"], help="bin, safetensors (default: both)")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="where to write; must not exist")
-    parser.add_argument("--out", type=Path, default=Path("loading.jsonl"), help="JSON lines, one a layout")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints, and use those that are there")
-    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: more engine arguments")
-    parser.add_argument("--limit", type=float, default=500, help="seconds a step may take (default: %(default)s)")
     Shape.add_options(parser)
     return parser.parse_args()
 

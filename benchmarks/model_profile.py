@@ -13,7 +13,6 @@ The engine runs in one process. On a CPU, the kernels are torch's own operators:
 """
 
 import argparse
-import json
 import random
 import re
 import time
@@ -27,7 +26,18 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from variants import Record, Shape, Variant, batches_of, describe, random_prompts, read_job, run_each, start_engine
+from variants import (
+    Record,
+    Shape,
+    Variant,
+    base_parser,
+    batches_of,
+    describe,
+    random_prompts,
+    read_job,
+    run_each,
+    start_engine,
+)
 
 WARM_STEPS = 8
 NAME_LENGTH = 100
@@ -223,18 +233,14 @@ def child() -> None:
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = base_parser(__doc__, "profile.jsonl", limit=300)
     parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("profile.jsonl"), help="JSON lines with whole kernel names")
     parser.add_argument("--decode", default="1,256", help="batch sizes (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="decode steps profiled (default: %(default)s)")
     parser.add_argument("--prefill", default="1x1024,4x4096", help="prompts x tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="prefills profiled (default: %(default)s)")
     parser.add_argument("--top", type=int, default=40, help="kernels shown (default: %(default)s)")
-    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a variant may take (default: %(default)s)")
     Shape.add_options(parser)
     return parser.parse_args()
 

@@ -20,7 +20,6 @@ requests are greedy, on random prompts, and nothing is detokenized. On a CPU, si
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -34,6 +33,7 @@ from variants import (
     Record,
     Shape,
     Variant,
+    base_parser,
     batches_of,
     describe,
     random_prompts,
@@ -149,19 +149,15 @@ def _cell(speed: float | None, unit: float | None) -> str:
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = base_parser(__doc__, "speed.jsonl", limit=300)
     parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("speed.jsonl"), help="JSON lines, written after every step")
     parser.add_argument("--quick", action="store_true", help="three repeats instead of seven: under a minute a model")
     parser.add_argument("--repeats", type=int, help="how often each step is timed; the median counts")
     parser.add_argument("--decode", default="1,64,256", help="batch sizes (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens out, while decoding (default: %(default)s)")
     parser.add_argument("--prefill", default="1x1024,64x1024,16x4096", help="prompts x tokens (default: %(default)s)")
-    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
     parser.add_argument("--baseline", default="llama", help="whose mean is 1 in the table (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a variant may take (default: %(default)s)")
     Shape.add_options(parser)
     return parser.parse_args()
 

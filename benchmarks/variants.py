@@ -110,6 +110,24 @@ class Variant:
         return cls(text.strip(), found["model"], engine, environment)
 
 
+def base_parser(about: str | None, out: str, limit: float) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark.
+
+    Args:
+        about: the script's docstring.
+        out: where it writes unless told otherwise.
+        limit: seconds that an engine may take unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), help="JSON lines, each as soon as it is known (default: %(default)s)"
+    )
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
+    parser.add_argument("--limit", type=float, default=limit, help="seconds an engine may take (default: %(default)s)")
+    return parser
+
+
 class Record:
     """JSON lines, appended as soon as each is known, so that what follows may fail."""
 

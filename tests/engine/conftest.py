@@ -96,6 +96,17 @@ async def served(session_server: Served) -> Served:
     return session_server
 
 
+@pytest_asyncio.fixture(loop_scope="session")
+async def address(served: Served) -> AsyncIterator[str]:
+    """The address of a server whose health is good, on the session's engine."""
+    health = Health(NAME)
+    server, port = await build(YuanService(Answers(served.engine)), health, "127.0.0.1:0")
+    await server.start()
+    await health.serving()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     """The demo model on vLLM, behind the real server on a free port."""

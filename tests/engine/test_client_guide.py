@@ -2,33 +2,16 @@
 
 import asyncio
 import doctest
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from engine.conftest import Served
 
 from yuan_grpc.client import AsyncClient, Client
-from yuan_grpc.server.answers import Answers
-from yuan_grpc.server.health import Health
-from yuan_grpc.server.serve import build
-from yuan_grpc.server.service import NAME, YuanService
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "client.md"
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def address(served: Served) -> AsyncIterator[str]:
-    """The address of a server whose health is good, on the session's engine."""
-    health = Health(NAME)
-    server, port = await build(YuanService(Answers(served.engine)), health, "127.0.0.1:0")
-    await server.start()
-    await health.serving()
-    yield f"127.0.0.1:{port}"
-    await server.stop(None)
 
 
 async def test_the_documentations_examples_hold(address: str) -> None:
