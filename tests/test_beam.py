@@ -358,6 +358,16 @@ async def test_a_search_cut_short_ends_with_the_best_of_what_is_finished_and_wha
     assert seen == {FinishReason.STOP, FinishReason.DEADLINE}
 
 
+async def test_nothing_is_the_worst_of_what_a_search_cut_short_has() -> None:
+    cut, engine = asyncio.Event(), TableEngine(lambda _: [math.log(0.5), math.log(0.5)], tokens=2)
+    async with aclosing(BeamSearch(engine, job_of(max_tokens=9), Beam(3, 4), cut=cut).steps()) as steps:
+        for _ in range(2):
+            await anext(steps)
+        cut.set()
+        (end,) = [step async for step in steps]
+    assert [len(piece.token_ids) for piece in end.pieces] == [1, 1, 0]
+
+
 class Held:
     """Holds the jobs of one length until they are let go, once they are accepted; `all_there` is set when so many
     are."""

@@ -102,6 +102,7 @@ def test_a_token_as_metadata_is_a_token(metadata: Any) -> None:
         Client("host:1", metadata=metadata)
     Client("host:1", metadata=metadata, tls=True).close()
     assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1", metadata=metadata).channel_options()
+    assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1").channel_options()  # a call's own would go that way
     with Client("host:1") as client, pytest.raises(ValueError, match="`authorization` in `metadata` needs `tls`"):
         client.generate("a", metadata=metadata)
 

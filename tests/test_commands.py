@@ -188,7 +188,7 @@ def test_ctrl_c_loses_no_answer_that_has_come(capsys: Captured, tmp_path: Path) 
 
 
 def test_a_second_ctrl_c_does_not_wait_for_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, start = os.pipe()
+    before, (end, start) = signal.getsignal(signal.SIGINT), os.pipe()
 
     async def work() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -196,11 +196,16 @@ def test_a_second_ctrl_c_does_not_wait_for_who_reads(monkeypatch: pytest.MonkeyP
         print("x" * 1_000_000, flush=True)  # more than a pipe holds
         await asyncio.Event().wait()
 
-    with open(end), open(start, "w") as paused, Interruptible() as loop:
+    async def next_work() -> None:
+        print("heard again", flush=True)
+
+    with open(end) as reader, open(start, "w") as paused, Interruptible() as loop:
         monkeypatch.setattr(sys, "stdout", paused)
         with pytest.raises(KeyboardInterrupt):
             loop.run(work())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        loop.run(next_work())
+        assert reader.readline() == "heard again\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_takes_no_words_away_where_they_are_read(capfd: pytest.CaptureFixture[str]) -> None:

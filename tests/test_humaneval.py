@@ -502,6 +502,13 @@ def test_a_file_that_cannot_be_read_is_misuse(
         assert said in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_there_is_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "none.jsonl"
+    for asked in (("generate", tmp_path / "run", "--prompts", path), ("score", path, "--problems", path)):
+        assert call(*asked) == 2
+        assert f"{path} cannot be read: No such file or directory" in capsys.readouterr().err
+
+
 def test_several_servers_share_the_work(service: Service, address: str, tasks: Path, tmp_path: Path) -> None:
     service.together = threading.Barrier(8)
     other = Service(together=service.together)  # neither goes on before both have as many as they compute at a time

@@ -1,7 +1,6 @@
 """The command `yuan-grpc`."""
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -16,9 +15,12 @@ COMMANDS = [
     run.add_command,
     completion.add_command,
 ]
-with contextlib.suppress(ModuleNotFoundError):  # of fcntl and resource, which Windows has not
+try:
     from yuan_grpc.humaneval import command as humaneval
-
+except ModuleNotFoundError as missing:
+    if missing.name not in ("fcntl", "resource"):  # which Windows has not
+        raise
+else:
     COMMANDS.insert(-2, humaneval.add_commands)
 
 

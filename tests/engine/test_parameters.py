@@ -210,13 +210,13 @@ async def test_a_deadline_gives_what_there_is(served: Served, search: dict[str, 
     async def items() -> AsyncIterator[pb.GenerateBatchRequest]:
         yield pb.GenerateBatchRequest(request=request)
 
-    alone = await served.stub.Generate(request, timeout=1)
-    (item,) = [item async for item in served.stub.GenerateBatch(items(), timeout=1)]
+    alone = await served.stub.Generate(request, timeout=2)
+    (item,) = [item async for item in served.stub.GenerateBatch(items(), timeout=2)]
     for response in (alone, item.response):
         assert [choice.finish_reason for choice in response.choices] == [pb.FINISH_REASON_DEADLINE] * 3
         returned = sum(len(choice.token_ids) for choice in response.choices)
         assert response.usage.completion_tokens >= returned > 0
-    parts = [part async for part in served.stub.GenerateStream(request, timeout=1)]
+    parts = [part async for part in served.stub.GenerateStream(request, timeout=2)]
     assert {choice.index for choice in parts[-1].choices if choice.finish_reason} == {0, 1, 2}
     await served.until_unfinished(0)
     assert await served.is_empty()
@@ -230,8 +230,8 @@ KEPT_BACK = {"a stop string": {"stop": ["x" * 1000]}, "an interval": {"stream_in
 async def test_a_deadline_gives_all_that_was_generated(served: Served, fields: dict[str, Any]) -> None:
     greedy: dict[str, Any] = {"prompt": PROMPT, "ignore_eos": True, "top_k": 1}
     request = pb.GenerateRequest(**greedy, **fields, max_tokens=2000, partial_on_deadline=True)
-    parts = [part async for part in served.stub.GenerateStream(request, timeout=1)]
-    response = await served.stub.Generate(request, timeout=1)
+    parts = [part async for part in served.stub.GenerateStream(request, timeout=2)]
+    response = await served.stub.Generate(request, timeout=2)
     (choice,) = response.choices
     for text, tokens in ((text_of(parts), parts[-1].usage.completion_tokens), (choice.text, len(choice.token_ids))):
         expected = await served.generate(pb.GenerateRequest(**greedy, max_tokens=tokens))

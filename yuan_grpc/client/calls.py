@@ -68,8 +68,8 @@ class Caller:
                 where it is less. Each call can be given its own.
             retries: how often gRPC tries a call again that was refused as UNAVAILABLE or RESOURCE_EXHAUSTED before its
                 first answer; at most 4 count, as gRPC has it. LoadLora, UnloadLora and Abort are not tried again.
-            keepalive: seconds after which a connection with calls in flight is probed when nothing comes, 10 or more,
-                for servers take more pings for an attack; None: never.
+            keepalive: seconds after which a connection with calls in flight is probed when nothing comes, from 10, for
+                servers take more pings for an attack, to 86,400; None: never.
             proxy: `http://host:port` of a proxy to go through with CONNECT. None: gRPC looks at `grpc_proxy`,
                 `https_proxy`, `http_proxy` and their `no_` forms in the environment.
             metadata: is sent with each call; `authorization` in it needs what `token` needs.

@@ -71,7 +71,7 @@ class Settings:
             raise ValueError(f"`keepalive` must be {span}, or None for none, not {self.keepalive}")
         if self.identity is not None and not self.is_secure:
             raise ValueError("`identity` needs `tls`: a certificate is shown over TLS only")
-        if self.has_secret:
+        if self._has_secret:
             self.check_secret("`token`" if self.token is not None else "`authorization` in `metadata`")
 
     def check_secret(self, name: str) -> None:
@@ -83,7 +83,7 @@ class Settings:
             )
 
     @property
-    def has_secret(self) -> bool:
+    def _has_secret(self) -> bool:
         """Whether a token goes with each call, as such or as metadata."""
         return self.token is not None or any(key.lower() == AUTHORIZATION for key in dict(self.metadata))
 
@@ -126,8 +126,8 @@ class Settings:
             chosen["grpc.http2.max_pings_without_data"] = 0
         if self.proxy is not None:
             chosen["grpc.http_proxy"] = self.proxy
-        elif self.has_secret and not self.is_secure:
-            chosen["grpc.enable_http_proxy"] = 0  # one out of the environment would read the token
+        elif not self.is_secure and is_local(self.target):
+            chosen["grpc.enable_http_proxy"] = 0  # one out of the environment would read a token, also a call's own
         return list((chosen | dict(self.options)).items())
 
 

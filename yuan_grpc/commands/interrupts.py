@@ -7,10 +7,11 @@ import signal
 import sys
 import threading
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
-from yuan_grpc.commands.terminal import hush
+from yuan_grpc.commands.terminal import silenced
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Interruptible:
     to be, or with a lock of gRPC's taken that nobody gives back.
 
     While stdout's reader is paused the work stands in a write, and is not told. A second Ctrl-C then lets the write,
-    and what comes after it, go nowhere.
+    and what comes after it until the work has ended, go nowhere.
     """
 
     def __enter__(self) -> Interruptible:
@@ -43,7 +44,7 @@ class Interruptible:
         """
         task = self._loop.create_task(work)
         is_main = threading.current_thread() is threading.main_thread()  # no other is told of signals
-        untold: list[int] = []
+        untold, silence = list[int](), ExitStack()
 
         def cancel() -> None:
             untold.clear()
@@ -51,7 +52,7 @@ class Interruptible:
 
         def interrupt(number: int, _: object) -> None:
             if untold and sys.stdout is not None:
-                hush(sys.stdout)
+                silence.enter_context(silenced(sys.stdout))
             untold.append(number)
             self._loop.call_soon_threadsafe(cancel)
 
@@ -65,3 +66,4 @@ class Interruptible:
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, previous)
+            silence.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 BOLD, DIM, RED = "1", "2", "31"
@@ -48,6 +50,18 @@ def tell(sentence: str, code: str = "") -> None:
 def complain(sentence: str) -> None:
     """Tells what went wrong, in the way of all commands."""
     tell(f"{painted('yuan-grpc:', RED, sys.stderr)} {visible(sentence)}")
+
+
+@contextmanager
+def silenced(stream: TextIO) -> Iterator[None]:
+    """What is written within goes nowhere."""
+    kept = os.dup(stream.fileno())
+    try:
+        hush(stream)
+        yield
+    finally:
+        os.dup2(kept, stream.fileno())
+        os.close(kept)
 
 
 def hush(stream: TextIO) -> None:

@@ -28,8 +28,7 @@ class Problem:
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a jsonl file and the numbers of their lines, from 1; `.gz` is unpacked, CRLF and empty lines do.
 
-    Raises ProblemError for a line that is no JSON object and a file that is not text or not whole, and OSError where
-    there is no such file.
+    Raises ProblemError for a line that is no JSON object, and for a file that is not there, not text or not whole.
     """
     for number, line in _lines(path):
         try:
@@ -79,6 +78,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ProblemError(f"{path} is not UTF-8: {error}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ProblemError(f"{path} cannot be unpacked: {error}") from error
+    except OSError as error:
+        raise ProblemError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _opened(path: Path) -> TextIO:

@@ -55,7 +55,7 @@ class Run:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} {mine!r}, not {theirs!r}"
-        if any(self.model.get(name) != other.model.get(name) for name in SAME_MODEL):
+        if any((self.model.get(name) or "") != (other.model.get(name) or "") for name in SAME_MODEL):
             return f"model {self.model!r}, not {other.model!r}"
         if digest(self.prompts) != digest(other.prompts):
             return f"prompts with the SHA-256 {digest(self.prompts)}, not {digest(other.prompts)}"

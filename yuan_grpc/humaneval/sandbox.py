@@ -193,10 +193,12 @@ def _feed(pipe: IO[bytes], data: bytes) -> None:
 
 def _heard(pipe: IO[bytes], warder: int) -> bytes:
     """What is written for as long as the warder lives; without isolation others may outlive it, and hold the pipe."""
-    told, ended = bytearray(), os.pidfd_open(warder)
+    told, ended, waiting = bytearray(), os.pidfd_open(warder), select.poll()
+    for descriptor in (pipe.fileno(), ended):
+        waiting.register(descriptor, select.POLLIN)
     try:
         while True:
-            ready, _, _ = select.select([pipe.fileno(), ended], [], [])
+            ready = {descriptor for descriptor, _ in waiting.poll()}
             chunk = os.read(pipe.fileno(), 1 << 16) if pipe.fileno() in ready else b""
             told += chunk[: MOST_TOLD - len(told)]
             if not chunk or (ended in ready and len(told) == MOST_TOLD):

@@ -40,7 +40,7 @@ class Slots:
     """Every token that may turn out to be the last: the sampled one and the drafts."""
     in_block: int
     """One more than kept, so that a step never writes over the state it begins with; one, where one is kept: see
-    `Plan`."""
+    `ops.plan`."""
 
     @staticmethod
     def of(vllm_config: VllmConfig) -> "Slots":

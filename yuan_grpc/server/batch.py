@@ -34,7 +34,7 @@ async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], answer: Answe
     running: set[asyncio.Task[None]] = set()
 
     def ended(task: asyncio.Task[None]) -> None:
-        if task.cancelled() or not task.exception():  # an answer that could not be written stays, to end the call
+        if not task.cancelled() and not task.exception():  # an answer that could not be written stays, to end the call
             running.discard(task)
 
     try:

@@ -265,6 +265,8 @@ class BeamSearch:
         return self._normalized(running[0].cumulative_logprob, tokens) > self._score(finished[-1])
 
     def _score(self, hypothesis: _Hypothesis) -> float:
+        if not hypothesis.token_ids:  # nothing is no good
+            return -math.inf
         at_end_of_text = hypothesis.stopped_by in self._end_of_text
         return self._normalized(hypothesis.cumulative_logprob, len(hypothesis.token_ids) - at_end_of_text)
 

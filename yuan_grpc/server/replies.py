@@ -4,12 +4,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from yuan_grpc.server.checks import MAX_CHOICES
-from yuan_grpc.server.generation import FinishReason, LoraInfo, ModelInfo, Piece, Position, Progress, RankedToken, Step
+from yuan_grpc.server.generation import (
+    INLINE_ENTRIES,
+    FinishReason,
+    LoraInfo,
+    ModelInfo,
+    Piece,
+    Position,
+    Progress,
+    RankedToken,
+    Step,
+)
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-MAX_ENTRIES_IN_A_MESSAGE = 32_768
-"""So many tokens and log-probabilities go into one message of a stream: about a megabyte, of the four that a client
-takes."""
+MAX_ENTRIES_IN_A_MESSAGE = INLINE_ENTRIES
+"""So many tokens and log-probabilities go into a message of a stream: half a megabyte or so, of four that clients take.
+"""
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,

@@ -145,8 +145,8 @@ class YuanServiceServicer(object):
         without those it comes as soon as the engine has accepted the request.
         The pieces of a choice, put together in order, are what Generate answers: texts byte for byte, token ids and
         log-probabilities entry for entry. No piece ends within a character. What comes while the caller does not read is
-        put together into one message, so a slow reader gets fewer and larger ones, up to a megabyte or so. The last message
-        has the usage.
+        put together into one message, so a slow reader gets fewer and larger ones, up to half a megabyte or so. The last
+        message has the usage.
 
         Errors include those of Generate, also after the first pieces.
         """
