@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+import serving
 from fakes import FakeEngine, last, more
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
@@ -147,10 +148,26 @@ def called(path: bytes) -> bytes:
     return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 5, 1, block)
 
 
-def test_a_path_that_is_no_text_ends_the_process_for_its_supervisor(settings: Settings) -> None:
+@pytest.mark.parametrize("path", [b"/\xff", b"/yuan.v1.YuanService/\xe4\xb8", b"/yuan.v1.YuanService/Nothing"])
+async def test_a_method_that_nobody_has_is_refused_whatever_its_name(path: bytes) -> None:
+    async with serving.served(FakeEngine()) as address, grpc.aio.insecure_channel(address) as channel:
+        host, _, port = address.partition(":")
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(called(path))
+            assert b"grpc-status\x0212" in await reader.readuntil(b"Method not found!")
+            writer.close()
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == STATUS.NOT_SERVING
+
+
+def test_the_process_ends_for_its_supervisor_when_grpcs_server_does(settings: Settings) -> None:
+    """As grpcio's own does at a path that is not UTF-8."""
     program = f"""
 import asyncio, os
 from fakes import FakeEngine
+from yuan_grpc.server import unregistered
+unregistered._NEEDED = ("nothing that it has",), ()
 from yuan_grpc.server.serve import serve
 from yuan_grpc.server.settings import Settings
 engine = FakeEngine()

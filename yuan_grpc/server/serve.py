@@ -12,6 +12,7 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from yuan_grpc import __version__
+from yuan_grpc.server import unregistered
 from yuan_grpc.server.answers import Answers
 from yuan_grpc.server.generation import Engine
 from yuan_grpc.server.health import NAME as HEALTH_NAME
@@ -145,7 +146,7 @@ def _end(engine: Engine) -> NoReturn:
 
 
 async def _died(server: Any) -> None:
-    """Returns when gRPC's server has ended by itself, for which a call whose path is not UTF-8 is enough (grpcio 1.85).
+    """Returns when gRPC's server has ended by itself, as grpcio's does at an error in its loop.
 
     Its calls are then left hanging, and ending them hangs or crashes the process, so there is no going on with another.
     """
@@ -159,7 +160,7 @@ async def build(service: YuanService, health: Health, address: str) -> tuple[grp
     Raises:
         RuntimeError: the address cannot be bound.
     """
-    server = grpc.aio.server(interceptors=[StatusInterceptor(NAME)], options=CHANNEL_OPTIONS)
+    server = unregistered.server([StatusInterceptor(NAME)], CHANNEL_OPTIONS)
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
     reflection.enable_server_reflection((NAME, HEALTH_NAME, reflection.SERVICE_NAME), server)
