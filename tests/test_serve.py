@@ -181,11 +181,14 @@ raise SystemExit(asyncio.run(serve({settings!r}, engine)))
     ):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
-        while next(watch).status != STATUS.SERVING:
-            pass
-        with socket.create_connection(("127.0.0.1", settings.port)) as caller:
-            caller.sendall(called(b"/\xff"))
-            assert process.wait(timeout=20) == 1
+        try:
+            while next(watch).status != STATUS.SERVING:
+                pass
+            with socket.create_connection(("127.0.0.1", settings.port)) as caller:
+                caller.sendall(called(b"/\xff"))
+                assert process.wait(timeout=20) == 1
+        finally:
+            process.kill()  # where it has not ended, nobody waits for it
 
 
 async def test_told_twice_it_does_not_wait_for_calls_in_flight(settings: Settings) -> None:
