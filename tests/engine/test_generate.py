@@ -316,10 +316,13 @@ async def test_a_full_engine_says_so_and_goes_on(served: Served) -> None:
     await assert_freed(served)
 
 
-@ends_by_itself_too_late
-@pytest.mark.parametrize(
+SEARCHES = pytest.mark.parametrize(
     "search", [{}, {"use_beam_search": True, "best_of": 4}, {"best_of": 4}], ids=["sampled", "beam", "best_of"]
 )
+
+
+@ends_by_itself_too_late
+@SEARCHES
 async def test_a_request_past_its_deadline_is_freed(served: Served, search: dict[str, Any]) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, ignore_eos=True, **search)
     with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from engine.conftest import Served
+from engine.test_generate import SEARCHES
 from google.protobuf.duration_pb2 import Duration
 from reference import ReferenceYuan
 
@@ -194,11 +195,6 @@ async def test_a_heartbeat_comes_while_the_prompt_waits(served: Served) -> None:
     call.cancel()
     busy.cancel()
     await served.until_unfinished(0)
-
-
-SEARCHES = pytest.mark.parametrize(
-    "search", [{}, {"use_beam_search": True, "best_of": 4}, {"best_of": 4}], ids=["sampled", "beam", "best_of"]
-)
 
 
 @SEARCHES

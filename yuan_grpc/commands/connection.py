@@ -54,7 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--identity", nargs=2, type=_file, metavar=("CERT", "KEY"), help="certificate and key, where the server asks"
     )
     group.add_argument("--token", help="bearer token; better in YUAN_GRPC_TOKEN, for others see a flag in `ps`")
-    group.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="of each call; inf for none (600)")
+    group.add_argument(
+        "--timeout", type=seconds_above_0, default=600.0, metavar="S", help="of each call; inf for none (600)"
+    )
     group.add_argument("--retries", type=int, default=4, metavar="N", help="of calls that were not begun (default: 4)")
     group.add_argument("--proxy", type=_proxy, metavar="URL", help="http://host:port to go through")
     group.add_argument(
@@ -131,13 +133,8 @@ def suggest(error: YuanError, address: str) -> None:
         tell("another, or YUAN_GRPC_ADDRESS.")
 
 
-def _file(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text!r} (a prompt goes before the options, or behind --)")
-    return Path(text)
-
-
-def _seconds(text: str) -> float:
+def seconds_above_0(text: str) -> float:
+    """The value of an option that is a time; `inf` is one."""
     try:
         seconds = float(text)
     except ValueError:
@@ -145,6 +142,12 @@ def _seconds(text: str) -> float:
     if seconds > 0:
         return seconds
     raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r} (a prompt goes before the options, or behind --)")
+    return Path(text)
 
 
 def _proxy(text: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from yuan_grpc.client import AsyncClient, Model, Token, YuanError
-from yuan_grpc.commands.connection import ADDRESS, FAILED, INTERRUPTED, MISUSED, UNREAD
+from yuan_grpc.commands.connection import ADDRESS, FAILED, INTERRUPTED, MISUSED, UNREAD, seconds_above_0
 from yuan_grpc.commands.misuse import UsageError
 from yuan_grpc.commands.terminal import hush, tell, use_utf8, visible
 from yuan_grpc.humaneval import records, report, scoring
@@ -355,9 +355,8 @@ def _positive(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+    if (seconds := seconds_above_0(text)) == math.inf:
+        raise argparse.ArgumentTypeError(f"must have an end, not be {text!r}")
     return seconds
 
 

@@ -148,8 +148,8 @@ class BeamSearch:
         except ExceptionGroup as errors:
             error = errors.exceptions[0]
             raise error from error.__cause__
-        tops = [task.result() for task in tasks]
-        return [] if None in tops else [top for top in tops if top is not None]
+        tops = [top for task in tasks if (top := task.result()) is not None]
+        return tops if len(tops) == len(tasks) else []
 
     async def _top_behind(self, beam: _Hypothesis) -> Top | None:
         while not self._is_cut:

@@ -205,8 +205,8 @@ def _number_violations(request: pb.GenerateRequest, prompt: Sequence[int], info:
 
 def _size_violations(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelInfo) -> Iterator[Violation]:
     """What is too much in all, though each number is within its range."""
-    most, jobs = info.max_num_queued_reqs, jobs_of(request)
-    if most is not None and most < jobs <= MAX_CHOICES:
+    most = info.max_num_queued_reqs
+    if most is not None and most < (jobs := jobs_of(request)) <= MAX_CHOICES:
         field = "best_of" if request.HasField("best_of") else "n"
         yield _violation(field, f"be at most {most}, which is as many choices as the server takes at a time", jobs)
     beside = logprobs_beside(request)

@@ -200,6 +200,9 @@ def _lora_support(lora: LoraInfo, loaded: Sequence[str]) -> pb.LoraSupport:
 
 def _portions(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """The pieces by the message: one at least, and in each as many as it has room for."""
+    if sum(piece.entries for piece in pieces) <= MAX_ENTRIES_IN_A_MESSAGE:  # as almost always
+        yield list(pieces)
+        return
     portion, room = list[Piece](), MAX_ENTRIES_IN_A_MESSAGE
     for part in (part for piece in pieces for part in _split(piece)):
         if portion and part.entries > room:
@@ -214,16 +217,15 @@ def _split(piece: Piece) -> Iterator[Piece]:
     """A piece that is too large for a message in several: the text comes with the first, the end with the last."""
     tokens = len(piece.token_ids)
     most = max(1, MAX_ENTRIES_IN_A_MESSAGE * tokens // max(1, piece.entries))
-    for start in range(0, tokens - most, most):
-        of_these = slice(start, start + most)
-        yield Piece(piece.index, "" if start else piece.text, piece.token_ids[of_these], piece.positions[of_these])
-    start = (max(0, tokens - 1) // most) * most
-    yield replace(
-        piece,
-        text="" if start else piece.text,
-        token_ids=piece.token_ids[start:],
-        positions=piece.positions[start:],
-    )
+    for start in range(0, max(1, tokens), most):
+        end = start + most
+        part = replace(
+            piece,
+            text="" if start else piece.text,
+            token_ids=piece.token_ids[start:end],
+            positions=piece.positions[start:end],
+        )
+        yield part if end >= tokens else replace(part, cumulative_logprob=None, finish_reason=None, stopped_by=None)
 
 
 def _progress(progress: Progress) -> pb.Progress:

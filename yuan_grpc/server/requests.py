@@ -92,7 +92,8 @@ def width_of(request: pb.GenerateRequest) -> int:
 
 def jobs_of(request: pb.GenerateRequest) -> int:
     """How many choices are computed to begin with. Beam search begins with one, and greedy choices are all alike."""
-    return 1 if request.use_beam_search or sampling_of(request).is_greedy else width_of(request)
+    width = width_of(request)
+    return 1 if width > 1 and (request.use_beam_search or sampling_of(request).is_greedy) else width
 
 
 def logprobs_beside(request: pb.GenerateRequest) -> int | None:

@@ -155,7 +155,7 @@ class VllmEngine:
             try:
                 outputs = await self._admitted(llm, job, lora, stream=stream)
                 yield Step()
-                async with _cutting(llm, outputs, cut):
+                async with _cutting(llm, job, outputs, cut):
                     while not finished:
                         output = outputs.get_nowait() or await outputs.get()
                         finished = output.finished
@@ -213,14 +213,13 @@ async def _converted(steps: values.Steps, output: RequestOutput) -> Step:
 
 @asynccontextmanager
 async def _cutting(
-    llm: AsyncLLM, outputs: RequestOutputCollector, cut: asyncio.Event | None
+    llm: AsyncLLM, job: Job, outputs: RequestOutputCollector, cut: asyncio.Event | None
 ) -> AsyncGenerator[None, None]:
     """Within it a job ends once `cut` is set: vLLM then puts what it has kept back behind the job's outputs."""
 
     async def end(cut: asyncio.Event) -> None:
         await cut.wait()
-        with suppress(EngineDeadError):
-            await llm.abort(outputs.request_id, internal=True)
+        await _abort(llm, job, outputs)
 
     ending = asyncio.ensure_future(end(cut)) if cut else None
     try:

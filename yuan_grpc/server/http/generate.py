@@ -35,7 +35,7 @@ async def _whole(exchange: Exchange, request: pb.GenerateRequest) -> None:
 
 async def _streamed(exchange: Exchange, request: pb.GenerateRequest) -> None:
     texts: dict[int, str] = {}
-    request.return_prompt_token_ids = True  # for what an echo begins with
+    request.return_prompt_token_ids = request.echo  # of which it is made
     async with exchange.site.answers.in_parts(request) as parts:
         async for part in parts:
             if not texts:  # a choice of which nothing has come yet is the prompt
