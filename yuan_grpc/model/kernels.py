@@ -1,6 +1,7 @@
 """Triton kernels of `ops`, for GPUs: the same for prompts, decoding and both together."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -13,6 +14,16 @@ ROWS = 128
 
 OTHERS = 128
 """Sequences that a program looks at at once, for one that computes what it seeks."""
+
+
+@cache
+def early_start(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin before the kernel ahead of it ends, and waits for that one by itself.
+
+    Programmatic dependent launch, from Hopper on: what the next kernel can do without results is done meanwhile.
+    """
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 @triton.jit
@@ -188,7 +199,11 @@ def _shift_add_kernel(
     HAS_CACHE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     IN_BATCH: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    if EARLY:  # the product that follows can ask for its weight while this runs
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DIM)
     inside = column < dim
@@ -254,4 +269,5 @@ def shift_add(
         HAS_NORM=norm is not None,
         IN_BATCH=IN_BATCH,
         num_warps=4 if dim <= 2048 else 8,
+        **early_start(parts.device),
     )

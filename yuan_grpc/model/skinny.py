@@ -2,17 +2,18 @@
 
 Such a product is bound by reading its weight, and with small weights the library's kernels for matrices reach half the
 bandwidth. A program here owns a few rows of the weight and all their columns, asks for them before it waits for the
-kernel before it to end (programmatic dependent launch, from Hopper on), and sums in float32. No sum crosses programs,
-so a token's result depends on nothing else in its batch.
+kernel before it to end (see `kernels.early_start`), and sums in float32. No sum crosses programs, so a token's result
+depends on nothing else in its batch.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from yuan_grpc.model.kernels import early_start
 
 MOST_TOKENS = 2
 """With three or more the library's kernels are as fast: measured on an H200."""
@@ -82,8 +83,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = None) -> t
     tokens, (rows, columns) = x.shape[0], weight.shape
     tile = tile or tile_for(rows, columns)
     out = x.new_empty(tokens, rows)
-    early = x.is_cuda and _starts_early(x.device.index)
-    options: dict[str, Any] = {"launch_pdl": True} if early else {}
     _product[(rows // tile.rows,)](
         x,
         weight,
@@ -94,17 +93,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = None) -> t
         COLUMNS=columns,
         ROWS=tile.rows,
         BLOCK=tile.block,
-        EARLY=early,
         num_warps=tile.warps,
-        **options,
+        **early_start(x.device),
     )
     return out
-
-
-@cache
-def _starts_early(device: int) -> bool:
-    """Whether the device has programmatic dependent launch: Hopper and later."""
-    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit
