@@ -256,3 +256,26 @@ def test_graphs_are_broken_for_a_plan_if_vllm_asks_for_it_after_the_import(
     plan = torch.empty(3, 5)
     ops.plan(plan, "layer")
     assert broken == [(plan, "layer")]
+
+
+def test_what_is_compiled_for_one_layer_does_for_another(ops: Any) -> None:
+    """A name that were a constant of the graph would have torch.compile begin anew with every layer."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        compiled.append(graph.code)
+        return lambda *_: ()
+
+    for layer in ("layers.0", "layers.1"):
+        name = _encode_layer_name(layer)
+
+        @torch.compile(backend=backend, fullgraph=True)
+        def filtered(parts: torch.Tensor, out: torch.Tensor, plan: torch.Tensor, name: Any = name) -> None:
+            torch.ops.vllm.yuan_shift_add(parts, None, out, plan, name, 0)
+
+        filtered(torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros((3, 1), dtype=torch.int32))
+    first, second = compiled
+    assert "yuan_shift_add" in first
+    assert first == second

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from yuan_grpc.model import ops  # noqa: F401 - registers torch.ops.vllm.yuan_*
@@ -53,7 +54,7 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
     def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         hidden, ranks = config.hidden_size, get_tensor_model_parallel_world_size()
-        self.dims = (hidden // 2 // ranks, hidden)  # of the two states
+        self.dims = [hidden // 2 // ranks, hidden]  # of the two states
         self.conv1_bias = nn.Parameter(torch.empty(self.dims[0]), requires_grad=False)
         self.conv1_bias.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
         self.conv2 = SecondConvolution(config, vllm_config, f"{prefix}.conv2")
@@ -61,9 +62,9 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
         self.output_layernorm = RMSNorm(hidden, eps=NORM_EPS)
         self.alone, self.first_rank = ranks == 1, get_tensor_model_parallel_rank() == 0
         self.fused = self.alone and current_platform.is_cuda()
-        self.prefix = prefix
-        self.kv_cache = torch.empty(0)
-        """[blocks, 1, slots, sum of dims]: the engine's, once it knows how much memory it has."""
+        self.layer_name = _encode_layer_name(prefix)  # which lets layers share what is compiled
+        self.kv_cache: list[torch.Tensor] = []
+        """[blocks, slots, dim] of what each convolution keeps, once the engine knows how much memory it has."""
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def forward(self, parts: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
@@ -78,17 +79,17 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
             [tokens, hidden].
         """
         h1 = y.new_empty(y.shape[0], self.dims[0])
-        torch.ops.vllm.yuan_shift_add(parts, self.conv1_bias, h1, plan, self.prefix, 0)
+        torch.ops.vllm.yuan_shift_add(parts, self.conv1_bias, h1, plan, self.layer_name, 0)
         parts, _ = self.conv2(h1)  # [tokens, 2 * hidden]
         z = torch.empty_like(y)
         norm = self.output_layernorm
         if self.fused:
             torch.ops.vllm.yuan_shift_add_norm(
-                parts, self.conv2_bias, y, norm.weight, norm.variance_epsilon, z, plan, self.prefix, 1
+                parts, self.conv2_bias, y, norm.weight, norm.variance_epsilon, z, plan, self.layer_name, 1
             )
             return z
         bias = self.conv2_bias if self.first_rank else None
-        torch.ops.vllm.yuan_shift_add(parts, bias, z, plan, self.prefix, 1)
+        torch.ops.vllm.yuan_shift_add(parts, bias, z, plan, self.layer_name, 1)
         h2 = z if self.alone else tensor_model_parallel_all_reduce(z)
         filtered: torch.Tensor = norm(h2 + y)
         return filtered
@@ -101,8 +102,6 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
         """Both states of a slot lie together."""
         return cache_spec(vllm_config, sum(self.dims))
 
-    def state(self, convolution: int) -> torch.Tensor | None:
-        """[blocks, slots, dim] of what one convolution keeps; None while the engine measures its memory."""
-        if not self.kv_cache.numel():
-            return None
-        return torch.split(self.kv_cache[:, 0], list(self.dims), dim=-1)[convolution]
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Takes what `get_kv_cache_spec` asked for, [blocks, 1, slots, sum of dims]."""
+        self.kv_cache = list(torch.split(kv_cache[:, 0], self.dims, dim=-1))

@@ -15,7 +15,7 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import default_unquantized_gemm
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
 from yuan_grpc.model.state import IN_BATCH, SEQUENCE_START, StateMetadata
 
@@ -30,7 +30,7 @@ def new_plan(tokens: torch.Tensor) -> torch.Tensor:
     return torch.empty((3, tokens.shape[0]), dtype=torch.int32, device=tokens.device)
 
 
-def plan(plan: torch.Tensor, layer_name: str) -> None:
+def plan(plan: torch.Tensor, layer_name: LayerNameType) -> None:
     """Writes, for each row of this step's batch, where its predecessor's state is and what is to be kept of it.
 
     Args:
@@ -42,7 +42,7 @@ def plan(plan: torch.Tensor, layer_name: str) -> None:
         layer_name: any layer with LFA: they all have the same sequences.
     """
     # Not as a decorator, which would look once and too early: vLLM may ask for breaks while it reads its configuration.
-    eager_break_during_capture(_plan)(plan, layer_name)
+    eager_break_during_capture(_plan)(plan, _resolve_layer_name(layer_name))
 
 
 def _plan(plan: torch.Tensor, layer_name: str) -> None:
@@ -109,7 +109,12 @@ def _makers(step: StateMetadata, sequence: torch.Tensor, position: torch.Tensor)
 
 
 def shift_add(
-    parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, plan: torch.Tensor, layer_name: str, state: int
+    parts: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    plan: torch.Tensor,
+    layer_name: LayerNameType,
+    state: int,
 ) -> None:
     """Writes to `out` each token's own part plus the part that the token before made for it, and keeps states.
 
@@ -163,7 +168,7 @@ def shift_add_norm(
     epsilon: float,
     out: torch.Tensor,
     plan: torch.Tensor,
-    layer_name: str,
+    layer_name: LayerNameType,
     state: int,
 ) -> None:
     """`shift_add`, plus a residual, RMS-normalized: [tokens, dim] in one kernel, on GPUs.
@@ -179,10 +184,10 @@ def shift_add_norm(
     kernels.shift_add(parts, bias, out, plan, cache, norm=kernels.Norm(residual, weight, epsilon))
 
 
-def _cache(layer_name: str, state: int) -> torch.Tensor | None:
+def _cache(layer_name: LayerNameType, state: int) -> torch.Tensor | None:
     """[blocks, slots, dim] of one layer's state; None while vLLM measures what memory is left for caches."""
-    layer = cast("LocalizedFiltering", get_forward_context().no_compile_layers[layer_name])
-    return layer.state(state)
+    layer = cast("LocalizedFiltering", get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)])
+    return layer.kv_cache[state] if layer.kv_cache else None
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -191,7 +196,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     if skinny.serves(x.shape[0], weight):
         return skinny.linear(x, weight)
-    return linear(x, weight)
+    return torch.mm(x, weight.t())  # `linear` takes the host twice as long to say the same
 
 
 def _product_shapes(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -196,7 +196,7 @@ class YuanModel(nn.Module):
             lambda prefix: YuanDecoderLayer(config, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
-        self.lfa_name = self.layers[self.start_layer].self_attn.lf_gate.prefix
+        self.lfa_name = self.layers[self.start_layer].self_attn.lf_gate.layer_name
         self.norm: nn.Module = PPMissingLayer()
         if ranks.is_last_rank:
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
