@@ -29,6 +29,13 @@ ENGINE = {
     "block_size": 32,
     "kv_cache_memory_bytes": 128 * 2**20,
 }
+VLLMS_DEFAULT = {  # in place of ENGINE's, but for memory, which a GPU may be short of
+    "enforce_eager": False,
+    "dtype": "bfloat16",
+    "block_size": None,
+    "max_num_batched_tokens": None,
+    "gpu_memory_utilization": 0.2,
+}
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 SPLITS: dict[str, dict[str, Any]] = {
     "two ranks, drafts": {"tensor_parallel_size": 2, "speculative_config": DRAFTS},
@@ -108,9 +115,8 @@ def test_in_vllms_default_configuration_on_a_gpu(
     run: Run, checkpoint: Path, tokens: int, prompts: list[list[int]], speculation: dict[str, Any] | None
 ) -> None:
     """In bfloat16, compiled, with CUDA graphs: each token's log-probability under the formulas, not the tokens."""
-    default = {"enforce_eager": False, "dtype": "bfloat16", "block_size": None, "max_num_batched_tokens": None}
     repeated = [prompt[:10] * 8 for prompt in prompts]
-    result = run([prompts, prompts, repeated], **default, speculative_config=speculation)
+    result = run([prompts, prompts, repeated], **VLLMS_DEFAULT, speculative_config=speculation)
     assert result["rounds"][1][-1]["cached"] > 0
     assert (0 < result["accepted"] < result["drafted"]) == bool(speculation)
     reference = ReferenceYuan(checkpoint, tokens)
@@ -121,11 +127,21 @@ def test_in_vllms_default_configuration_on_a_gpu(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 def test_the_same_after_sleep_of_either_level(run: Run, prompts: list[list[int]]) -> None:
-    default = {"enforce_eager": False, "dtype": "bfloat16", "block_size": None, "max_num_batched_tokens": None}
-    first, *later = run([prompts] * 3, sleep=[1, 2], enable_sleep_mode=True, **default)["rounds"]
+    first, *later = run([prompts] * 3, sleep=[1, 2], enable_sleep_mode=True, **VLLMS_DEFAULT)["rounds"]
     for answers in later:
         assert [answer["token_ids"] for answer in answers] == [answer["token_ids"] for answer in first]
         assert [answer["cached"] for answer in answers] == [0] * len(prompts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_the_same_in_any_company_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, run: Run, prompts: list[list[int]]
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    rounds = [prompts, *alone(prompts)]
+    together, *one_by_one = run(rounds, enable_prefix_caching=False, **VLLMS_DEFAULT)["rounds"]
+    assert [answers[0] for answers in one_by_one] == together
 
 
 def test_without_prefix_caching(run: Run, prompts: list[list[int]], expected: list[Continuation]) -> None:

@@ -1,8 +1,10 @@
 """What the architecture asks of vLLM's configuration."""
 
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from yuan_grpc.model import TOKENIZER_MODE
 from yuan_grpc.model.config import check_split, check_stages
@@ -17,6 +19,11 @@ DRAFTED_FROM_THE_TEXT = ("ngram", "ngram_gpu", "suffix")
 
 QUANTIZED_WHILE_LOADING = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
 """Ways of quantization that start from the published weights."""
+
+
+CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 1025, 128))
+"""Tokens of a step that there is a CUDA graph for, up to twice vLLM's most on Hopper. It takes a host longer to launch
+Yuan's kernels than the GPU to run them, up to a prompt of a thousand tokens or more."""
 
 
 class YuanModelConfig(VerifyAndUpdateConfig):
@@ -37,7 +44,7 @@ class YuanModelConfig(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Refuses what would be computed wrongly or end the engine at a later request.
+        """Refuses what would be computed wrongly or end the engine at a later request, and chooses what is left open.
 
         Raises:
             ValueError: the option, and why.
@@ -50,6 +57,11 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         if outputs.backend not in ("auto", GRAMMAR_BACKEND):
             raise ValueError(f"the structured outputs `backend` must be '{GRAMMAR_BACKEND}', not '{outputs.backend}'")
         outputs.backend = GRAMMAR_BACKEND
+        if current_platform.is_cuda():
+            _capture_more(vllm_config)
+            if envs.VLLM_BATCH_INVARIANT and vllm_config.attention_config.backend is None:
+                # FlashAttention computes a token otherwise if there are prompts in its step.
+                vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
 
 
 def _check_split(vllm_config: VllmConfig) -> None:
@@ -98,3 +110,14 @@ def _check_transfer(vllm_config: VllmConfig) -> None:
         raise ValueError(f"`kv_transfer_config` must be unset for Yuan, not '{transfer.kv_connector}': {reason}")
     if (size := vllm_config.cache_config.kv_offloading_size) is not None:
         raise ValueError(f"`kv_offloading_size` must be unset for Yuan, not {size}: {reason}")
+
+
+def _capture_more(vllm_config: VllmConfig) -> None:
+    """Has vLLM capture CUDA graphs of larger steps, too, where no one has chosen and it has no reason for its own."""
+    compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
+    chosen = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
+    own_reason = vllm_config.speculative_config is not None or vllm_config.performance_mode != "balanced"
+    if not chosen and not own_reason:
+        sizes = {*CAPTURED, scheduler.max_num_seqs, scheduler.max_num_batched_tokens}
+        most = min(CAPTURED[-1], scheduler.max_num_batched_tokens)
+        compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)

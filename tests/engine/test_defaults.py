@@ -1,0 +1,60 @@
+"""What is chosen for an operator who leaves it open, on GPUs. No engine starts, so there need not be one."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
+
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+
+
+@pytest.fixture
+def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a configuration together, and lets the architecture's hook choose as it would on a GPU."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from yuan_grpc.model import defaults
+
+    def choose(sizes: list[int] | None = None, largest: int | None = None, **options: Any) -> Any:
+        config = EngineArgs(str(demo), **options).create_engine_config()
+        config.compilation_config.cudagraph_capture_sizes = sizes
+        config.compilation_config.max_cudagraph_capture_size = largest
+        config.attention_config.backend = options.get("attention_backend")
+        monkeypatch.setattr(defaults, "current_platform", SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False))
+        defaults.YuanModelConfig.verify_and_update_config(config)
+        return config
+
+    return choose
+
+
+def test_steps_of_a_thousand_tokens_are_captured(chosen: Any) -> None:
+    sizes = chosen(max_num_seqs=100, max_num_batched_tokens=4096).compilation_config.cudagraph_capture_sizes
+    assert {1, 2, 4, 8, 100, 256, 512, 1024} <= set(sizes)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == 1024
+
+
+def test_no_step_is_captured_that_cannot_be(chosen: Any) -> None:
+    sizes = chosen(max_num_seqs=4, max_num_batched_tokens=500).compilation_config.cudagraph_capture_sizes
+    assert sizes[-2:] == [496, 500]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sizes": [1, 2]}, {"largest": 64}, {"speculative_config": DRAFTS}, {"performance_mode": "interactivity"}],
+    ids=["sizes", "largest", "drafts", "performance mode"],
+)
+def test_what_an_operator_chose_stays(chosen: Any, options: dict[str, Any]) -> None:
+    compilation = chosen(**options).compilation_config
+    assert compilation.cudagraph_capture_sizes == options.get("sizes")
+    assert compilation.max_cudagraph_capture_size == options.get("largest")
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_an_attention_that_is_batch_invariant(chosen: Any, monkeypatch: pytest.MonkeyPatch, invariant: bool) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
+    backend = chosen().attention_config.backend
+    assert getattr(backend, "name", None) == ("TRITON_ATTN" if invariant else None)
