@@ -87,20 +87,26 @@ def answer(llm: Any, prompts: list[list[int]], tokens: int) -> list[Answer]:
 
 
 def compare(ours: list[Answer], theirs: list[Answer]) -> dict[str, Any]:
-    """How many answers differ, in what, and from which token on; log-probabilities up to there are compared."""
-    firsts, bits, largest = [], 0, 0.0
-    for one, other in zip(ours, theirs, strict=True):
-        pairs = zip(one.token_ids, other.token_ids, strict=True)
-        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+    """How many answers differ, in what, and from which token on; log-probabilities up to there are compared.
+
+    Of the first that differ: their place, and their first tokens that have another log-probability.
+    """
+    firsts, places, largest = [], [], 0.0
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        ids = zip(one.token_ids, other.token_ids, strict=True)
+        first = next((at for at, (a, b) in enumerate(ids) if a != b), None)
         if first is not None:
             firsts.append(first)
         gaps = [abs(a - b) for a, b in zip(one.logprobs[:first], other.logprobs[:first], strict=True)]
         largest = max(largest, *gaps, 0.0)
-        bits += one.logprobs != other.logprobs
+        if one.logprobs != other.logprobs:
+            pairs = zip(one.logprobs, other.logprobs, strict=True)
+            places.append([place, *(at for at, (a, b) in enumerate(pairs) if a != b)][:9])
     return {
         "answers": len(ours),
         "other_tokens": len(firsts),
         "earliest": min(firsts, default=None),
-        "other_logprobs": bits,
+        "other_logprobs": len(places),
         "largest_difference": largest,
+        "places": places[:5],
     }

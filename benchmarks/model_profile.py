@@ -1,24 +1,28 @@
 """Where a step's time goes: GPU time of each kernel, launches, and how long the GPU waits, as compact text.
 
 Decode steps are profiled once a batch of random prompts is past its prefill; prefill steps are whole prompts answered
-with one token. Without a profiler the same number of steps is timed before, so that its cost shows.
+with one token. Without a profiler the same number of steps is timed before, so that its cost shows; what the processor
+does is profiled too, function by function, which makes their own time longer. Engines are all started at once, each in
+one process, and used one after another.
 
     python benchmarks/model_profile.py --out profile.jsonl yuan 'yuan:{"quantization":"fp8"}'
 
-The engine runs in one process. On a CPU, the kernels are torch's own operators:
+On a CPU, the kernels are torch's own operators:
 
     python benchmarks/model_profile.py --out /tmp/profile.jsonl --hidden 128 --layers 2 --heads 4 --width 256 \\
       --vocabulary 512 --positions 512 --decode 1,4 --prompt 16 --steps 4 --prefill 1x64 --top 5 \\
-      --engine '{"max_num_seqs":4,"kv_cache_memory_bytes":67108864}' yuan
+      --cache 0.06 --engine '{"max_num_seqs":4}' yuan
 """
 
 import argparse
+import cProfile
+import pstats
 import random
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,15 +36,25 @@ from variants import (
     Variant,
     base_parser,
     batches_of,
+    children,
     describe,
     random_prompts,
-    read_job,
-    run_each,
+    serve,
     start_engine,
 )
 
 WARM_STEPS = 8
+FUNCTIONS = 120
 NAME_LENGTH = 100
+KINDS = {
+    "LFA": "shift_add|_plan_kernel|shared_blocks",
+    "attention": "flash|attn|attention|reshape_and_cache",
+    "products": "gemm|nvjet|cutlass|cublas|gemv|splitk|_product|addmm",
+    "sampling": "argmax|sample|topk|softmax|logit|gumbel",
+    "compiled (norms, rotation, activation)": "^triton_",
+    "copies": "memcpy|memset|copy",
+}
+"""Kinds of kernels, and what of a name tells them, the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,11 @@ def busy(kernels: Iterable[Kernel]) -> float:
     return total
 
 
+def kind_of(kernel: str) -> str:
+    """What a kernel of that name is for."""
+    return next((kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE)), "the rest")
+
+
 def summary(kernels: list[Kernel], steps: int, wall: float) -> dict[str, Any]:
     """Microseconds and launches per step, in all and by kernel, the costliest first.
 
@@ -139,8 +158,10 @@ def summary(kernels: list[Kernel], steps: int, wall: float) -> dict[str, Any]:
         wall: seconds that these steps take without a profiler.
     """
     of_name: dict[str, list[float]] = defaultdict(list)
+    of_kind: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
         of_name[kernel.name].append(kernel.end - kernel.start)
+        of_kind[kind_of(kernel.name)].append(kernel.end - kernel.start)
     span = max((kernel.end for kernel in kernels), default=0.0) - min((kernel.start for kernel in kernels), default=0.0)
     used = busy(kernels)
     table = [
@@ -155,6 +176,7 @@ def summary(kernels: list[Kernel], steps: int, wall: float) -> dict[str, Any]:
         "profiled_idle_us": round((span - used) / steps, 1),
         "launches": round(len(kernels) / steps, 1),
         "steps": steps,
+        "kinds": {kind: round(sum(times) / steps, 1) for kind, times in of_kind.items()},
         "table": sorted(table, key=lambda row: -float(row["us"])),
     }
 
@@ -167,6 +189,7 @@ def show(title: str, result: dict[str, Any], top: int) -> str:
         "GPU idle {idle_us} µs ({profiled_idle_us} profiled), over {steps} steps".format(**result),
         "      µs      % launches  µs each  kernel",
     ]
+    lines[2:2] = [", ".join(f"{kind} {us} µs" for kind, us in result["kinds"].items())]
     total = result["kernels_us"] or 1
     for row in result["table"][:top]:
         each = row["us"] / row["launches"]
@@ -176,6 +199,8 @@ def show(title: str, result: dict[str, Any], top: int) -> str:
     rest = result["table"][top:]
     if rest:
         lines.append(f"{sum(row['us'] for row in rest):8.1f}  in {len(rest)} others")
+    lines.append(f"processor {result['cpu_us']} µs a step; profiled:\n      µs with calls   calls  function")
+    lines += ["{us:8.1f} {us_with_calls:10.1f} {calls:7.1f}  {name}".format(**row) for row in result["functions"][:top]]
     return "\n".join(lines)
 
 
@@ -186,49 +211,56 @@ def short(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
+def profiled_functions(work: Callable[[], None], steps: int) -> list[dict[str, Any]]:
+    """Python functions by their own time, in microseconds a step, and that with what they call."""
+    profiler = cProfile.Profile()
+    profiler.runcall(work)
+    functions: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    table = [
+        {
+            "name": f"{Path(file).parent.name}/{Path(file).name}:{line} {name}",
+            "calls": round(calls / steps, 1),
+            "us": round(own * 1e6 / steps, 1),
+            "us_with_calls": round(whole * 1e6 / steps, 1),
+        }
+        for (file, line, name), (_, calls, own, whole, _) in functions.items()
+    ]
+    return sorted(table, key=lambda row: -float(row["us"]))[:FUNCTIONS]
+
+
+def examined(work: Callable[[], None], steps: int) -> dict[str, Any]:
+    """Times, then profiles, so many steps of the same work."""
+    cpu = time.thread_time()
+    wall = timed(work)
+    cpu = time.thread_time() - cpu
+    result = summary(profiled(work), steps, wall)
+    return result | {"cpu_us": round(cpu * 1e6 / steps, 1), "functions": profiled_functions(work, steps)}
+
+
 def decode(stepping: Stepping, batch: int, length: int, steps: int) -> dict[str, Any]:
     """Profiles decode steps of one batch."""
-    stepping.prefilled(batch, length, 3 * steps + 4 * WARM_STEPS)
+    stepping.prefilled(batch, length, 4 * steps + 4 * WARM_STEPS)
     stepping.steps(WARM_STEPS)
-    wall = timed(partial(stepping.steps, steps))
-    kernels = profiled(partial(stepping.steps, steps))
+    result = examined(partial(stepping.steps, steps), steps)
     stepping.finish()
-    return summary(kernels, steps, wall)
+    return result
 
 
 def prefill(stepping: Stepping, batch: int, length: int, repeats: int) -> dict[str, Any]:
     """Profiles prompts answered with one token; a "step" here is one such batch."""
     stepping.prefill(batch, length, 2)
-    wall = timed(partial(stepping.prefill, batch, length, repeats))
-    return summary(profiled(partial(stepping.prefill, batch, length, repeats)), repeats, wall)
+    return examined(partial(stepping.prefill, batch, length, repeats), repeats)
 
 
-def child() -> None:
-    """Profiles one variant, step by step."""
-    job = read_job()
-    record = Record(Path(job["out"]), run=job["run"], variant=job["variant"])
-    start = time.perf_counter()
-    try:
-        llm = start_engine(job)
-    except BaseException as error:
-        record.add(step="start", error=f"{type(error).__name__}: {error}"[:500])
-        raise
-    record.attempt("start", lambda: {"seconds": round(time.perf_counter() - start, 1)} | describe(llm))
+def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
+    """One engine in this process, profiled step by step."""
+    llm = start_engine(job)
     stepping = Stepping(llm, job["shape"]["vocabulary"])
-    steps: dict[str, Callable[[], dict[str, Any]]] = {}
-    for batch in job["decode"]:
-        steps[f"decode {batch}"] = partial(decode, stepping, batch, job["prompt"], job["steps"])
-    for batch, length in job["prefill"]:
-        steps[f"prefill {batch}×{length}"] = partial(prefill, stepping, batch, length, job["repeats"])
-    for step, measure in steps.items():
-        try:
-            result = measure()
-        except Exception as error:
-            record.add(step=step, error=f"{type(error).__name__}: {error}"[:500])
-            print(f"{job['variant']} | {step} | {error!r}"[:500], flush=True)
-            return  # what is still queued would be profiled with the next step's
-        record.add(step=step, **result)
-        print(show(f"{job['variant']}, {step}", result, job["top"]), flush=True)
+
+    def answer(tokens: int, batch: int, length: int, steps: int) -> dict[str, Any]:
+        return decode(stepping, batch, length, steps) if tokens else prefill(stepping, batch, length, steps)
+
+    return describe(llm), answer
 
 
 def read_arguments() -> argparse.Namespace:
@@ -240,33 +272,40 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="decode steps profiled (default: %(default)s)")
     parser.add_argument("--prefill", default="1x1024,4x4096", help="prompts x tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="prefills profiled (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=40, help="kernels shown (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=40, help="kernels and functions shown (default: %(default)s)")
+    parser.add_argument("--cache", type=float, default=20, help="GiB of keys and values (default: %(default)s)")
     Shape.add_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Profiles the variants one after another."""
+    """Starts an engine for each variant, and profiles one after another."""
     arguments = read_arguments()
     if arguments.child:
-        return child()
-    common = {
-        "out": str(arguments.out.absolute()),
-        "shape": asdict(Shape.of(arguments)),
-        "decode": [int(batch) for batch in arguments.decode.split(",") if batch],
-        "prefill": batches_of(arguments.prefill),
-    } | {name: getattr(arguments, name) for name in ("prompt", "steps", "repeats", "top")}
+        return serve(start)
+    shared = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": int(arguments.cache * 2**30)} | arguments.engine
     jobs = []
     for number, variant in enumerate(arguments.variants, start=1):
-        inside = Variant(
-            variant.label,
-            variant.model,
-            variant.engine,
-            {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | dict(variant.environment),
-        )
-        job = {"run": number, "variant": variant.label, "model": variant.model}
-        jobs.append((inside, common | job | {"engine": arguments.engine | dict(variant.engine)}))
-    run_each(Path(__file__).absolute(), jobs, arguments.out.with_suffix(".log"), arguments.limit)
+        inside = replace(variant, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | dict(variant.environment))
+        job = {"run": number, "model": variant.model, "shape": asdict(Shape.of(arguments))}
+        jobs.append((inside, job | {"engine": shared | dict(variant.engine)}))
+    decodes = [int(batch) for batch in arguments.decode.split(",") if batch]
+    asked = {
+        f"decode {batch}": {"tokens": 1, "batch": batch, "length": arguments.prompt, "steps": arguments.steps}
+        for batch in decodes
+    }
+    for batch, length in batches_of(arguments.prefill):
+        asked[f"prefill {batch}×{length}"] = {"tokens": 0, "batch": batch, "length": length, "steps": arguments.repeats}
+    record = Record(arguments.out)
+    with children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
+        for child in running:
+            for step, question in asked.items():
+                result = child.ask(arguments.limit, **question)
+                record.add(variant=child.variant.label, step=step, **result)
+                if "error" in result:  # what is still queued would be profiled with the next step's
+                    print(f"{child.variant.label} | {step} | {result['error']}", flush=True)
+                    break
+                print(show(f"{child.variant.label}, {step}", result, arguments.top), flush=True)
 
 
 if __name__ == "__main__":

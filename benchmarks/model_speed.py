@@ -1,22 +1,24 @@
 """Decode and prefill throughput of models through vLLM's offline engine, side by side, as a Markdown table.
 
-Models are `yuan` and `llama`, both of Yuan2.0-2B's shape with dummy weights and no tokenizer. Name them in the order
-they are to run, each as often as it is to run; engine arguments and environment variables go with the name:
+Models are `yuan` and `llama`, both of Yuan2.0-2B's shape with dummy weights and no tokenizer; engine arguments and
+environment variables go with the name. All engines run at once on the same GPU and take turns: each repeat of each step
+is timed with one after the other while the rest wait, so that what slows a machine down for a while slows them all.
 
-    python benchmarks/model_speed.py --out speed.jsonl llama yuan 'yuan:{"quantization":"fp8"}' \\
-      'VLLM_BATCH_INVARIANT=1 yuan' yuan llama
+    python benchmarks/model_speed.py --out speed.jsonl llama yuan 'yuan:{"quantization":"fp8"}' 'VLLM_X=1 yuan'
 
-Larger ones go the same way, as Yuan2.0-51B on two GPUs (102B has 84 layers, and takes four):
+Memory for keys and values is `--cache` GiB for each: enough for 256 answers of 384 tokens. Larger models go the same
+way, as Yuan2.0-51B on two GPUs (102B has 84 layers, and takes four):
 
     python benchmarks/model_speed.py --out large.jsonl --hidden 8192 --layers 42 --heads 64 --width 32768 \\
       --positions 4096 --prefill 1x1024,64x1024,16x2048 --limit 600 'yuan:{"tensor_parallel_size":2}'
 
-Decode tokens per second come from the difference between answers of many tokens and of one, so they hold no prefill;
-requests are greedy, on random prompts, and nothing is detokenized. On a CPU, sizes and engine are made small:
+Decode milliseconds per step come from the difference between answers of many tokens and of one, so they hold no
+prefill; requests are greedy, on random prompts, and nothing is detokenized. `cpu_ms` is the processor time that the
+engine's processes take for a step. On a CPU, sizes and engine are made small:
 
     python benchmarks/model_speed.py --out /tmp/speed.jsonl --hidden 128 --layers 2 --heads 4 --width 256 \\
-      --vocabulary 512 --positions 512 --decode 1,4 --prompt 16 --tokens 8 --prefill 2x64 \\
-      --engine '{"max_num_seqs":4,"kv_cache_memory_bytes":67108864}' llama yuan
+      --vocabulary 512 --positions 512 --decode 1,4 --prompt 16 --tokens 8 --prefill 2x64 --cache 0.06 \\
+      --engine '{"max_num_seqs":4}' llama yuan
 """
 
 import argparse
@@ -24,171 +26,181 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from variants import (
+    Child,
     Record,
     Shape,
     Variant,
     base_parser,
     batches_of,
+    children,
     describe,
     random_prompts,
-    read_job,
     read_records,
-    run_each,
+    serve,
     start_engine,
 )
 
+WARM_TOKENS = 16
 
-class Measuring:
-    """One engine and the clock around it."""
 
-    def __init__(self, llm: Any, vocabulary: int) -> None:
-        self.llm = llm
-        self.vocabulary = vocabulary
-        self.generator = random.Random(0)
+@dataclass(frozen=True)
+class Step:
+    """What is measured: so many prompts of so many tokens, answered with so many."""
 
-    def seconds(self, batch: int, length: int, tokens: int) -> float:
-        """How long so many fresh prompts of so many ids take to be answered with so many tokens each."""
-        from vllm import SamplingParams, TokensPrompt
+    batch: int
+    length: int
+    tokens: int
 
-        ids = random_prompts(self.generator, batch, length, self.vocabulary)
+    @property
+    def name(self) -> str:
+        """As in the table's head."""
+        return f"decode {self.batch}" if self.tokens > 1 else f"prefill {self.batch}×{self.length}"
+
+    def measure(self, ask: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """One repeat.
+
+        Args:
+            ask: answers the prompts with so many tokens each, and says what that took.
+        """
+        first = ask(1)
+        if self.tokens == 1:
+            return {"ms": first["seconds"] * 1e3, "tokens_per_s": self.batch * self.length / first["seconds"]}
+        whole = ask(self.tokens)
+        step, cpu = ((whole[taken] - first[taken]) / (self.tokens - 1) for taken in ("seconds", "cpu_seconds"))
+        return {
+            "ms": step * 1e3,
+            "cpu_ms": cpu * 1e3,
+            "tokens_per_s": self.batch / step,
+            "end_to_end_tokens_per_s": self.batch * self.tokens / whole["seconds"],
+        }
+
+
+def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
+    """One engine, and the clock around it."""
+    from vllm import SamplingParams, TokensPrompt
+
+    llm = start_engine(job)
+    generator = random.Random(0)
+    vocabulary = job["shape"]["vocabulary"]
+
+    def answer(batch: int, length: int, tokens: int) -> dict[str, Any]:
+        ids = random_prompts(generator, batch, length, vocabulary)
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in ids]
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        answers = self.llm.generate(prompts, sampling, use_tqdm=False)
+        cpu, start = engine_seconds(), time.perf_counter()
+        answers = llm.generate(prompts, sampling, use_tqdm=False)
         taken = time.perf_counter() - start
         if any(len(answer.outputs[0].token_ids) != tokens for answer in answers):
             raise RuntimeError("an answer has not as many tokens as were asked for")
-        return taken
+        return {"seconds": taken, "cpu_seconds": engine_seconds() - cpu}
 
-    def decode(self, batch: int, length: int, tokens: int, repeats: int) -> dict[str, Any]:
-        """Tokens per second while decoding, end to end, and milliseconds per step; the median and all repeats."""
-        self.seconds(batch, length, min(tokens, 16))  # what a first batch of this size compiles or captures
-        first = [self.seconds(batch, length, 1) for _ in range(max(repeats, 3))]
-        whole = [self.seconds(batch, length, tokens) for _ in range(repeats)]
-        steps = [(taken - statistics.median(first)) / (tokens - 1) for taken in whole]
-        step = statistics.median(steps)
-        return {
-            "tokens_per_s": round(batch / step, 1),
-            "ms_per_step": round(step * 1e3, 3),
-            "end_to_end_tokens_per_s": round(batch * tokens / statistics.median(whole), 1),
-            "all_ms_per_step": [round(value * 1e3, 3) for value in steps],
-        }
-
-    def prefill(self, batch: int, length: int, repeats: int) -> dict[str, Any]:
-        """Prompt tokens per second until all have their first token; the median and all repeats."""
-        self.seconds(batch, length, 1)
-        taken = [self.seconds(batch, length, 1) for _ in range(repeats)]
-        median = statistics.median(taken)
-        return {
-            "tokens_per_s": round(batch * length / median, 1),
-            "ms": round(median * 1e3, 2),
-            "all_ms": [round(value * 1e3, 2) for value in taken],
-        }
+    return describe(llm), answer
 
 
-def child() -> None:
-    """Measures one variant, step by step."""
-    job = read_job()
-    record = Record(Path(job["out"]), run=job["run"], variant=job["variant"])
-    start = time.perf_counter()
-    try:
-        llm = start_engine(job)
-    except BaseException as error:
-        record.add(step="start", error=f"{type(error).__name__}: {error}"[:500])
-        raise
-    record.attempt("start", lambda: {"seconds": round(time.perf_counter() - start, 1)} | describe(llm))
-    measuring = Measuring(llm, job["shape"]["vocabulary"])
-    repeats = job["repeats"]
-    steps: dict[str, Callable[[], dict[str, Any]]] = {}
-    for batch in job["decode"]:
-        steps[f"decode {batch}"] = partial(measuring.decode, batch, job["prompt"], job["tokens"], repeats)
-    for batch, length in job["prefill"]:
-        steps[f"prefill {batch}×{length}"] = partial(measuring.prefill, batch, length, repeats)
-    for step, measure in steps.items():
-        if not record.attempt(step, measure):
-            return
+def engine_seconds() -> float:
+    """Processor time of the engine's processes so far; of this one, where it runs the engine itself."""
+    here = psutil.Process()
+    taken = [process.cpu_times() for process in here.children(recursive=True) or [here]]
+    return float(sum(times.user + times.system for times in taken))
+
+
+def take_turns(running: list[Child], steps: Sequence[Step], repeats: int, limit: float, record: Record) -> None:
+    """Measures step after step, repeat after repeat, one child after the other; a child that fails is left out."""
+    failed: set[Child] = set()
+    for step in steps:
+        for repeat in range(repeats + 1):
+            for child in running:
+                if child in failed:
+                    continue
+
+                def ask(tokens: int, child: Child = child, step: Step = step) -> dict[str, Any]:
+                    said = child.ask(limit, batch=step.batch, length=step.length, tokens=tokens)
+                    if "error" in said:
+                        raise RuntimeError(said["error"])
+                    return said
+
+                try:
+                    if not repeat:  # what a first batch of this size compiles or captures
+                        ask(min(WARM_TOKENS, step.tokens))
+                        continue
+                    fields = {"repeat": repeat} | step.measure(ask)
+                except RuntimeError as error:
+                    failed.add(child)
+                    fields = {"error": str(error)}
+                    print(f"{child.variant.label} | {step.name} | {error}", flush=True)
+                record.add(variant=child.variant.label, step=step.name, **fields)
 
 
 def table(records: Sequence[dict[str, Any]], baseline: str) -> str:
-    """Markdown: a row for each run and for each variant that ran more than once; ratios to the baseline's mean."""
-    measured = [record for record in records if record["step"] != "start" and "run" in record]
-    steps = list(dict.fromkeys(record["step"] for record in measured))
-    runs: dict[tuple[int, str], dict[str, float]] = {}
-    for record in measured:
-        runs.setdefault((record["run"], record["variant"]), {})[record["step"]] = record.get("tokens_per_s", 0.0)
-    rows = [(f"{number}. {variant}", speeds) for (number, variant), speeds in runs.items()]
-    of_variant: dict[str, list[dict[str, float]]] = {}
-    for (_, variant), speeds in runs.items():
-        of_variant.setdefault(variant, []).append(speeds)
-    means = {variant: _means(all_speeds, steps) for variant, all_speeds in of_variant.items()}
-    rows += [(f"mean of {variant}", means[variant]) for variant, speeds in of_variant.items() if len(speeds) > 1]
-    unit = means.get(baseline, {})
+    """Markdown: each variant's median speed, and the median over repeats of its ratio to the baseline's."""
+    speeds: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for record in records:
+        if "repeat" in record:
+            speeds.setdefault((record["variant"], record["step"]), {})[record["repeat"]] = record
+    steps = list(dict.fromkeys(step for _, step in speeds))
     lines = ["| tokens/s | " + " | ".join(steps) + " |", "| --- " * (len(steps) + 1) + "|"]
-    for name, speeds in rows:
-        cells = [_cell(speeds.get(step), unit.get(step)) for step in steps]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for variant in dict.fromkeys(variant for variant, _ in speeds):
+        cells = [_cell(speeds.get((variant, step), {}), speeds.get((baseline, step), {})) for step in steps]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _means(all_speeds: list[dict[str, float]], steps: list[str]) -> dict[str, float]:
-    known = {step: [speeds[step] for speeds in all_speeds if speeds.get(step)] for step in steps}
-    return {step: statistics.mean(values) for step, values in known.items() if values}
-
-
-def _cell(speed: float | None, unit: float | None) -> str:
-    if not speed:
+def _cell(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]]) -> str:
+    if not ours:
         return "–"
-    return f"{speed:,.0f}" + (f" ({speed / unit:.2f})" if unit else "")
+
+    def median(name: str) -> float:
+        return statistics.median(repeat[name] for repeat in ours.values())
+
+    ratios = [ours[repeat]["tokens_per_s"] / theirs[repeat]["tokens_per_s"] for repeat in ours if repeat in theirs]
+    cell = f"{median('tokens_per_s'):,.0f}" + (f" ({statistics.median(ratios):.2f})" if ratios else "")
+    if "cpu_ms" not in next(iter(ours.values())):
+        return cell
+    return f"{cell} {median('ms'):.2f} ms, cpu {median('cpu_ms'):.2f}"
 
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = base_parser(__doc__, "speed.jsonl", limit=300)
     parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
-    parser.add_argument("--quick", action="store_true", help="three repeats instead of seven: under a minute a model")
-    parser.add_argument("--repeats", type=int, help="how often each step is timed; the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each step is timed (default: %(default)s)")
     parser.add_argument("--decode", default="1,64,256", help="batch sizes (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens out, while decoding (default: %(default)s)")
     parser.add_argument("--prefill", default="1x1024,64x1024,16x4096", help="prompts x tokens (default: %(default)s)")
-    parser.add_argument("--baseline", default="llama", help="whose mean is 1 in the table (default: %(default)s)")
+    parser.add_argument("--cache", type=float, default=20, help="GiB of keys and values (default: %(default)s)")
+    parser.add_argument("--baseline", default="llama", help="which is 1 in the table (default: %(default)s)")
     Shape.add_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Runs the variants in the order they were named, then prints the table."""
+    """Starts an engine for each variant, has them take turns, then prints the table."""
     arguments = read_arguments()
     if arguments.child:
-        return child()
-    common = {
-        "out": str(arguments.out.absolute()),
-        "shape": asdict(Shape.of(arguments)),
-        "decode": [int(batch) for batch in arguments.decode.split(",") if batch],
-        "prompt": arguments.prompt,
-        "tokens": arguments.tokens,
-        "prefill": batches_of(arguments.prefill),
-        "repeats": arguments.repeats or (3 if arguments.quick else 7),
-    }
+        return serve(start)
     before = len(read_records(arguments.out)) if arguments.out.exists() else 0
+    shared = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": int(arguments.cache * 2**30)} | arguments.engine
     jobs = [
         (
             variant,
-            common
-            | {"run": number, "variant": variant.label, "model": variant.model}
-            | {"engine": arguments.engine | dict(variant.engine)},
+            {"run": number, "model": variant.model, "shape": asdict(Shape.of(arguments))}
+            | {"engine": shared | dict(variant.engine)},
         )
         for number, variant in enumerate(arguments.variants, start=1)
     ]
-    run_each(Path(__file__).absolute(), jobs, arguments.out.with_suffix(".log"), arguments.limit)
-    if arguments.out.exists():
-        print(table(read_records(arguments.out)[before:], arguments.baseline))
+    steps = [Step(int(batch), arguments.prompt, arguments.tokens) for batch in arguments.decode.split(",") if batch]
+    steps += [Step(batch, length, 1) for batch, length in batches_of(arguments.prefill)]
+    record = Record(arguments.out)
+    with children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
+        take_turns(running, steps, arguments.repeats, arguments.limit, record)
+    print(table(read_records(arguments.out)[before:], arguments.baseline))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -152,8 +155,7 @@ class Record:
         except Exception as error:
             fields = {"error": f"{type(error).__name__}: {error}"[:500]}
         self.add(step=step, **fields)
-        shown = " ".join(f"{name}={value}" for name, value in fields.items() if not isinstance(value, list | dict))
-        print(f"{self.common.get('variant', '')} | {step} | {shown}", flush=True)
+        print(f"{self.common.get('variant', '')} | {step} | {shown(fields)}", flush=True)
         return "EngineDead" not in str(fields.get("error"))
 
 
@@ -170,6 +172,109 @@ def random_prompts(generator: random.Random, batch: int, length: int, vocabulary
 def batches_of(text: str) -> list[tuple[int, int]]:
     """Reads `1x1024,16x4096`: prompts by tokens."""
     return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(",") if part)]
+
+
+class Child:
+    """`program --child` at work on one variant: it is told a job, answers once its engine runs, and then is asked."""
+
+    def __init__(self, program: Path, variant: Variant, job: dict[str, Any], log: Path) -> None:
+        self.variant = variant
+        environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"} | dict(variant.environment)
+        self.log = log.with_name(f"{log.stem}-{job['run']}.log")
+        with self.log.open("w", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, program, "--child"],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self._tell(job)
+
+    def _tell(self, fields: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # the answer, then, is how it ended
+            self.process.stdin.write(json.dumps(fields) + "\n")
+            self.process.stdin.flush()
+
+    def answer(self, until: float) -> dict[str, Any]:
+        """The next answer: `{"error": …}` if there is none before that `time.monotonic()`, which ends the child."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
+        if ready and (line := self.process.stdout.readline()):
+            fields: dict[str, Any] = json.loads(line)
+            return fields
+        self.end()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line[-300:] for line in lines if "Error" in line][-3:] or lines[-3:]
+        return {"error": "\n".join(["took too long" if not ready else "ended", *told])}
+
+    def ask(self, limit: float, **fields: Any) -> dict[str, Any]:
+        """Its answer to a question, within so many seconds."""
+        if self.process.poll() is not None:
+            return {"error": "ended"}
+        self._tell(fields)
+        return self.answer(time.monotonic() + limit)
+
+    def end(self) -> None:
+        """Ends it, and whatever it started."""
+        _end(self.process)
+
+
+@contextmanager
+def children(
+    program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], record: "Record", limit: float
+) -> Iterator[list[Child]]:
+    """All engines of the jobs at once, so that they can be asked in turn; what each said of its start is recorded.
+
+    Yields those that started.
+    """
+    log = record.file.with_suffix(".log")
+    started = [Child(program, variant, job, log) for variant, job in jobs]
+    try:
+        until = time.monotonic() + limit
+        running = []
+        for child in started:
+            said = child.answer(until)
+            record.add(variant=child.variant.label, step="start", **said)
+            print(f"{child.variant.label} | start | {shown(said)}", flush=True)
+            if "error" not in said:
+                running.append(child)
+        yield running
+    finally:
+        for child in started:
+            child.end()
+
+
+def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[..., dict[str, Any]]]]) -> None:
+    """What a child does: starts with its job, says how that went, and answers questions until there are no more.
+
+    Args:
+        start: of the job it makes what to say, and what answers questions.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever else is printed
+    answer: Callable[..., dict[str, Any]] | None = None
+    for line in sys.stdin:
+        try:
+            if answer is None:
+                begun = time.perf_counter()
+                said, answer = start(json.loads(line))
+                said = {"seconds": round(time.perf_counter() - begun, 1)} | said
+            else:
+                said = answer(**json.loads(line))
+        except Exception as error:
+            said = {"error": f"{type(error).__name__}: {error}"[:500]}
+        answers.write(json.dumps(said, ensure_ascii=False) + "\n")
+        answers.flush()
+        if answer is None:
+            return
+
+
+def shown(fields: Mapping[str, Any]) -> str:
+    """Fields in a line, but for lists and tables."""
+    return " ".join(f"{name}={value}" for name, value in fields.items() if not isinstance(value, list | dict))
 
 
 def run_each(program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], log: Path, limit: float) -> None:
@@ -208,6 +313,8 @@ def run_each(program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], log:
 
 def _end(child: "subprocess.Popen[str]") -> None:
     """Ends a process and the engine's that it started, and waits until they have given their memory back."""
+    if child.poll() is not None:
+        return
     started = psutil.Process(child.pid).children(recursive=True)
     child.kill()
     child.wait()
