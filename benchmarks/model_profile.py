@@ -22,7 +22,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,12 +32,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from variants import (
     Record,
-    Shape,
-    Variant,
+    add_turns_options,
     base_parser,
     batches_of,
     children,
     describe,
+    jobs_of,
     random_prompts,
     serve,
     start_engine,
@@ -165,7 +165,12 @@ def summary(kernels: list[Kernel], steps: int, wall: float) -> dict[str, Any]:
     span = max((kernel.end for kernel in kernels), default=0.0) - min((kernel.start for kernel in kernels), default=0.0)
     used = busy(kernels)
     table = [
-        {"name": name, "us": round(sum(times) / steps, 1), "launches": round(len(times) / steps, 2)}
+        {
+            "name": name,
+            "us": round(sum(times) / steps, 1),
+            "launches": round(len(times) / steps, 2),
+            "us_each": round(sum(times) / len(times), 1),
+        }
         for name, times in of_name.items()
     ]
     return {
@@ -192,10 +197,8 @@ def show(title: str, result: dict[str, Any], top: int) -> str:
     lines[2:2] = [", ".join(f"{kind} {us} µs" for kind, us in result["kinds"].items())]
     total = result["kernels_us"] or 1
     for row in result["table"][:top]:
-        each = row["us"] / row["launches"]
-        lines.append(
-            f"{row['us']:8.1f} {100 * row['us'] / total:6.1f} {row['launches']:8.2f} {each:8.1f}  {short(row['name'])}"
-        )
+        share = 100 * row["us"] / total
+        lines.append("{us:8.1f} {0:6.1f} {launches:8.2f} {us_each:8.1f}  {1}".format(share, short(row["name"]), **row))
     rest = result["table"][top:]
     if rest:
         lines.append(f"{sum(row['us'] for row in rest):8.1f}  in {len(rest)} others")
@@ -229,7 +232,7 @@ def profiled_functions(work: Callable[[], None], steps: int) -> list[dict[str, A
 
 
 def examined(work: Callable[[], None], steps: int) -> dict[str, Any]:
-    """Times, then profiles, so many steps of the same work."""
+    """Times, then profiles, so many steps of the same work; waiting for a GPU may count as the processor's."""
     cpu = time.thread_time()
     wall = timed(work)
     cpu = time.thread_time() - cpu
@@ -257,8 +260,8 @@ def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, 
     llm = start_engine(job)
     stepping = Stepping(llm, job["shape"]["vocabulary"])
 
-    def answer(tokens: int, batch: int, length: int, steps: int) -> dict[str, Any]:
-        return decode(stepping, batch, length, steps) if tokens else prefill(stepping, batch, length, steps)
+    def answer(decoding: bool, batch: int, length: int, steps: int) -> dict[str, Any]:
+        return (decode if decoding else prefill)(stepping, batch, length, steps)
 
     return describe(llm), answer
 
@@ -266,15 +269,13 @@ def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = base_parser(__doc__, "profile.jsonl", limit=300)
-    parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
+    add_turns_options(parser)
     parser.add_argument("--decode", default="1,256", help="batch sizes (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="decode steps profiled (default: %(default)s)")
     parser.add_argument("--prefill", default="1x1024,4x4096", help="prompts x tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="prefills profiled (default: %(default)s)")
     parser.add_argument("--top", type=int, default=40, help="kernels and functions shown (default: %(default)s)")
-    parser.add_argument("--cache", type=float, default=20, help="GiB of keys and values (default: %(default)s)")
-    Shape.add_options(parser)
     return parser.parse_args()
 
 
@@ -283,19 +284,15 @@ def main() -> None:
     arguments = read_arguments()
     if arguments.child:
         return serve(start)
-    shared = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": int(arguments.cache * 2**30)} | arguments.engine
-    jobs = []
-    for number, variant in enumerate(arguments.variants, start=1):
-        inside = replace(variant, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | dict(variant.environment))
-        job = {"run": number, "model": variant.model, "shape": asdict(Shape.of(arguments))}
-        jobs.append((inside, job | {"engine": shared | dict(variant.engine)}))
+    jobs = jobs_of(arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     decodes = [int(batch) for batch in arguments.decode.split(",") if batch]
     asked = {
-        f"decode {batch}": {"tokens": 1, "batch": batch, "length": arguments.prompt, "steps": arguments.steps}
+        f"decode {batch}": {"decoding": True, "batch": batch, "length": arguments.prompt, "steps": arguments.steps}
         for batch in decodes
     }
     for batch, length in batches_of(arguments.prefill):
-        asked[f"prefill {batch}×{length}"] = {"tokens": 0, "batch": batch, "length": length, "steps": arguments.repeats}
+        prompts = {"decoding": False, "batch": batch, "length": length, "steps": arguments.repeats}
+        asked[f"prefill {batch}×{length}"] = prompts
     record = Record(arguments.out)
     with children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
         for child in running:

@@ -4,13 +4,16 @@ Models are `yuan` and `llama`, both of Yuan2.0-2B's shape with dummy weights and
 environment variables go with the name. All engines run at once on the same GPU and take turns: each repeat of each step
 is timed with one after the other while the rest wait, so that what slows a machine down for a while slows them all.
 
-    python benchmarks/model_speed.py --out speed.jsonl llama yuan 'yuan:{"quantization":"fp8"}' 'VLLM_X=1 yuan'
+    python benchmarks/model_speed.py --out speed.jsonl llama yuan
+    python benchmarks/model_speed.py --out speed.jsonl --cache 6 --decode 1,64 --prefill 1x1024 \\
+      yuan 'yuan:{"quantization":"fp8"}' 'yuan:{"linear_backend":"torch"}' 'VLLM_BATCH_INVARIANT=1 yuan'
 
-Memory for keys and values is `--cache` GiB for each: enough for 256 answers of 384 tokens. Larger models go the same
-way, as Yuan2.0-51B on two GPUs (102B has 84 layers, and takes four):
+Memory for keys and values is `--cache` GiB for each: 20 is enough for 256 answers of 384 tokens at the 2B shape. Larger
+models go the same way, as Yuan2.0-51B on two GPUs of 80 GB (102B has 84 layers, and takes four):
 
     python benchmarks/model_speed.py --out large.jsonl --hidden 8192 --layers 42 --heads 64 --width 32768 \\
-      --positions 4096 --prefill 1x1024,64x1024,16x2048 --limit 600 'yuan:{"tensor_parallel_size":2}'
+      --positions 2048 --decode 1,32 --tokens 128 --prefill 1x1024,8x1024 --cache 6 --limit 600 \\
+      --engine '{"max_num_seqs":32,"max_num_batched_tokens":8192}' 'yuan:{"tensor_parallel_size":2}'
 
 Decode milliseconds per step come from the difference between answers of many tokens and of one, so they hold no
 prefill; requests are greedy, on random prompts, and nothing is detokenized. `cpu_ms` is the processor time that the
@@ -26,7 +29,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,12 @@ import psutil
 from variants import (
     Child,
     Record,
-    Shape,
-    Variant,
+    add_turns_options,
     base_parser,
     batches_of,
     children,
     describe,
+    jobs_of,
     random_prompts,
     read_records,
     serve,
@@ -144,7 +147,7 @@ def table(records: Sequence[dict[str, Any]], baseline: str) -> str:
         if "repeat" in record:
             speeds.setdefault((record["variant"], record["step"]), {})[record["repeat"]] = record
     steps = list(dict.fromkeys(step for _, step in speeds))
-    lines = ["| tokens/s | " + " | ".join(steps) + " |", "| --- " * (len(steps) + 1) + "|"]
+    lines = ["| tokens/s (of the baseline's), a step | " + " | ".join(steps) + " |", "| --- " * (len(steps) + 1) + "|"]
     for variant in dict.fromkeys(variant for variant, _ in speeds):
         cells = [_cell(speeds.get((variant, step), {}), speeds.get((baseline, step), {})) for step in steps]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
@@ -162,21 +165,19 @@ def _cell(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]]
     cell = f"{median('tokens_per_s'):,.0f}" + (f" ({statistics.median(ratios):.2f})" if ratios else "")
     if "cpu_ms" not in next(iter(ours.values())):
         return cell
-    return f"{cell} {median('ms'):.2f} ms, cpu {median('cpu_ms'):.2f}"
+    return f"{cell}, {median('ms'):.2f} ms, cpu {median('cpu_ms'):.2f} ms"
 
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = base_parser(__doc__, "speed.jsonl", limit=300)
-    parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
+    add_turns_options(parser)
     parser.add_argument("--repeats", type=int, default=5, help="how often each step is timed (default: %(default)s)")
     parser.add_argument("--decode", default="1,64,256", help="batch sizes (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens out, while decoding (default: %(default)s)")
     parser.add_argument("--prefill", default="1x1024,64x1024,16x4096", help="prompts x tokens (default: %(default)s)")
-    parser.add_argument("--cache", type=float, default=20, help="GiB of keys and values (default: %(default)s)")
-    parser.add_argument("--baseline", default="llama", help="which is 1 in the table (default: %(default)s)")
-    Shape.add_options(parser)
+    parser.add_argument("--baseline", help="the variant that is 1 in the table (default: the first)")
     return parser.parse_args()
 
 
@@ -186,21 +187,17 @@ def main() -> None:
     if arguments.child:
         return serve(start)
     before = len(read_records(arguments.out)) if arguments.out.exists() else 0
-    shared = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": int(arguments.cache * 2**30)} | arguments.engine
-    jobs = [
-        (
-            variant,
-            {"run": number, "model": variant.model, "shape": asdict(Shape.of(arguments))}
-            | {"engine": shared | dict(variant.engine)},
-        )
-        for number, variant in enumerate(arguments.variants, start=1)
-    ]
+    jobs = jobs_of(arguments)
+    labels = [variant.label for variant, _ in jobs]
+    baseline = arguments.baseline or labels[0]
+    if baseline not in labels:
+        raise SystemExit(f"--baseline must be one of {', '.join(labels)}, not {baseline}")
     steps = [Step(int(batch), arguments.prompt, arguments.tokens) for batch in arguments.decode.split(",") if batch]
     steps += [Step(batch, length, 1) for batch, length in batches_of(arguments.prefill)]
     record = Record(arguments.out)
     with children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
         take_turns(running, steps, arguments.repeats, arguments.limit, record)
-    print(table(read_records(arguments.out)[before:], arguments.baseline))
+    print(table(read_records(arguments.out)[before:], baseline))
 
 
 if __name__ == "__main__":

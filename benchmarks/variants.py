@@ -7,16 +7,19 @@ import random
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -27,7 +30,6 @@ ENGINE: dict[str, Any] = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
     "max_num_seqs": 256,
-    "gpu_memory_utilization": 0.85,
     "seed": 0,
 }
 """Engine arguments of every variant, before its own."""
@@ -119,7 +121,7 @@ def base_parser(about: str | None, out: str, limit: float) -> argparse.ArgumentP
     Args:
         about: the script's docstring.
         out: where it writes unless told otherwise.
-        limit: seconds that an engine may take unless told otherwise.
+        limit: seconds that an engine may take, to start and for each question, unless told otherwise.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -144,19 +146,14 @@ class Record:
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(self.common | fields, ensure_ascii=False) + "\n")
 
-    def attempt(self, step: str, measure: Callable[[], dict[str, Any]]) -> bool:
-        """Writes and prints what a step measured, or how it failed.
-
-        Returns:
-            Whether it is worth going on: an engine that died answers nothing more.
-        """
+    def attempt(self, step: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Writes and prints what a step measured, or how it failed."""
         try:
             fields = measure()
         except Exception as error:
             fields = {"error": f"{type(error).__name__}: {error}"[:500]}
         self.add(step=step, **fields)
         print(f"{self.common.get('variant', '')} | {step} | {shown(fields)}", flush=True)
-        return "EngineDead" not in str(fields.get("error"))
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -174,22 +171,45 @@ def batches_of(text: str) -> list[tuple[int, int]]:
     return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(",") if part)]
 
 
+def add_turns_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks whose engines run at once: the variants, their memory and their shape."""
+    parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
+    parser.add_argument("--cache", type=float, default=20, help="GiB of keys and values, each (default: %(default)s)")
+    Shape.add_options(parser)
+
+
+def jobs_of(arguments: argparse.Namespace, **environment: str) -> list[tuple[Variant, dict[str, Any]]]:
+    """A job for each variant. One that is named again is numbered, so that it can be compared with itself.
+
+    Args:
+        arguments: of `add_turns_options` and `base_parser`.
+        environment: of all variants, before their own.
+
+    Raises:
+        SystemExit: no variant was named.
+    """
+    if not arguments.variants:
+        raise SystemExit("name a variant: see --help")
+    memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": int(arguments.cache * 2**30)}
+    shape = asdict(Shape.of(arguments))
+    jobs, named = [], Counter[str]()
+    for variant in arguments.variants:
+        named[variant.label] += 1
+        number = named[variant.label]
+        label = variant.label if number == 1 else f"{variant.label} (again, {number})"
+        job = {"model": variant.model, "shape": shape, "engine": memory | arguments.engine | dict(variant.engine)}
+        jobs.append((replace(variant, label=label, environment=environment | dict(variant.environment)), job))
+    return jobs
+
+
 class Child:
     """`program --child` at work on one variant: it is told a job, answers once its engine runs, and then is asked."""
 
     def __init__(self, program: Path, variant: Variant, job: dict[str, Any], log: Path) -> None:
         self.variant = variant
-        environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"} | dict(variant.environment)
-        self.log = log.with_name(f"{log.stem}-{job['run']}.log")
-        with self.log.open("w", encoding="utf-8") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, program, "--child"],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+        self.log = log
+        with log.open("w", encoding="utf-8") as errors:
+            self.process = _start(program, variant, errors, subprocess.PIPE)
         self._tell(job)
 
     def _tell(self, fields: dict[str, Any]) -> None:
@@ -204,21 +224,25 @@ class Child:
         ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
         if ready and (line := self.process.stdout.readline()):
             fields: dict[str, Any] = json.loads(line)
-            return fields
-        self.end()
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line[-300:] for line in lines if "Error" in line][-3:] or lines[-3:]
-        return {"error": "\n".join(["took too long" if not ready else "ended", *told])}
+        else:
+            self.end()
+            fields = {"error": f"ended with {self.process.returncode}" if ready else "took too long"}
+        if "error" in fields:
+            fields["error"] = "\n  ".join([fields["error"], *last_words(self.log)])
+        return fields
 
     def ask(self, limit: float, **fields: Any) -> dict[str, Any]:
         """Its answer to a question, within so many seconds."""
-        if self.process.poll() is not None:
-            return {"error": "ended"}
         self._tell(fields)
         return self.answer(time.monotonic() + limit)
 
     def end(self) -> None:
-        """Ends it, and whatever it started."""
+        """Has it end, and ends it and whatever it started if it does not."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=20)
         _end(self.process)
 
 
@@ -229,9 +253,14 @@ def children(
     """All engines of the jobs at once, so that they can be asked in turn; what each said of its start is recorded.
 
     Yields those that started.
+
+    Raises:
+        SystemExit: none did.
     """
-    log = record.file.with_suffix(".log")
-    started = [Child(program, variant, job, log) for variant, job in jobs]
+    started = []
+    for number, (variant, job) in enumerate(jobs, start=1):
+        log = record.file.with_name(f"{record.file.stem}-{number}.log")
+        started.append(Child(program, variant, job, log))
     try:
         until = time.monotonic() + limit
         running = []
@@ -241,6 +270,8 @@ def children(
             print(f"{child.variant.label} | start | {shown(said)}", flush=True)
             if "error" not in said:
                 running.append(child)
+        if not running:
+            raise SystemExit("no engine started")
         yield running
     finally:
         for child in started:
@@ -265,6 +296,7 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[..., 
             else:
                 said = answer(**json.loads(line))
         except Exception as error:
+            traceback.print_exc()
             said = {"error": f"{type(error).__name__}: {error}"[:500]}
         answers.write(json.dumps(said, ensure_ascii=False) + "\n")
         answers.flush()
@@ -289,16 +321,9 @@ def run_each(program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], log:
         limit: seconds each may take.
     """
     for variant, job in jobs:
-        environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"} | dict(variant.environment)
         with log.open("a", encoding="utf-8") as errors:
             start = errors.tell()
-            child = subprocess.Popen(
-                [sys.executable, program, "--child"],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+            child = _start(program, variant, errors, None)
             try:
                 child.communicate(json.dumps(job), timeout=limit)
                 outcome = f"ended with {child.returncode}" if child.returncode else ""
@@ -306,22 +331,42 @@ def run_each(program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], log:
                 outcome = f"was ended after {limit:.0f} s"
                 _end(child)
         if outcome:
-            lines = log.read_text(encoding="utf-8", errors="replace")[start:].splitlines()
-            told = [line for line in lines if "Error" in line][-8:] or lines[-8:]
-            print(f"{variant.label} {outcome}:", *(line[-300:] for line in told), sep="\n  ", flush=True)
+            print(f"{variant.label} {outcome}:", *last_words(log, start), sep="\n  ", flush=True)
+
+
+def _start(program: Path, variant: Variant, errors: IO[str], stdout: int | None) -> "subprocess.Popen[str]":
+    """`program --child` in the variant's environment, with a group of processes of its own."""
+    return subprocess.Popen(
+        [sys.executable, program, "--child"],
+        env=os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"} | dict(variant.environment),
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=errors,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def last_words(log: Path, start: int = 0) -> list[str]:
+    """What an engine's log says of its end, from that byte on: its last errors, or else its last lines."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    told = [line for line in lines if "Error" in line and "WARNING" not in line][-8:] or lines[-8:]
+    return [line[-300:] for line in told]
 
 
 def _end(child: "subprocess.Popen[str]") -> None:
-    """Ends a process and the engine's that it started, and waits until they have given their memory back."""
-    if child.poll() is not None:
-        return
-    started = psutil.Process(child.pid).children(recursive=True)
-    child.kill()
+    """Ends a process and those that it started, even if it has ended, and waits until their memory is given back."""
+    group = [process for process in psutil.process_iter() if _group_of(process) == child.pid]
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    for process in started:
-        if process.is_running():
-            process.kill()
-    psutil.wait_procs(started, timeout=30)
+    psutil.wait_procs(group, timeout=30)
+
+
+def _group_of(process: psutil.Process) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.getpgid(process.pid)
+    return None
 
 
 def read_job() -> dict[str, Any]:
@@ -343,7 +388,7 @@ def start_engine(job: Mapping[str, Any]) -> Any:
 
 
 def describe(llm: Any) -> dict[str, Any]:
-    """Versions, devices, what the engine settled on, and GiB in use on each GPU."""
+    """Versions, devices, what the engine settled on, and GiB in use on each GPU, by whichever engines there are."""
     import torch
     import vllm
 
