@@ -18,12 +18,15 @@ def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     from yuan_grpc.model import defaults
 
-    def choose(sizes: list[int] | None = None, largest: int | None = None, **options: Any) -> Any:
+    def choose(sizes: list[int] | None = None, largest: int | None = None, family: int = 90, **options: Any) -> Any:
         config = EngineArgs(str(demo), **options).create_engine_config()
         config.compilation_config.cudagraph_capture_sizes = sizes
         config.compilation_config.max_cudagraph_capture_size = largest
         config.attention_config.backend = options.get("attention_backend")
-        monkeypatch.setattr(defaults, "current_platform", SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False))
+        gpu = SimpleNamespace(
+            is_cuda=lambda: True, is_cpu=lambda: False, is_device_capability_family=lambda other: other == family
+        )
+        monkeypatch.setattr(defaults, "current_platform", gpu)
         defaults.YuanModelConfig.verify_and_update_config(config)
         return config
 
@@ -32,22 +35,26 @@ def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_steps_of_a_thousand_tokens_are_captured(chosen: Any) -> None:
     sizes = chosen(max_num_seqs=100, max_num_batched_tokens=4096).compilation_config.cudagraph_capture_sizes
-    assert {1, 2, 4, 8, 100, 256, 512, 1024} <= set(sizes)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == 1024
+    assert sizes == [1, 2, 4, *sorted({*range(8, 201, 8), 100}), 256, 384, 512, 640, 768, 896, 1024]
 
 
 def test_no_step_is_captured_that_cannot_be(chosen: Any) -> None:
     sizes = chosen(max_num_seqs=4, max_num_batched_tokens=500).compilation_config.cudagraph_capture_sizes
-    assert sizes[-2:] == [496, 500]
+    assert sizes == [1, 2, 4, 8, 64, 128, 256, 384, 500]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"sizes": [1, 2]}, {"largest": 64}, {"speculative_config": DRAFTS}, {"performance_mode": "interactivity"}],
-    ids=["sizes", "largest", "drafts", "performance mode"],
+    [
+        {"sizes": [1, 2]},
+        {"largest": 64},
+        {"speculative_config": DRAFTS},
+        {"performance_mode": "interactivity"},
+        {"family": 100},
+    ],
+    ids=["sizes", "largest", "drafts", "performance mode", "a GPU that vLLM captures as much for"],
 )
-def test_what_an_operator_chose_stays(chosen: Any, options: dict[str, Any]) -> None:
+def test_what_an_operator_or_vllm_chose_stays(chosen: Any, options: dict[str, Any]) -> None:
     compilation = chosen(**options).compilation_config
     assert compilation.cudagraph_capture_sizes == options.get("sizes")
     assert compilation.max_cudagraph_capture_size == options.get("largest")

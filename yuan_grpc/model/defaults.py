@@ -21,9 +21,13 @@ QUANTIZED_WHILE_LOADING = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_ch
 """Ways of quantization that start from the published weights."""
 
 
-CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 1025, 128))
-"""Tokens of a step that there is a CUDA graph for, up to twice vLLM's most on Hopper. It takes a host longer to launch
-Yuan's kernels than the GPU to run them, up to a prompt of a thousand tokens or more."""
+CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+"""Tokens of a step that vLLM captures a CUDA graph for, up to twice as many as there may be sequences."""
+CAPTURED_FOR_PROMPTS = (64, *range(128, 1025, 128))
+"""And Yuan besides: it takes a host longer to launch its kernels than the GPU to run them, up to a prompt of a thousand
+tokens or more."""
+CAPTURES_ENOUGH = 100
+"""The family of GPUs where vLLM goes as far by itself."""
 
 
 class YuanModelConfig(VerifyAndUpdateConfig):
@@ -117,7 +121,9 @@ def _capture_more(vllm_config: VllmConfig) -> None:
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     chosen = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
     own_reason = vllm_config.speculative_config is not None or vllm_config.performance_mode != "balanced"
-    if not chosen and not own_reason:
-        sizes = {*CAPTURED, scheduler.max_num_seqs, scheduler.max_num_batched_tokens}
-        most = min(CAPTURED[-1], scheduler.max_num_batched_tokens)
-        compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)
+    if chosen or own_reason or current_platform.is_device_capability_family(CAPTURES_ENOUGH):
+        return
+    of_sequences = (size for size in CAPTURED if size <= 2 * scheduler.max_num_seqs)
+    sizes = {*of_sequences, *CAPTURED_FOR_PROMPTS, scheduler.max_num_seqs, scheduler.max_num_batched_tokens}
+    most = min(CAPTURED_FOR_PROMPTS[-1], scheduler.max_num_batched_tokens)
+    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)

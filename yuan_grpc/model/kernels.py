@@ -22,7 +22,8 @@ def early_start(device: torch.device) -> dict[str, bool]:
 
     Programmatic dependent launch, from Hopper on: what the next kernel can do without results is done meanwhile.
     """
-    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    early = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 

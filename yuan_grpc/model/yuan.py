@@ -7,7 +7,6 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 from torch.utils.serialization import config as serialization
-from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
@@ -283,11 +282,7 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         # The embedding has more rows than there are tokens; the rest is padding and must never be sampled.
         self.known_tokens = self.config.vocab_size if tokenizer is None else len(tokenizer)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        if (
-            current_platform.is_cuda()
-            and vllm_config.kernel_config.linear_backend == "auto"
-            and not envs.VLLM_BATCH_INVARIANT  # its products are vLLM's, whatever the number of tokens
-        ):
+        if current_platform.is_cuda() and vllm_config.kernel_config.linear_backend == "auto":
             multiply_with_product(self)
 
     def _new_head(self) -> ParallelLMHead:
