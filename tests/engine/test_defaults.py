@@ -18,7 +18,13 @@ def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     from yuan_grpc.model import defaults
 
-    def choose(sizes: list[int] | None = None, largest: int | None = None, family: int = 90, **options: Any) -> Any:
+    def choose(
+        sizes: list[int] | None = None,
+        largest: int | None = None,
+        family: int = 90,
+        invariant: bool = False,
+        **options: Any,
+    ) -> Any:
         config = EngineArgs(str(demo), **options).create_engine_config()
         config.compilation_config.cudagraph_capture_sizes = sizes
         config.compilation_config.max_cudagraph_capture_size = largest
@@ -27,6 +33,7 @@ def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             is_cuda=lambda: True, is_cpu=lambda: False, is_device_capability_family=lambda other: other == family
         )
         monkeypatch.setattr(defaults, "current_platform", gpu)
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
         defaults.YuanModelConfig.verify_and_update_config(config)
         return config
 
@@ -61,7 +68,6 @@ def test_what_an_operator_or_vllm_chose_stays(chosen: Any, options: dict[str, An
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-def test_an_attention_that_is_batch_invariant(chosen: Any, monkeypatch: pytest.MonkeyPatch, invariant: bool) -> None:
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
-    backend = chosen().attention_config.backend
+def test_an_attention_that_is_batch_invariant(chosen: Any, invariant: bool) -> None:
+    backend = chosen(invariant=invariant).attention_config.backend
     assert getattr(backend, "name", None) == ("TRITON_ATTN" if invariant else None)

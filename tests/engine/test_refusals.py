@@ -76,6 +76,13 @@ def test_a_quantised_checkpoint_is_refused(demo: Path, tmp_path: Path, method: s
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+def test_a_batch_invariance_that_cpus_lack_is_refused(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1"):
+        configure(demo)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
 def test_a_pipeline_that_is_not_compiled_is_refused_on_cpus(demo: Path) -> None:
     configure(demo, pipeline_parallel_size=2)
     with pytest.raises(ValueError, match="`enforce_eager` must be false for a pipeline on CPUs, not true"):

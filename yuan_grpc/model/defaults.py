@@ -57,6 +57,11 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         _check_drafts(vllm_config)
         _check_quantization(vllm_config.model_config)
         _check_transfer(vllm_config)
+        if envs.VLLM_BATCH_INVARIANT and current_platform.is_cpu():
+            raise ValueError(
+                "`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1: vLLM has that mode on GPUs alone, "
+                "and in float32 a request gets the same tokens in any batch here"
+            )
         outputs = vllm_config.structured_outputs_config
         if outputs.backend not in ("auto", GRAMMAR_BACKEND):
             raise ValueError(f"the structured outputs `backend` must be '{GRAMMAR_BACKEND}', not '{outputs.backend}'")
