@@ -34,7 +34,6 @@ from variants import (
     Record,
     add_turns_options,
     base_parser,
-    batches_of,
     children,
     describe,
     jobs_of,
@@ -269,11 +268,8 @@ def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = base_parser(__doc__, "profile.jsonl", limit=300)
-    add_turns_options(parser)
-    parser.add_argument("--decode", default="1,256", help="batch sizes (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
+    add_turns_options(parser, decode="1,256", prefill="1x1024,4x4096")
     parser.add_argument("--steps", type=int, default=50, help="decode steps profiled (default: %(default)s)")
-    parser.add_argument("--prefill", default="1x1024,4x4096", help="prompts x tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="prefills profiled (default: %(default)s)")
     parser.add_argument("--top", type=int, default=40, help="kernels and functions shown (default: %(default)s)")
     return parser.parse_args()
@@ -285,12 +281,11 @@ def main() -> None:
     if arguments.child:
         return serve(start)
     jobs = jobs_of(arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    decodes = [int(batch) for batch in arguments.decode.split(",") if batch]
     asked = {
         f"decode {batch}": {"decoding": True, "batch": batch, "length": arguments.prompt, "steps": arguments.steps}
-        for batch in decodes
+        for batch in arguments.decode
     }
-    for batch, length in batches_of(arguments.prefill):
+    for batch, length in arguments.prefill:
         prompts = {"decoding": False, "batch": batch, "length": length, "steps": arguments.repeats}
         asked[f"prefill {batch}×{length}"] = prompts
     record = Record(arguments.out)

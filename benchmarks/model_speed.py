@@ -30,6 +30,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,6 @@ from variants import (
     Record,
     add_turns_options,
     base_parser,
-    batches_of,
     children,
     describe,
     jobs_of,
@@ -113,31 +114,31 @@ def engine_seconds() -> float:
     return float(sum(times.user + times.system for times in taken))
 
 
+def asked(child: Child, step: Step, limit: float, tokens: int) -> dict[str, Any]:
+    """What answering a step's prompts with so many tokens each took a child. Raises RuntimeError where it failed."""
+    said = child.ask(limit, batch=step.batch, length=step.length, tokens=tokens)
+    if "error" in said:
+        raise RuntimeError(said["error"])
+    return said
+
+
 def take_turns(running: list[Child], steps: Sequence[Step], repeats: int, limit: float, record: Record) -> None:
     """Measures step after step, repeat after repeat, one child after the other; a child that fails is left out."""
     failed: set[Child] = set()
-    for step in steps:
-        for repeat in range(repeats + 1):
-            for child in running:
-                if child in failed:
-                    continue
-
-                def ask(tokens: int, child: Child = child, step: Step = step) -> dict[str, Any]:
-                    said = child.ask(limit, batch=step.batch, length=step.length, tokens=tokens)
-                    if "error" in said:
-                        raise RuntimeError(said["error"])
-                    return said
-
-                try:
-                    if not repeat:  # what a first batch of this size compiles or captures
-                        ask(min(WARM_TOKENS, step.tokens))
-                        continue
-                    fields = {"repeat": repeat} | step.measure(ask)
-                except RuntimeError as error:
-                    failed.add(child)
-                    fields = {"error": str(error)}
-                    print(f"{child.variant.label} | {step.name} | {error}", flush=True)
-                record.add(variant=child.variant.label, step=step.name, **fields)
+    for step, repeat, child in product(steps, range(repeats + 1), running):
+        if child in failed:
+            continue
+        ask = partial(asked, child, step, limit)
+        try:
+            if not repeat:  # what a first batch of this size compiles or captures
+                ask(min(WARM_TOKENS, step.tokens))
+                continue
+            fields = {"repeat": repeat} | step.measure(ask)
+        except RuntimeError as error:
+            failed.add(child)
+            fields = {"error": str(error)}
+            print(f"{child.variant.label} | {step.name} | {error}", flush=True)
+        record.add(variant=child.variant.label, step=step.name, **fields)
 
 
 def table(records: Sequence[dict[str, Any]], baseline: str) -> str:
@@ -171,12 +172,9 @@ def _cell(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]]
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = base_parser(__doc__, "speed.jsonl", limit=300)
-    add_turns_options(parser)
+    add_turns_options(parser, decode="1,64,256", prefill="1x1024,64x1024,16x4096")
     parser.add_argument("--repeats", type=int, default=5, help="how often each step is timed (default: %(default)s)")
-    parser.add_argument("--decode", default="1,64,256", help="batch sizes (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens out, while decoding (default: %(default)s)")
-    parser.add_argument("--prefill", default="1x1024,64x1024,16x4096", help="prompts x tokens (default: %(default)s)")
     parser.add_argument("--baseline", help="the variant that is 1 in the table (default: the first)")
     return parser.parse_args()
 
@@ -192,8 +190,8 @@ def main() -> None:
     baseline = arguments.baseline or labels[0]
     if baseline not in labels:
         raise SystemExit(f"--baseline must be one of {', '.join(labels)}, not {baseline}")
-    steps = [Step(int(batch), arguments.prompt, arguments.tokens) for batch in arguments.decode.split(",") if batch]
-    steps += [Step(batch, length, 1) for batch, length in batches_of(arguments.prefill)]
+    steps = [Step(batch, arguments.prompt, arguments.tokens) for batch in arguments.decode]
+    steps += [Step(batch, length, 1) for batch, length in arguments.prefill]
     record = Record(arguments.out)
     with children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
         take_turns(running, steps, arguments.repeats, arguments.limit, record)

@@ -166,14 +166,27 @@ def random_prompts(generator: random.Random, batch: int, length: int, vocabulary
     return [[generator.randrange(FIRST_TOKEN, vocabulary) for _ in range(length)] for _ in range(batch)]
 
 
+def sizes_of(text: str) -> list[int]:
+    """Reads `1,64,256`."""
+    return [int(size) for size in text.split(",") if size]
+
+
 def batches_of(text: str) -> list[tuple[int, int]]:
     """Reads `1x1024,16x4096`: prompts by tokens."""
     return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(",") if part)]
 
 
-def add_turns_options(parser: argparse.ArgumentParser) -> None:
-    """Options of benchmarks whose engines run at once: the variants, their memory and their shape."""
+def add_turns_options(parser: argparse.ArgumentParser, decode: str, prefill: str) -> None:
+    """Options of benchmarks whose engines run at once: the variants, their memory and shape, and what they are given.
+
+    Args:
+        decode: batch sizes unless told otherwise.
+        prefill: prompts x tokens unless told otherwise.
+    """
     parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
+    parser.add_argument("--decode", type=sizes_of, default=decode, help="batch sizes (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
+    parser.add_argument("--prefill", type=batches_of, default=prefill, help="prompts x tokens (default: %(default)s)")
     parser.add_argument("--cache", type=float, default=20, help="GiB of keys and values, each (default: %(default)s)")
     Shape.add_options(parser)
 

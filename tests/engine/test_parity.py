@@ -45,6 +45,12 @@ SPLITS: dict[str, dict[str, Any]] = {
 Run = Callable[..., dict[str, Any]]
 
 
+def on_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of what only a GPU has."""
+    skipped = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+    return pytest.mark.gpu(skipped(test))  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="session")
 def checkpoint(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in float32, so that nothing is lost before the comparison begins."""
@@ -108,8 +114,7 @@ def alone(prompts: list[list[int]]) -> list[list[list[int]]]:
     return [[prompt] for prompt in prompts]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@on_a_gpu
 @pytest.mark.parametrize("speculation", [None, DRAFTS], ids=["plain", "drafts"])
 def test_in_vllms_default_configuration_on_a_gpu(
     run: Run, checkpoint: Path, tokens: int, prompts: list[list[int]], speculation: dict[str, Any] | None
@@ -124,8 +129,7 @@ def test_in_vllms_default_configuration_on_a_gpu(
         assert rounding(reference, asked, answers) < ROUGH_TOLERANCE
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@on_a_gpu
 def test_the_same_after_sleep_of_either_level(run: Run, prompts: list[list[int]]) -> None:
     first, *later = run([prompts] * 3, sleep=[1, 2], enable_sleep_mode=True, **VLLMS_DEFAULT)["rounds"]
     for answers in later:
@@ -133,8 +137,7 @@ def test_the_same_after_sleep_of_either_level(run: Run, prompts: list[list[int]]
         assert [answer["cached"] for answer in answers] == [0] * len(prompts)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@on_a_gpu
 def test_the_same_in_any_company_where_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, run: Run, prompts: list[list[int]]
 ) -> None:

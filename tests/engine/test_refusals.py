@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
+of_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
 
 DRAFTS = {"method": "ngram", "prompt_lookup_max": 3}
 HEADS = {"num_attention_heads": 4}
@@ -75,21 +76,21 @@ def test_a_quantised_checkpoint_is_refused(demo: Path, tmp_path: Path, method: s
         configure(with_fields(demo, tmp_path, quantization_config=stored))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+@of_cpus
 def test_a_batch_invariance_that_cpus_lack_is_refused(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ValueError, match="`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1"):
         configure(demo)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+@of_cpus
 def test_a_pipeline_that_is_not_compiled_is_refused_on_cpus(demo: Path) -> None:
     configure(demo, pipeline_parallel_size=2)
     with pytest.raises(ValueError, match="`enforce_eager` must be false for a pipeline on CPUs, not true"):
         configure(demo, pipeline_parallel_size=2, enforce_eager=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+@of_cpus
 def test_sleep_mode_is_refused_on_cpus(demo: Path) -> None:
     with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
         configure(demo, enable_sleep_mode=True)

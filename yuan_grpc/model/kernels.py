@@ -135,16 +135,10 @@ def _shared_blocks_kernel(
 
 def plan(plan: torch.Tensor, step: StateMetadata) -> None:
     """`ops.plan_in_torch` in two launches, from nothing but tensors that keep their places from step to step."""
-    rows, sequences = plan.shape[1], step.seq_lens.shape[0]
+    rows, sequences, table = plan.shape[1], step.seq_lens.shape[0], step.block_table
+    schedule = (plan, step.query_start_loc, step.seq_lens, table, rows, sequences, table.stride(0), step.block_size)
     _plan_kernel[(triton.cdiv(rows, ROWS),)](
-        plan,
-        step.query_start_loc,
-        step.seq_lens,
-        step.block_table,
-        rows,
-        sequences,
-        step.block_table.stride(0),
-        step.block_size,
+        *schedule,
         step.slots.in_block,
         step.slots.kept,
         sequences.bit_length(),
@@ -152,18 +146,7 @@ def plan(plan: torch.Tensor, step: StateMetadata) -> None:
         SEQUENCE_START=SEQUENCE_START,
         IN_BATCH=IN_BATCH,
     )
-    _shared_blocks_kernel[(sequences,)](
-        plan,
-        step.query_start_loc,
-        step.seq_lens,
-        step.block_table,
-        rows,
-        sequences,
-        step.block_table.stride(0),
-        step.block_size,
-        OTHERS=OTHERS,
-        IN_BATCH=IN_BATCH,
-    )
+    _shared_blocks_kernel[(sequences,)](*schedule, OTHERS=OTHERS, IN_BATCH=IN_BATCH)
 
 
 @dataclass(frozen=True)
