@@ -40,14 +40,32 @@ def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return choose
 
 
-def test_steps_of_a_thousand_tokens_are_captured(chosen: Any) -> None:
-    sizes = chosen(max_num_seqs=100, max_num_batched_tokens=4096).compilation_config.cudagraph_capture_sizes
-    assert sizes == [1, 2, 4, *sorted({*range(8, 201, 8), 100}), 256, 384, 512, 640, 768, 896, 1024]
+def test_steps_of_whole_prompts_are_captured(chosen: Any) -> None:
+    sizes = chosen(max_num_seqs=100, max_num_batched_tokens=8192).compilation_config.cudagraph_capture_sizes
+    decoding = [1, 2, 4, *sorted({*range(8, 201, 8), 100})]
+    assert sizes == [*decoding, *range(256, 1024, 128), *range(1024, 4097, 256)]
+
+
+@pytest.mark.parametrize(("ranks", "largest"), [(1, 256), (2, 512), (4, 1024)])
+def test_wide_layers_keep_a_gpu_busy_for_longer(chosen: Any, ranks: int, largest: int) -> None:
+    wide = {"hidden_size": 8192, "num_attention_heads": 64}
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 8192, "tensor_parallel_size": ranks}
+    config = chosen(hf_overrides=wide, distributed_executor_backend="mp", **options)
+    assert config.compilation_config.cudagraph_capture_sizes[-1] == largest
 
 
 def test_no_step_is_captured_that_cannot_be(chosen: Any) -> None:
     sizes = chosen(max_num_seqs=4, max_num_batched_tokens=500).compilation_config.cudagraph_capture_sizes
     assert sizes == [1, 2, 4, 8, 64, 128, 256, 384, 500]
+
+
+@pytest.mark.parametrize(("heads", "given", "splits"), [(4, 32, 32), (32, 32, 5), (32, 2, 2)])
+def test_room_for_no_more_parts_of_a_sequence_than_fill_a_gpu(chosen: Any, heads: int, given: int, splits: int) -> None:
+    config = chosen(
+        hf_overrides={"hidden_size": 8192, "num_attention_heads": heads},
+        attention_config={"flash_attn_max_num_splits_for_cuda_graph": given},
+    )
+    assert config.attention_config.flash_attn_max_num_splits_for_cuda_graph == splits
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from yuan_grpc.model import TOKENIZER_MODE
@@ -20,14 +21,16 @@ DRAFTED_FROM_THE_TEXT = ("ngram", "ngram_gpu", "suffix")
 QUANTIZED_WHILE_LOADING = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
 """Ways of quantization that start from the published weights."""
 
-
 CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 """Tokens of a step that vLLM captures a CUDA graph for, up to twice as many as there may be sequences."""
-CAPTURED_FOR_PROMPTS = (64, *range(128, 1025, 128))
-"""And Yuan besides: it takes a host longer to launch its kernels than the GPU to run them, up to a prompt of a thousand
-tokens or more."""
+CAPTURED_FOR_PROMPTS = (64, *range(128, 1024, 128), *range(1024, 4097, 256))
+"""And Yuan besides, as far as a host may take longer to launch a layer's kernels than a GPU to run them."""
+LAUNCHED_MEANWHILE = 4096 * 2048**2
+"""How far that is: a step's tokens times a layer's size on each rank, which is as the square of its width."""
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU, at most."""
 CAPTURES_ENOUGH = 100
-"""The family of GPUs where vLLM goes as far by itself."""
+"""The family of GPUs where vLLM goes further by itself, and where none of this was measured."""
 
 
 class YuanModelConfig(VerifyAndUpdateConfig):
@@ -68,6 +71,7 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         outputs.backend = GRAMMAR_BACKEND
         if current_platform.is_cuda():
             _capture_more(vllm_config)
+            _make_room_for_few_splits(vllm_config)
             if envs.VLLM_BATCH_INVARIANT and vllm_config.attention_config.backend is None:
                 # FlashAttention computes a token otherwise if there are prompts in its step.
                 vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
@@ -128,7 +132,22 @@ def _capture_more(vllm_config: VllmConfig) -> None:
     own_reason = vllm_config.speculative_config is not None or vllm_config.performance_mode != "balanced"
     if chosen or own_reason or current_platform.is_device_capability_family(CAPTURES_ENOUGH):
         return
-    of_sequences = (size for size in CAPTURED if size <= 2 * scheduler.max_num_seqs)
-    sizes = {*of_sequences, *CAPTURED_FOR_PROMPTS, scheduler.max_num_seqs, scheduler.max_num_batched_tokens}
-    most = min(CAPTURED_FOR_PROMPTS[-1], scheduler.max_num_batched_tokens)
+    width, ranks = vllm_config.model_config.get_hidden_size(), vllm_config.parallel_config.tensor_parallel_size
+    largest_prompt = min(LAUNCHED_MEANWHILE * ranks // width**2, CAPTURED_FOR_PROMPTS[-1])
+    largest_of_vllms = min(2 * scheduler.max_num_seqs, CAPTURED[-1])
+    most = min(max(largest_prompt, largest_of_vllms), scheduler.max_num_batched_tokens)
+    sizes = {size for size in CAPTURED if size <= largest_of_vllms}
+    sizes |= {size for size in CAPTURED_FOR_PROMPTS if size <= largest_prompt}
+    sizes |= {scheduler.max_num_seqs, scheduler.max_num_batched_tokens}
     compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)
+
+
+def _make_room_for_few_splits(vllm_config: VllmConfig) -> None:
+    """Bounds into how many parts FlashAttention may cut a sequence's keys, for in graphs it has room for that many.
+
+    It cuts them to keep all multiprocessors busy, which takes no more parts than there are multiprocessors to a head.
+    """
+    heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+    attention = vllm_config.attention_config
+    splits = attention.flash_attn_max_num_splits_for_cuda_graph
+    attention.flash_attn_max_num_splits_for_cuda_graph = min(splits, cdiv(MULTIPROCESSORS, heads))
