@@ -23,14 +23,14 @@ QUANTIZED_WHILE_LOADING = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_ch
 
 CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 """Tokens of a step that vLLM captures a CUDA graph for, up to twice as many as there may be sequences."""
-CAPTURED_FOR_PROMPTS = (64, *range(128, 1024, 128), *range(1024, 4097, 256))
+CAPTURED_FOR_PROMPTS = (64, *range(128, 2048, 128), *range(2048, 4097, 256))
 """And Yuan besides, as far as a host may take longer to launch a layer's kernels than a GPU to run them."""
 LAUNCHED_MEANWHILE = 4096 * 2048**2
 """How far that is: a step's tokens times a layer's size on each rank, which is as the square of its width."""
+HOPPER = 90
+"""The family of GPUs that this was measured on; vLLM goes further on the next one by itself."""
 MULTIPROCESSORS = 132
 """Of a Hopper GPU, at most."""
-CAPTURES_ENOUGH = 100
-"""The family of GPUs where vLLM goes further by itself, and where none of this was measured."""
 
 
 class YuanModelConfig(VerifyAndUpdateConfig):
@@ -130,7 +130,7 @@ def _capture_more(vllm_config: VllmConfig) -> None:
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     chosen = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
     own_reason = vllm_config.speculative_config is not None or vllm_config.performance_mode != "balanced"
-    if chosen or own_reason or current_platform.is_device_capability_family(CAPTURES_ENOUGH):
+    if chosen or own_reason or not current_platform.is_device_capability_family(HOPPER):
         return
     width, ranks = vllm_config.model_config.get_hidden_size(), vllm_config.parallel_config.tensor_parallel_size
     largest_prompt = min(LAUNCHED_MEANWHILE * ranks // width**2, CAPTURED_FOR_PROMPTS[-1])
