@@ -191,9 +191,9 @@ def show(title: str, result: dict[str, Any], top: int) -> str:
         f"## {title}",
         "wall {wall_us} µs a step ({profiled_us} profiled), kernels {kernels_us} µs in {launches} launches, "
         "GPU idle {idle_us} µs ({profiled_idle_us} profiled), over {steps} steps".format(**result),
+        ", ".join(f"{kind} {us} µs" for kind, us in result["kinds"].items()),
         "      µs      % launches  µs each  kernel",
     ]
-    lines[2:2] = [", ".join(f"{kind} {us} µs" for kind, us in result["kinds"].items())]
     total = result["kernels_us"] or 1
     for row in result["table"][:top]:
         share = 100 * row["us"] / total

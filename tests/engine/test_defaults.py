@@ -23,12 +23,13 @@ def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         largest: int | None = None,
         family: int = 90,
         invariant: bool = False,
+        backend: Any = None,
         **options: Any,
     ) -> Any:
         config = EngineArgs(str(demo), **options).create_engine_config()
         config.compilation_config.cudagraph_capture_sizes = sizes
         config.compilation_config.max_cudagraph_capture_size = largest
-        config.attention_config.backend = options.get("attention_backend")
+        config.attention_config.backend = backend
         gpu = SimpleNamespace(
             is_cuda=lambda: True, is_cpu=lambda: False, is_device_capability_family=lambda other: other == family
         )
@@ -85,7 +86,15 @@ def test_what_an_operator_or_vllm_chose_stays(chosen: Any, options: dict[str, An
     assert compilation.max_cudagraph_capture_size == options.get("largest")
 
 
-@pytest.mark.parametrize("invariant", [False, True])
-def test_an_attention_that_is_batch_invariant(chosen: Any, invariant: bool) -> None:
-    backend = chosen(invariant=invariant).attention_config.backend
-    assert getattr(backend, "name", None) == ("TRITON_ATTN" if invariant else None)
+@pytest.mark.parametrize(
+    ("invariant", "given", "backend"),
+    [(False, None, None), (True, None, "TRITON_ATTN"), (True, "FLASH_ATTN", "FLASH_ATTN")],
+)
+def test_an_attention_that_is_batch_invariant(
+    chosen: Any, invariant: bool, given: str | None, backend: str | None
+) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    asked = AttentionBackendEnum[given] if given else None
+    taken = chosen(invariant=invariant, backend=asked).attention_config.backend
+    assert getattr(taken, "name", None) == backend

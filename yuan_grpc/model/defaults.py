@@ -60,11 +60,7 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         _check_drafts(vllm_config)
         _check_quantization(vllm_config.model_config)
         _check_transfer(vllm_config)
-        if envs.VLLM_BATCH_INVARIANT and current_platform.is_cpu():
-            raise ValueError(
-                "`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1: vLLM has that mode on GPUs alone, "
-                "and in float32 a request gets the same tokens in any batch here"
-            )
+        _check_invariance()
         outputs = vllm_config.structured_outputs_config
         if outputs.backend not in ("auto", GRAMMAR_BACKEND):
             raise ValueError(f"the structured outputs `backend` must be '{GRAMMAR_BACKEND}', not '{outputs.backend}'")
@@ -123,6 +119,14 @@ def _check_transfer(vllm_config: VllmConfig) -> None:
         raise ValueError(f"`kv_transfer_config` must be unset for Yuan, not '{transfer.kv_connector}': {reason}")
     if (size := vllm_config.cache_config.kv_offloading_size) is not None:
         raise ValueError(f"`kv_offloading_size` must be unset for Yuan, not {size}: {reason}")
+
+
+def _check_invariance() -> None:
+    if envs.VLLM_BATCH_INVARIANT and current_platform.is_cpu():
+        raise ValueError(
+            "`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1: vLLM has that mode on GPUs alone, "
+            "and in float32 a request gets the same tokens in any batch here"
+        )
 
 
 def _capture_more(vllm_config: VllmConfig) -> None:
