@@ -1,12 +1,12 @@
 """Triton kernels of `ops`, for GPUs: the same for prompts, decoding and both together."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from yuan_grpc.model.early import early_start, wait_ahead
 from yuan_grpc.model.state import IN_BATCH, SEQUENCE_START, StateMetadata
 
 ROWS = 128
@@ -14,17 +14,6 @@ ROWS = 128
 
 OTHERS = 128
 """Sequences that a program looks at at once, for one that computes what it seeks."""
-
-
-@cache
-def early_start(device: torch.device) -> dict[str, bool]:
-    """Options of a launch that may begin before the kernel ahead of it ends, and waits for that one by itself.
-
-    Programmatic dependent launch, from Hopper on: what the next kernel can do without results is done meanwhile.
-    """
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    early = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 @triton.jit
@@ -185,17 +174,12 @@ def _shift_add_kernel(
     IN_BATCH: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    if EARLY:  # the product that follows can ask for its weight while this runs
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DIM)
     inside = column < dim
-    own = tl.load(parts + row * parts_stride + dim + column, mask=inside, other=0.0).to(tl.float32)
     read = tl.load(plan + row)
     row_before = (IN_BATCH - tl.minimum(read, IN_BATCH)).to(tl.int64)
-    before = tl.load(parts + row_before * parts_stride + column, mask=inside & (read <= IN_BATCH), other=0.0)
-    total = own + before.to(tl.float32)
+    total = tl.zeros([DIM], tl.float32)
     if HAS_CACHE:
         slot = tl.maximum(read, 0).to(tl.int64)
         state = cache + slot // slots * block_stride + slot % slots * slot_stride
@@ -203,9 +187,14 @@ def _shift_add_kernel(
     if HAS_BIAS:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_NORM:
+        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         total += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-        total *= tl.rsqrt(tl.sum(total * total, axis=0) / dim + epsilon)
-        total *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait_ahead(EARLY)  # only `parts` is of the kernel ahead
+    own = tl.load(parts + row * parts_stride + dim + column, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(parts + row_before * parts_stride + column, mask=inside & (read <= IN_BATCH), other=0.0)
+    total += own + before.to(tl.float32)
+    if HAS_NORM:
+        total *= tl.rsqrt(tl.sum(total * total, axis=0) / dim + epsilon) * scale
     tl.store(out + row * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
     if HAS_CACHE:
         write = tl.load(plan + rows + row)

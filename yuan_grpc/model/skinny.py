@@ -2,7 +2,7 @@
 
 Such a product is bound by reading its weight, and with small weights the library's kernels for matrices reach half the
 bandwidth. A program here owns a few rows of the weight and all their columns, asks for them before it waits for the
-kernel before it to end (see `kernels.early_start`), and sums in float32. No sum crosses programs, so a token's result
+kernel before it to end (see `early`), and sums in float32. No sum crosses programs, so a token's result
 depends on nothing else in its batch.
 """
 
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from yuan_grpc.model.kernels import early_start
+from yuan_grpc.model.early import early_start, wait_ahead
 
 MOST_TOKENS = 2
 """With three or more the library's kernels are as fast: measured on an H200."""
@@ -118,9 +118,7 @@ def _product(
     tiles = tl.tuple(())
     for chunk in tl.static_range(COLUMNS // BLOCK):  # no other program needs these rows, so no cache need keep them
         tiles += (tl.load(weight + first * COLUMNS + chunk * BLOCK + at, eviction_policy="evict_first"),)
-    if EARLY:  # only weights were read so far; all else may come from the kernel that is waited for here
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_ahead(EARLY)  # only weights were read so far
     for token in tl.static_range(TOKENS):
         sums = tl.zeros((ROWS, BLOCK // 8), tl.float32)
         for chunk in tl.static_range(COLUMNS // BLOCK):
