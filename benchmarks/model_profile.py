@@ -47,7 +47,7 @@ FUNCTIONS = 120
 NAME_LENGTH = 100
 KINDS = {
     "LFA": "shift_add|_plan_kernel|shared_blocks",
-    "attention": "flash|attn|attention|reshape_and_cache",
+    "attention": "flash|attn|attention|reshape_and_cache|_attend|_join|_keep",
     "products": "gemm|nvjet|cutlass|cublas|gemv|splitk|_product|addmm",
     "sampling": "argmax|sample|topk|softmax|logit|gumbel",
     "compiled (norms, rotation, activation)": "^triton_",

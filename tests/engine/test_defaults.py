@@ -15,25 +15,30 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts a configuration together, and lets the architecture's hook choose as it would on a GPU."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from yuan_grpc.model import defaults
+    from yuan_grpc.model import attention, defaults
 
     def choose(
         sizes: list[int] | None = None,
         largest: int | None = None,
         family: int = 90,
         invariant: bool = False,
-        backend: Any = None,
+        backend: str | None = None,
+        flash_attention: int = 3,
+        dtype: str = "bfloat16",
         **options: Any,
     ) -> Any:
-        config = EngineArgs(str(demo), **options).create_engine_config()
+        config = EngineArgs(str(demo), dtype=dtype, **options).create_engine_config()
         config.compilation_config.cudagraph_capture_sizes = sizes
         config.compilation_config.max_cudagraph_capture_size = largest
-        config.attention_config.backend = backend
+        config.attention_config.backend = AttentionBackendEnum[backend] if backend else None
         gpu = SimpleNamespace(
             is_cuda=lambda: True, is_cpu=lambda: False, is_device_capability_family=lambda other: other == family
         )
-        monkeypatch.setattr(defaults, "current_platform", gpu)
+        for module in (defaults, attention):
+            monkeypatch.setattr(module, "current_platform", gpu)
+        monkeypatch.setattr(attention, "get_flash_attn_version", lambda head_size: flash_attention)
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
         defaults.YuanModelConfig.verify_and_update_config(config)
         return config
@@ -93,8 +98,42 @@ def test_what_an_operator_or_vllm_chose_stays(chosen: Any, options: dict[str, An
 def test_an_attention_that_is_batch_invariant(
     chosen: Any, invariant: bool, given: str | None, backend: str | None
 ) -> None:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    asked = AttentionBackendEnum[given] if given else None
-    taken = chosen(invariant=invariant, backend=asked).attention_config.backend
+    taken = chosen(invariant=invariant, backend=given).attention_config.backend
     assert getattr(taken, "name", None) == backend
+
+
+@pytest.mark.parametrize(("family", "early"), [(90, True), (80, None)])
+def test_compiled_kernels_begin_early_on_hopper(chosen: Any, family: int, early: bool | None) -> None:
+    assert chosen(family=family).compilation_config.inductor_compile_config.get("triton.enable_pdl") is early
+
+
+def test_compiled_kernels_begin_as_an_operator_says(chosen: Any) -> None:
+    config = chosen(compilation_config={"inductor_compile_config": {"triton.enable_pdl": False}})
+    assert config.compilation_config.inductor_compile_config["triton.enable_pdl"] is False
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128)])
+def test_decoding_has_an_attention_of_its_own(chosen: Any, dtype: str, head_dim: int) -> None:
+    from yuan_grpc.model.attention import YuanAttentionBackend, attention_backend
+
+    assert attention_backend(chosen(dtype=dtype), head_dim) is YuanAttentionBackend
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options"),
+    [
+        (64, {"backend": "FLASH_ATTN"}),
+        (64, {"invariant": True}),
+        (64, {"speculative_config": DRAFTS}),
+        (64, {"kv_cache_dtype": "fp8"}),
+        (64, {"dtype": "float32"}),
+        (64, {"family": 80}),
+        (64, {"flash_attention": 2}),
+        (96, {}),
+    ],
+    ids=str,
+)
+def test_other_attention_is_left_to_vllm(chosen: Any, head_dim: int, options: dict[str, Any]) -> None:
+    from yuan_grpc.model.attention import attention_backend
+
+    assert attention_backend(chosen(**options), head_dim) is None

@@ -29,6 +29,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
+from yuan_grpc.model.attention import attention_backend
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.filtering import LocalizedFiltering
 from yuan_grpc.model.ops import multiply_with_product, new_plan
@@ -123,6 +124,7 @@ class YuanAttention(nn.Module):
             cache_config=vllm_config.cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
+            attn_backend=attention_backend(vllm_config, self.head_dim),
         )
 
     def forward(self, positions: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
