@@ -34,6 +34,7 @@ ENGINE = {
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 SPLITS: dict[str, dict[str, Any]] = {
     "two ranks, drafts": {"tensor_parallel_size": 2, "speculative_config": DRAFTS},
+    "four ranks": {"tensor_parallel_size": 4},
     "two stages, compiled": {"pipeline_parallel_size": 2, "enforce_eager": False},
 }
 
