@@ -1,7 +1,8 @@
-"""Attention of decoding steps on a GPU: FlashAttention and Triton's as vLLM calls them, and Yuan's, µs a layer.
+"""Attention of decoding steps on a Hopper GPU, µs a layer: FlashAttention 3 and Triton's as vLLM calls them, and ours.
 
 Each is timed in a CUDA graph of as many layers as fit, up to 24, with keys and values of their own, so that no cache
-holds them; the least of three times is taken. `read` is how long the keys and values take at the speed of a copy.
+holds them once they are more than some 50 MB in all; the least of three times is taken. FlashAttention has the room for
+parts of a sequence that Yuan gives it. `read` is how long the keys and values take at the speed of a copy.
 
     python benchmarks/decoding_attention.py --out attention.jsonl
     python benchmarks/decoding_attention.py --out attention.jsonl --heads 32 --dim 128 --batches 1,32 --lengths 256,2048
@@ -53,7 +54,7 @@ class Step:
         layer = blocks * BLOCK_SIZE * heads * 2 * dim
         layers = min(LAYERS, memory.numel() // layer)
         if layers < 2 or length > LONGEST:
-            raise ValueError(f"left out: {batch} sequences of {length} tokens, for room")
+            raise ValueError(f"left out: {batch} sequences of {length} tokens, too many or too long")
         table = torch.zeros(batch, LONGEST // BLOCK_SIZE, dtype=torch.int32, device=memory.device)
         table[:, : blocks // batch] = torch.randperm(blocks, device=memory.device).view(batch, -1)
         q = torch.randn(batch, heads, dim, device=memory.device, dtype=memory.dtype)

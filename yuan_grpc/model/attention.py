@@ -20,15 +20,15 @@ from yuan_grpc.model.defaults import HOPPER
 FLASH_ATTENTION = 3
 """The version that Hopper has."""
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (16, 32, 64, 128, 256)
+HEAD_DIMS = (16, 32, 64, 128)
 """That `decoding` takes."""
 
 
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
     """Yuan's, where vLLM would take FlashAttention 3 if left to itself; or None, for vLLM to choose.
 
-    With drafts a step has more than one token of a sequence, and keys and values of eight bits have scales: both are
-    left to FlashAttention.
+    With drafts a step has more than one token of a sequence, and keys and values of eight bits have scales: neither is
+    in `decoding`.
     """
     is_open = vllm_config.attention_config.backend is None and not envs.VLLM_BATCH_INVARIANT
     is_plain = vllm_config.speculative_config is None and vllm_config.cache_config.cache_dtype == "auto"

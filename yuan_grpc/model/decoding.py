@@ -1,4 +1,4 @@
-"""Attention of decoding, where each sequence has one new token: at the speed of reading keys and values.
+"""Attention of decoding, where each sequence has one new token: little slower than reading many keys and values.
 
 All published models have keys of their own for every head of queries, so a head reads its keys for one query alone.
 Kernels made for prompts, or for heads that share keys, are not bound by that reading. Here a program owns a head of a
@@ -15,7 +15,7 @@ import triton.language as tl
 from yuan_grpc.model.early import early_start, wait_ahead
 
 TILE = 64
-"""Keys that are read at once. With these warps and stages, of 46 ways the one that suits all batches on an H100."""
+"""Keys that are read at once. With these warps and stages, one of the best of 46 ways over all batches on an H100."""
 WARPS = 4
 STAGES = 2
 """Tiles on their way at once."""

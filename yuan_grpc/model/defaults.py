@@ -28,7 +28,7 @@ CAPTURED_FOR_PROMPTS = (64, *range(128, 2048, 128), *range(2048, 4097, 256))
 LAUNCHED_MEANWHILE = 4096 * 2048**2
 """How far that is: a step's tokens times a layer's size on each rank, which is as the square of its width."""
 HOPPER = 90
-"""The family of GPUs that this was measured on; vLLM goes further on the next one by itself."""
+"""The family of GPUs that all this was measured on; vLLM captures larger steps on the next one by itself."""
 MULTIPROCESSORS = 132
 """Of a Hopper GPU, at most."""
 

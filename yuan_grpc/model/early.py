@@ -1,8 +1,9 @@
 """Kernels that begin before the one ahead of them ends: programmatic dependent launch, from Hopper on.
 
-What a kernel can do without the results of the one ahead is done meanwhile: its launch, and reading weights. There is
-one rule, which Inductor's kernels (`triton.enable_pdl`) count on and keep as well: to wait first, and only then let the
-next one begin. So whatever the kernel before the one ahead wrote is there from the start.
+What a kernel can do without the results of the one ahead is done meanwhile: its launch, and reading what is older, such
+as weights or the step's plan. There is one rule, which Inductor's kernels (`triton.enable_pdl`) count on, and keep: to
+wait first, and only then let the next one begin. So whatever the kernel before the one ahead wrote is there from the
+start. A kernel that is launched in the ordinary way keeps the rule by itself, as it begins when all others have ended.
 """
 
 from functools import cache
