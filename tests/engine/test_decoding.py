@@ -131,7 +131,8 @@ def test_few_heads_are_cut_into_many_parts(decoding: Any, heads: int) -> None:
 def test_new_keys_and_values_are_kept_in_their_slots(decoding: Any, heads: int, dim: int, heads_first: bool) -> None:
     step = Step.random(heads, dim, heads_first=heads_first)
     before, slots = step.cache.clone(), torch.tensor([3, 100, -1, 31], device=DEVICE)
-    key, value = (Step.random(heads, dim).q, Step.random(heads, dim, block_size=32).q)  # more rows than slots
+    key, wide = Step.random(heads, dim).q, Step.random(2 * heads, dim).q  # more rows than slots
+    value = wide[:, heads:]
     decoding.keep(key, value, step.cache, slots)
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -139,3 +140,16 @@ def test_new_keys_and_values_are_kept_in_their_slots(decoding: Any, heads: int, 
             assert torch.equal(kept, torch.cat((key[row], value[row]), dim=-1))
             before[slot // 16, :, slot % 16] = kept
     assert torch.equal(step.cache, before)
+
+
+def test_a_cache_may_be_larger_than_32_bits_count(decoding: Any) -> None:
+    step, far = Step.random(), 2**30
+    blocks, heads, block_size, width = 4, *step.cache.shape[1:]
+    memory = torch.empty(blocks * far, dtype=step.cache.dtype, device=DEVICE)
+    spread = memory.as_strided((blocks, heads, block_size, width), (far, width, heads * width, 1))
+    spread[-1] = step.cache[step.block_table[2, 0]]
+    step.cache, step.block_table = step.cache[step.block_table[2, :1]], torch.zeros_like(step.block_table[2:3, :1])
+    step.q, step.seq_lens = step.q[2:3], step.seq_lens[1:2]
+    wanted = step.attended(decoding)
+    step.cache, step.block_table = spread, step.block_table + blocks - 1
+    assert torch.equal(step.attended(decoding), wanted)

@@ -14,6 +14,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 @pytest.fixture
 def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts a configuration together, and lets the architecture's hook choose as it would on a GPU."""
+    from vllm.config import CUDAGraphMode
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -26,12 +27,14 @@ def chosen(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         invariant: bool = False,
         backend: str | None = None,
         flash_attention: int = 3,
+        graphs: str = "FULL_AND_PIECEWISE",
         dtype: str = "bfloat16",
         **options: Any,
     ) -> Any:
         config = EngineArgs(str(demo), dtype=dtype, **options).create_engine_config()
         config.compilation_config.cudagraph_capture_sizes = sizes
         config.compilation_config.max_cudagraph_capture_size = largest
+        config.compilation_config.cudagraph_mode = CUDAGraphMode[graphs]
         config.attention_config.backend = AttentionBackendEnum[backend] if backend else None
         gpu = SimpleNamespace(
             is_cuda=lambda: True, is_cpu=lambda: False, is_device_capability_family=lambda other: other == family
@@ -102,9 +105,11 @@ def test_an_attention_that_is_batch_invariant(
     assert getattr(taken, "name", None) == backend
 
 
-@pytest.mark.parametrize(("family", "early"), [(90, True), (80, None)])
-def test_compiled_kernels_begin_early_on_hopper(chosen: Any, family: int, early: bool | None) -> None:
-    assert chosen(family=family).compilation_config.inductor_compile_config.get("triton.enable_pdl") is early
+@pytest.mark.parametrize(("family", "ranks", "early"), [(90, 1, True), (80, 1, None), (90, 2, None)])
+def test_compiled_kernels_begin_early_on_one_hopper(chosen: Any, family: int, ranks: int, early: bool | None) -> None:
+    split = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+    config = chosen(family=family, hf_overrides={"num_attention_heads": 4}, **split)
+    assert config.compilation_config.inductor_compile_config.get("triton.enable_pdl") is early
 
 
 def test_compiled_kernels_begin_as_an_operator_says(chosen: Any) -> None:
@@ -123,6 +128,10 @@ def test_decoding_has_an_attention_of_its_own(chosen: Any, dtype: str, head_dim:
     ("head_dim", "options"),
     [
         (64, {"backend": "FLASH_ATTN"}),
+        (64, {"attention_config": {"backend_per_kind": {"full_attention": "TRITON_ATTN"}}}),
+        (64, {"hf_overrides": {"sliding_window": 64}}),
+        (64, {"block_size": 8}),
+        (64, {"graphs": "FULL"}),
         (64, {"invariant": True}),
         (64, {"speculative_config": DRAFTS}),
         (64, {"kv_cache_dtype": "fp8"}),

@@ -64,9 +64,10 @@ def test_a_draft_model_is_refused(demo: Path) -> None:
         configure(demo, speculative_config=drafts)
 
 
-def test_a_decode_context_that_is_split_is_refused(demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`decode_context_parallel_size` must be 1 for Yuan, not 2"):
-        configure(with_fields(demo, tmp_path, **HEADS), tensor_parallel_size=2, decode_context_parallel_size=2)
+@pytest.mark.parametrize("option", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_a_context_that_is_split_is_refused(demo: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=f"`{option}` must be 1 for Yuan, not 2"):
+        configure(with_fields(demo, tmp_path, **HEADS), tensor_parallel_size=2, **{option: 2})
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "compressed-tensors"])

@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 import torch
-from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
@@ -17,6 +17,8 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from yuan_grpc.model.defaults import HOPPER
 
+logger = init_logger("vllm.yuan_grpc.model")
+
 FLASH_ATTENTION = 3
 """The version that Hopper has."""
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -27,20 +29,24 @@ HEAD_DIMS = (16, 32, 64, 128)
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
     """Yuan's, where vLLM would take FlashAttention 3 if left to itself; or None, for vLLM to choose.
 
-    With drafts a step has more than one token of a sequence, and keys and values of eight bits have scales: neither is
-    in `decoding`.
+    `decoding` knows steps of one token of each sequence, so no drafts, and nothing but keys and values of 16 bits, all
+    of which are attended to. CUDA graphs of steps with and without prompts alike (`FULL`) are beyond it, too.
     """
-    is_open = vllm_config.attention_config.backend is None and not envs.VLLM_BATCH_INVARIANT
-    is_plain = vllm_config.speculative_config is None and vllm_config.cache_config.cache_dtype == "auto"
+    attention, cache = vllm_config.attention_config, vllm_config.cache_config
+    left_open = attention.backend is None and not attention.backend_per_kind
+    plain = cache.cache_dtype == "auto" and cache.sliding_window is None and vllm_config.speculative_config is None
     suits = vllm_config.model_config.dtype in SIXTEEN_BITS and head_dim in HEAD_DIMS
     if (
-        is_open
-        and is_plain
+        left_open
+        and plain
         and suits
+        and FlashAttentionBackend.supports_block_size(cache.block_size)
+        and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.FULL
         and current_platform.is_cuda()
         and current_platform.is_device_capability_family(HOPPER)
         and get_flash_attn_version(head_size=head_dim) == FLASH_ATTENTION
     ):
+        logger.info_once("FlashAttention for steps with prompts, Yuan's own attention for decoding")
         return YuanAttentionBackend
     return None
 

@@ -83,8 +83,9 @@ def _check_split(vllm_config: VllmConfig) -> None:
             "`enforce_eager` must be false for a pipeline on CPUs, not true: "
             "vLLM makes room for what a stage hands on only when it compiles"
         )
-    if (ranks := parallel.decode_context_parallel_size) > 1:
-        raise ValueError(f"`decode_context_parallel_size` must be 1 for Yuan, not {ranks}: LFA's state is not split")
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (ranks := getattr(parallel, option)) > 1:
+            raise ValueError(f"`{option}` must be 1 for Yuan, not {ranks}: LFA's state is not split")
     if parallel.use_ubatching:
         raise ValueError("`enable_dbo` must be false for Yuan, not true: LFA's state is planned for whole steps")
 
@@ -131,8 +132,13 @@ def _check_invariance() -> None:
 
 
 def _start_compiled_kernels_early(vllm_config: VllmConfig) -> None:
-    """Has them begin before the one ahead ends, as Yuan's own do: see `early`."""
-    if current_platform.is_device_capability_family(HOPPER):
+    """Has them begin before the one ahead ends, as Yuan's own do: see `early`.
+
+    Not where ranks add up their results, for which vLLM may take kernels of FlashInfer's. Of these it says that what
+    begins early behind them may read what is not there yet.
+    """
+    alone = vllm_config.parallel_config.tensor_parallel_size == 1
+    if alone and current_platform.is_device_capability_family(HOPPER):
         vllm_config.compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
 
 

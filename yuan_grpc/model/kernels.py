@@ -189,7 +189,7 @@ def _shift_add_kernel(
     if HAS_NORM:
         scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         total += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-    wait_ahead(EARLY)  # only `parts` is of the kernel ahead
+    wait_ahead(EARLY)  # only `parts` is of the kernel ahead; the plan was made before the first layer
     own = tl.load(parts + row * parts_stride + dim + column, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(parts + row_before * parts_stride + column, mask=inside & (read <= IN_BATCH), other=0.0)
     total += own + before.to(tl.float32)

@@ -220,7 +220,7 @@ class YuanModel(nn.Module):
         else:
             assert intermediate_tensors is not None
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        plan = new_plan(hidden)
+        plan = new_plan(hidden)  # ahead of all layers, whose kernels read it before they wait: see `early`
         torch.ops.vllm.yuan_plan(plan, self.lfa_name)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden, residual = layer(positions, hidden, residual, plan)
