@@ -1,6 +1,7 @@
-"""Tests of what only a GPU has, and of engines that round."""
+"""Tests of what only a GPU has, of kernels that Triton's interpreter runs, too, and of engines that round."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,6 +15,17 @@ VLLMS_DEFAULT = {  # in place of a test's own, but for memory, which a GPU may b
     "max_num_batched_tokens": None,
     "gpu_memory_utilization": 0.2,
 }
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def kernels_in(module: str) -> Any:
+    """A module of the model's with Triton kernels. Where these cannot run, the test is skipped."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        pytest.skip("no NVIDIA GPU here, and TRITON_INTERPRET is not set")
+    return import_module(f"yuan_grpc.model.{module}")
 
 
 def on_a_gpu(test: Callable[..., None]) -> Callable[..., None]:

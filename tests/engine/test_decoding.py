@@ -1,15 +1,14 @@
 """Attention of decoding against its formula: on a GPU, or in Triton's interpreter where there is none."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from engine.gpus import DEVICE, kernels_in
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of Triton's own
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of values of about one: in sixteen bits the weights of the values are rounded, too. A GPU is asked for no others, and
 # the interpreter would multiply bfloat16 as integers.
 CLOSE = {torch.float16: 2e-3} | ({torch.bfloat16: 2e-2} if DEVICE == "cuda" else {torch.float32: 1e-5})
@@ -19,12 +18,7 @@ LENGTHS = (1, 15, 64, 0, 65, 700)  # of sequences; the one of no tokens is paddi
 @pytest.fixture
 def decoding() -> Any:
     """The module, where its kernels can run."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        pytest.skip("no NVIDIA GPU here, and TRITON_INTERPRET is not set")
-    from yuan_grpc.model import decoding
-
-    return decoding
+    return kernels_in("decoding")
 
 
 @dataclass

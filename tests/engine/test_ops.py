@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine.gpus import DEVICE, kernels_in
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
 
 DIM = 24
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -30,15 +30,7 @@ def ops() -> Any:
 @pytest.fixture
 def kernels() -> Any:
     """The module, where it can be used."""
-    try:
-        import triton
-    except ImportError:
-        pytest.skip("Triton is not installed")
-    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
-        pytest.skip("no NVIDIA GPU here, and TRITON_INTERPRET is not set")
-    from yuan_grpc.model import kernels
-
-    return kernels
+    return kernels_in("kernels")
 
 
 Rows = list[tuple[torch.Tensor, torch.Tensor]]

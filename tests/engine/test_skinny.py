@@ -1,14 +1,13 @@
 """The products of one or two tokens against torch's: on a GPU, or in Triton's interpreter where there is none."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
+from engine.gpus import DEVICE, kernels_in
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of Triton's own
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest result; a result is one rounding off, and the interpreter cuts bfloat16 where a GPU rounds it.
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-2}
 
@@ -16,12 +15,7 @@ CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-2}
 @pytest.fixture
 def skinny() -> Any:
     """The module, where its kernel can run."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        pytest.skip("no NVIDIA GPU here, and TRITON_INTERPRET is not set")
-    from yuan_grpc.model import skinny
-
-    return skinny
+    return kernels_in("skinny")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

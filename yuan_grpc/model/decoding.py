@@ -118,6 +118,60 @@ def attend(
 
 
 @triton.jit
+def _over_keys(
+    query: tl.tensor,
+    cache: tl.tensor,  # where the head's part of it begins
+    blocks: tl.tensor,  # the sequence's row of the table
+    start: tl.tensor,
+    end: tl.tensor,
+    block_stride: tl.tensor,
+    token_stride: tl.tensor,
+    scale: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Of the positions from start to end: the largest score, the sum of weights, and the weighted sum of values, [DIM].
+
+    Weights are powers of two, of how far a score is from the largest.
+    """
+    column = tl.arange(0, DIM)
+    own = tl.arange(0, QUERIES) == 0  # the row of the one query
+    queries = tl.where(own[:, None], query[None, :], 0.0).to(query.dtype)
+    top = tl.full((QUERIES,), -float("inf"), tl.float32)  # the largest so far
+    total = tl.zeros((QUERIES,), tl.float32)
+    weighted = tl.zeros((QUERIES, DIM), tl.float32)
+    for first in tl.range(start, end, TILE, num_stages=STAGES):
+        position = first + tl.arange(0, TILE)
+        inside = position < end
+        block = tl.load(blocks + position // BLOCK_SIZE, mask=inside, other=0)
+        token = block.to(tl.int64) * block_stride + position % BLOCK_SIZE * token_stride
+        keys = tl.load(cache + token[None, :] + column[:, None], mask=inside[None, :], other=0.0)
+        scores = tl.where(inside[None, :], tl.dot(queries, keys) * scale, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_top[:, None])
+        faded = tl.exp2(top - new_top)
+        values = tl.load(cache + DIM + token[:, None] + column[None, :], mask=inside[:, None], other=0.0)
+        weighted = tl.dot(weights.to(values.dtype), values, weighted * faded[:, None])
+        total = total * faded + tl.sum(weights, axis=1)
+        top = new_top
+    return (
+        tl.max(tl.where(own, top, -float("inf")), axis=0),
+        tl.sum(tl.where(own, total, 0.0), axis=0),
+        tl.sum(tl.where(own[:, None], weighted, 0.0), axis=0),
+    )
+
+
+@triton.jit
+def _write(out: tl.tensor, weighted: tl.tensor, total: tl.tensor) -> None:
+    """The weighted mean of values; zeros where there are none."""
+    mean = tl.where(total > 0, weighted / total, 0.0)
+    tl.store(out, mean.to(out.dtype.element_ty))
+
+
+@triton.jit
 def _attend(
     q: tl.tensor,
     cache: tl.tensor,
@@ -148,38 +202,29 @@ def _attend(
     end = tl.minimum(start + share, length)
     wait_ahead(EARLY)
     column = tl.arange(0, DIM)
-    own = tl.arange(0, QUERIES) == 0  # the row of the one query
     query = tl.load(q + sequence * q_stride + head * DIM + column)
-    queries = tl.where(own[:, None], query[None, :], 0.0).to(query.dtype)
-    keys_of_head = cache + head * head_stride
-    values_of_head = keys_of_head + DIM
-    top = tl.full((QUERIES,), -float("inf"), tl.float32)  # the largest score so far, of which all are powers
-    total = tl.zeros((QUERIES,), tl.float32)
-    weighted = tl.zeros((QUERIES, DIM), tl.float32)
-    for first in tl.range(start, end, TILE, num_stages=STAGES):
-        position = first + tl.arange(0, TILE)
-        inside = position < end
-        block = tl.load(block_table + sequence * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
-        token = block.to(tl.int64) * block_stride + position % BLOCK_SIZE * token_stride
-        keys = tl.load(keys_of_head + token[None, :] + column[:, None], mask=inside[None, :], other=0.0)
-        scores = tl.where(inside[None, :], tl.dot(queries, keys) * scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        faded = tl.exp2(top - new_top)
-        values = tl.load(values_of_head + token[:, None] + column[None, :], mask=inside[:, None], other=0.0)
-        weighted = tl.dot(weights.to(values.dtype), values, weighted * faded[:, None])
-        total = total * faded + tl.sum(weights, axis=1)
-        top = new_top
-    result = tl.sum(tl.where(own[:, None], weighted, 0.0), axis=0)
-    its_total = tl.sum(tl.where(own, total, 0.0), axis=0)
+    top, total, weighted = _over_keys(
+        query,
+        cache + head * head_stride,
+        block_table + sequence * table_stride,
+        start,
+        end,
+        block_stride,
+        token_stride,
+        scale,
+        DIM,
+        BLOCK_SIZE,
+        TILE,
+        QUERIES,
+        STAGES,
+    )
     if SPLIT:
         place = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + part
-        tl.store(sums + place * DIM + column, result)
-        tl.store(tops + place * 2, tl.max(tl.where(own, top, -float("inf")), axis=0))
-        tl.store(tops + place * 2 + 1, its_total)
+        tl.store(sums + place * DIM + column, weighted)
+        tl.store(tops + place * 2, top)
+        tl.store(tops + place * 2 + 1, total)
     else:
-        result = tl.where(its_total > 0, result / its_total, 0.0)
-        tl.store(out + sequence * out_stride + head * DIM + column, result.to(out.dtype.element_ty))
+        _write(out + sequence * out_stride + head * DIM + column, weighted, total)
 
 
 @triton.jit
@@ -201,9 +246,7 @@ def _join(
     total = tl.load(tops + place * 2 + 1)
     weight = tl.where(total > 0, tl.exp2(top - tl.max(top, axis=0)), 0.0)
     weighted = tl.sum(tl.load(sums + place[:, None] * DIM + column[None, :]) * weight[:, None], axis=0)
-    whole = tl.sum(total * weight, axis=0)
-    result = tl.where(whole > 0, weighted / whole, 0.0)
-    tl.store(out + sequence * out_stride + head * DIM + column, result.to(out.dtype.element_ty))
+    _write(out + sequence * out_stride + head * DIM + column, weighted, tl.sum(total * weight, axis=0))
 
 
 @triton.jit

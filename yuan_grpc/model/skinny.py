@@ -2,8 +2,8 @@
 
 Such a product is bound by reading its weight, and with small weights the library's kernels for matrices reach half the
 bandwidth. A program here owns a few rows of the weight and all their columns, asks for them before it waits for the
-kernel before it to end (see `early`), and sums in float32. No sum crosses programs, so a token's result
-depends on nothing else in its batch.
+kernel before it to end (see `early`), and sums in float32. No sum crosses programs, so a token's result depends on
+nothing else in its batch.
 """
 
 from dataclasses import dataclass
