@@ -42,7 +42,7 @@ def child() -> None:
 
 def against_formulas(checkpoint: Path, asked: list[list[int]], answers: list[Answer]) -> dict[str, Any]:
     """Quantiles of how far the answers' log-probabilities are from the formulas'."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     from reference import ReferenceYuan
 
     reference = ReferenceYuan(checkpoint, known_tokens(checkpoint))

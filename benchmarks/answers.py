@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def checkpoint_of(model: str, folder: Path, arguments: argparse.Namespace) -> Path:
     """The checkpoint that a variant's model names: `random`, written to the folder at need; `demo`; or a path."""
-    from yuan_grpc.model.checkpoint import DEMO, write_checkpoint
+    from yuan_grpc.model.checkpoint.random import DEMO, write_checkpoint
 
     if model == "demo":
         return DEMO

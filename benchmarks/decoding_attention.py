@@ -20,7 +20,7 @@ import torch
 from variants import Record, sizes_of
 from vllm.utils.math_utils import cdiv
 
-from yuan_grpc.model.defaults import MULTIPROCESSORS
+from yuan_grpc.model.vllm_config import MULTIPROCESSORS
 
 BLOCK_SIZE = 16
 LONGEST = 4096
@@ -67,7 +67,7 @@ class Step:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-        from yuan_grpc.model import decoding
+        from yuan_grpc.model.attention import decode_kernel
 
         batch, heads, dim = self.q.shape
         starts = torch.arange(batch + 1, dtype=torch.int32, device=self.q.device)
@@ -132,7 +132,7 @@ class Step:
             )
 
         def yuan(layer: int) -> None:
-            decoding.attend(self.q, self.caches[layer], self.block_table, self.seq_lens, self.out, dim**-0.5)
+            decode_kernel.attend(self.q, self.caches[layer], self.block_table, self.seq_lens, self.out, dim**-0.5)
 
         yield from {"flash": flash, "triton": triton, "yuan": yuan}.items()
 

@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import save_file
 from variants import Record, Shape, Variant, base_parser, read_job, read_records, run_each
 
+from yuan_grpc.model.checkpoint.layout import HEAD, published_shapes
 from yuan_grpc.model.config import YuanConfig
-from yuan_grpc.model.layout import HEAD, published_shapes
 
 GIB = 2**30
 PAUSE_SECONDS = 0.02

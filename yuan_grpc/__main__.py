@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from yuan_grpc import __version__
-from yuan_grpc.commands import bench, chat, completion, generate, run, serve
+from yuan_grpc.cli import bench, chat, completion, generate, run, serve
 
 COMMANDS = [
     serve.add_command,
@@ -16,7 +16,7 @@ COMMANDS = [
     completion.add_command,
 ]
 try:
-    from yuan_grpc.humaneval import command as humaneval
+    from yuan_grpc.cli import humaneval
 except ModuleNotFoundError as missing:
     if missing.name not in ("fcntl", "resource"):  # which Windows has not
         raise

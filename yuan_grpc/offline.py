@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 import grpc
 
 from yuan_grpc.client import Client
-from yuan_grpc.server import environment
-from yuan_grpc.server.answers import Answers
-from yuan_grpc.server.generation import Engine
-from yuan_grpc.server.health import Health
-from yuan_grpc.server.serve import build
-from yuan_grpc.server.service import NAME, YuanService
+from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.engine.protocol import Engine
+from yuan_grpc.server.engine.vllm import env
+from yuan_grpc.server.grpc.health import Health
+from yuan_grpc.server.grpc.servicer import NAME, YuanService
+from yuan_grpc.server.server import build
 from yuan_grpc.server.settings import DEMO, Settings
 
 Result = TypeVar("Result")
@@ -56,11 +56,12 @@ def load(model: str = DEMO, *engine_flags: str, lora_folder: Path | None = None)
 @contextmanager
 def listening(model: str, *engine_flags: str, lora_folder: Path | None = None) -> Iterator[str]:
     """The same, and yields what clients take for a target."""
-    environment.set_defaults()
-    from yuan_grpc.server.engine import VllmEngine, read_engine_flags
+    env.set_defaults()
+    from yuan_grpc.server.engine.vllm.args import parse_engine_flags
+    from yuan_grpc.server.engine.vllm.engine import VllmEngine
 
     settings = Settings(model, "", 0, 0, engine_flags, lora_folder)
-    with running(VllmEngine(read_engine_flags(settings.vllm_flags), lora_folder)) as target:
+    with running(VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)) as target:
         yield target
 
 
@@ -72,7 +73,7 @@ def running(engine: Engine) -> Iterator[str]:
     """
     with TemporaryDirectory(prefix="yuan-grpc-", dir=_place()) as folder, _loop() as do:
         target = f"unix:{folder}/socket"
-        server, _ = do(build(YuanService(Answers(engine)), Health(NAME), target))
+        server, _ = do(build(YuanService(GenerationService(engine)), Health(NAME), target))
         try:
             do(engine.start())
             do(server.start())

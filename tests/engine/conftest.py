@@ -16,11 +16,11 @@ from adapters import write_adapter
 from safetensors.torch import load_file
 
 from yuan_grpc.model.tokenizer import YuanTokenizer
-from yuan_grpc.server import environment
-from yuan_grpc.server.answers import Answers
-from yuan_grpc.server.health import Health
-from yuan_grpc.server.serve import build
-from yuan_grpc.server.service import NAME, YuanService
+from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.engine.vllm import env
+from yuan_grpc.server.grpc.health import Health
+from yuan_grpc.server.grpc.servicer import NAME, YuanService
+from yuan_grpc.server.server import build
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -100,7 +100,7 @@ async def served(session_server: Served) -> Served:
 async def address(served: Served) -> AsyncIterator[str]:
     """The address of a server whose health is good, on the session's engine."""
     health = Health(NAME)
-    server, port = await build(YuanService(Answers(served.engine)), health, "127.0.0.1:0")
+    server, port = await build(YuanService(GenerationService(served.engine)), health, "127.0.0.1:0")
     await server.start()
     await health.serving()
     yield f"127.0.0.1:{port}"
@@ -110,7 +110,7 @@ async def address(served: Served) -> AsyncIterator[str]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     """The demo model on vLLM, behind the real server on a free port."""
-    environment.set_defaults()
+    env.set_defaults()
     lora_folder = tmp_path_factory.mktemp("adapters")
     weights = load_file(Path(DEMO) / "model.safetensors")
     for seed, name in enumerate(ADAPTERS):
@@ -119,11 +119,12 @@ async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
     settings = Settings(model=DEMO, host="127.0.0.1", port=0, grace_seconds=0, engine_flags=FLAGS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vLLM's and torch's own, while they import each other
-        from yuan_grpc.server.engine import VllmEngine, read_engine_flags
+        from yuan_grpc.server.engine.vllm.args import parse_engine_flags
+        from yuan_grpc.server.engine.vllm.engine import VllmEngine
 
-        engine = VllmEngine(read_engine_flags(settings.vllm_flags), lora_folder)
+        engine = VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)
         await engine.start()
-    server, port = await build(YuanService(Answers(engine)), Health(NAME), "127.0.0.1:0")
+    server, port = await build(YuanService(GenerationService(engine)), Health(NAME), "127.0.0.1:0")
     try:
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -12,8 +12,8 @@ from hf_search import HfYuan, Search, hf_answers, our_answers, rare_tokens
 from reference import ReferenceYuan
 
 from yuan_grpc.model.tokenizer import YuanTokenizer
-from yuan_grpc.server.beam import BeamSearch
-from yuan_grpc.server.generation import Beam, FinishReason, Job, Sampling, Step
+from yuan_grpc.server.core.beam_search import BeamSearch
+from yuan_grpc.server.engine.types import BeamSearchParams, EngineRequest, FinishReason, Sampling, StepOutput
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -41,12 +41,12 @@ def model(demo: Path, tokenizer: YuanTokenizer) -> HfYuan:
 async def assert_same(engine: Any, model: HfYuan, search: Search) -> list[int]:
     """The lengths of the answers, once they are known to be transformers'. `pytest -s` shows the difference."""
     ours, theirs = await our_answers(engine, search), hf_answers(model, search)
-    assert [list(piece.token_ids) for piece in ours] == [token_ids for token_ids, _ in theirs]
+    assert [list(delta.token_ids) for delta in ours] == [token_ids for token_ids, _ in theirs]
     pairs = zip(ours, theirs, strict=True)
-    difference = max(abs((piece.cumulative_logprob or 0) - logprob) for piece, (_, logprob) in pairs)
+    difference = max(abs((delta.cumulative_logprob or 0) - logprob) for delta, (_, logprob) in pairs)
     print(f"largest difference: {difference:.1e}")
     assert difference < TOLERANCE
-    return [len(piece.token_ids) for piece in ours]
+    return [len(delta.token_ids) for delta in ours]
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])
@@ -68,25 +68,25 @@ async def test_what_is_said_of_a_choice_is_what_the_engine_says_of_it_as_a_promp
 ) -> None:
     prompt = tokenizer.encode(PROMPTS[0])
     sampling = Sampling(max_tokens=6, logprobs=3, stop=["以"], prompt_logprobs=2, skip_special_tokens=False)
-    job = Job("beam", prompt, sampling)
-    async with aclosing(BeamSearch(engine, job, Beam(3, 4)).steps()) as steps:
+    request = EngineRequest("beam", prompt, sampling)
+    async with aclosing(BeamSearch(engine, request, BeamSearchParams(3, 4)).run()) as steps:
         accepted, first, *_, last = [step async for step in steps]
-    assert accepted == Step()
-    assert len(first.prompt_positions) == len(prompt)
-    assert [piece.index for piece in last.pieces] == [0, 1, 2]
-    for piece in last.pieces:
-        scoring = Job("scoring", [*prompt, *piece.token_ids], Sampling(max_tokens=1, prompt_logprobs=3))
+    assert accepted == StepOutput()
+    assert len(first.prompt_logprobs) == len(prompt)
+    assert [delta.index for delta in last.deltas] == [0, 1, 2]
+    for delta in last.deltas:
+        scoring = EngineRequest("scoring", [*prompt, *delta.token_ids], Sampling(max_tokens=1, prompt_logprobs=3))
         async with aclosing(engine.generate(scoring, stream=False)) as scored:
-            positions = [position async for step in scored for position in step.prompt_positions][len(prompt) :]
+            positions = [position async for step in scored for position in step.prompt_logprobs][len(prompt) :]
         logprobs = [position.chosen.logprob for position in positions]
-        assert [position.chosen.logprob for position in piece.positions] == pytest.approx(logprobs, abs=TOLERANCE)
+        assert [position.chosen.logprob for position in delta.logprobs] == pytest.approx(logprobs, abs=TOLERANCE)
         ranks = [position.chosen.rank for position in positions]
-        assert [position.chosen.rank for position in piece.positions] == ranks
-        assert [[token.rank for token in position.top] for position in piece.positions] == [[1, 2, 3]] * len(ranks)
-        text, stopped_by = engine.continuation(job, piece.token_ids, ended=False)
-        assert (piece.text, piece.stopped_by) == (text, stopped_by)
-        assert piece.finish_reason is (FinishReason.STOP if stopped_by else FinishReason.LENGTH)
-    assert {piece.stopped_by for piece in last.pieces} == {"以", None}
+        assert [position.chosen.rank for position in delta.logprobs] == ranks
+        assert [[token.rank for token in position.top] for position in delta.logprobs] == [[1, 2, 3]] * len(ranks)
+        text, stop_reason = engine.continuation(request, delta.token_ids, ended=False)
+        assert (delta.text, delta.stop_reason) == (text, stop_reason)
+        assert delta.finish_reason is (FinishReason.STOP if stop_reason else FinishReason.LENGTH)
+    assert {delta.stop_reason for delta in last.deltas} == {"以", None}
 
 
 class Watched:
@@ -100,10 +100,12 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def generate(self, job: Job, *, stream: bool, cut: asyncio.Event | None = None) -> AsyncGenerator[Step, None]:
-        async with aclosing(self._engine.generate(job, stream=stream, cut=cut)) as steps:
+    async def generate(
+        self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
+    ) -> AsyncGenerator[StepOutput, None]:
+        async with aclosing(self._engine.generate(request, stream=stream, deadline=deadline)) as steps:
             async for step in steps:
-                self._missing -= not step.pieces
+                self._missing -= not step.deltas
                 if not self._missing:
                     self.all_there.set()
                 yield step
@@ -116,21 +118,21 @@ async def test_a_search_that_is_ended_frees_all_that_the_engine_has_of_it(
     engine: Any, tokenizer: YuanTokenizer, jobs: int, tokens: int, is_cut: bool
 ) -> None:
     """With the first job in the engine, with all of a step's, and with a part of them."""
-    watched, cut = Watched(engine, jobs), asyncio.Event()
-    job = Job("ended", tokenizer.encode(PROMPTS[0]), Sampling(max_tokens=2000, ignore_eos=True))
+    watched, deadline = Watched(engine, jobs), asyncio.Event()
+    request = EngineRequest("ended", tokenizer.encode(PROMPTS[0]), Sampling(max_tokens=2000, ignore_eos=True))
 
-    async def run() -> list[Step]:
-        async with aclosing(BeamSearch(watched, job, Beam(8, 16), cut=cut).steps()) as steps:
+    async def run() -> list[StepOutput]:
+        async with aclosing(BeamSearch(watched, request, BeamSearchParams(8, 16), deadline=deadline).run()) as steps:
             return [step async for step in steps]
 
     task = asyncio.create_task(run())
     await watched.all_there.wait()
     assert engine._llm.get_num_unfinished_requests() > 0
     if is_cut:
-        cut.set()
+        deadline.set()
         *_, end = await task
-        assert [len(piece.token_ids) for piece in end.pieces] == [tokens] * 8
-        assert {piece.finish_reason for piece in end.pieces} == {FinishReason.DEADLINE}
+        assert [len(delta.token_ids) for delta in end.deltas] == [tokens] * 8
+        assert {delta.finish_reason for delta in end.deltas} == {FinishReason.DEADLINE}
     else:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

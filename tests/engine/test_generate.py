@@ -27,10 +27,10 @@ def joined(parts: list[pb.GenerateStreamResponse]) -> dict[int, pb.Choice]:
     """The choices a stream's pieces add up to."""
     choices: dict[int, pb.Choice] = defaultdict(pb.Choice)
     for part in parts:
-        for piece in part.choices:
-            text = choices[piece.index].text + piece.text
-            choices[piece.index].MergeFrom(piece)
-            choices[piece.index].text = text
+        for delta in part.choices:
+            text = choices[delta.index].text + delta.text
+            choices[delta.index].MergeFrom(delta)
+            choices[delta.index].text = text
     return choices
 
 
@@ -53,7 +53,7 @@ async def test_the_joined_stream_is_the_whole_answer(served: Served, fields: dic
     )
     assert parts[-1].usage == response.usage
     assert parts[0].usage == pb.Usage(prompt_tokens=response.usage.prompt_tokens)
-    assert {piece.finish_reason for part in parts[:2] for piece in part.choices} == {pb.FINISH_REASON_UNSPECIFIED}
+    assert {delta.finish_reason for part in parts[:2] for delta in part.choices} == {pb.FINISH_REASON_UNSPECIFIED}
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
@@ -63,8 +63,8 @@ async def test_a_text_is_what_its_tokens_say_with_every_space(served: Served, sk
     )
     for choice in (await served.generate(request)).choices:
         ids = choice.token_ids[:-1] if choice.stop_token_id else choice.token_ids
-        pieces = served.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens)
-        whole = served.tokenizer.convert_tokens_to_string(pieces)
+        deltas = served.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens)
+        whole = served.tokenizer.convert_tokens_to_string(deltas)
         assert whole.startswith(choice.text)
         assert set(whole.removeprefix(choice.text)) <= {"\ufffd"}  # an unfinished character at the end
 
@@ -72,8 +72,8 @@ async def test_a_text_is_what_its_tokens_say_with_every_space(served: Served, sk
 async def test_no_piece_ends_within_a_character(served: Served) -> None:
     request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[0xE4 + 3]), max_tokens=200, seed=6, temperature=1.5)
     for part in (await served.stream(request))[1:]:
-        (piece,) = part.choices
-        assert not piece.text.endswith("\ufffd")
+        (delta,) = part.choices
+        assert not delta.text.endswith("\ufffd")
 
 
 async def test_padding_ids_are_never_sampled_nor_likely(served: Served) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.jobs import result_of
+from jobs import result_of
 
 pytestmark = pytest.mark.engine
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from adapters import merged, write_adapter
-from engine.gpus import VLLMS_DEFAULT, on_a_gpu, rounding
-from engine.jobs import result_of
+from gpus import VLLMS_DEFAULT, on_a_gpu, rounding
+from jobs import result_of
 from reference import Continuation, ReferenceYuan
 from safetensors.torch import save_file
 from torch import Tensor
 
-from yuan_grpc.model.checkpoint import write_checkpoint
+from yuan_grpc.model.checkpoint.random import write_checkpoint
 
 pytestmark = pytest.mark.engine
 

@@ -12,7 +12,7 @@ from engine.test_generate import SEARCHES
 from google.protobuf.duration_pb2 import Duration
 from reference import ReferenceYuan
 
-from yuan_grpc.server.generation import FinishReason, Job, Sampling
+from yuan_grpc.server.engine.types import EngineRequest, FinishReason, Sampling
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -38,24 +38,24 @@ async def test_a_bias_brings_a_token_about_or_keeps_it_away(served: Served) -> N
 
 
 async def test_only_allowed_tokens_come(served: Served) -> None:
-    allowed = [served.tokenizer.convert_tokens_to_ids(piece) for piece in ("山", "是", "的")]
+    allowed = [served.tokenizer.convert_tokens_to_ids(delta) for delta in ("山", "是", "的")]
     assert set((await one(served, **HOT, allowed_token_ids=allowed)).token_ids) == set(allowed)
 
 
 @pytest.mark.parametrize("hold", ["min_tokens", "bad_words"])
 async def test_some_allowed_token_must_be_left(served: Served, hold: str) -> None:
-    piece = served.tokenizer.convert_tokens_to_ids("山")
+    delta = served.tokenizer.convert_tokens_to_ids("山")
     held: dict[str, Any] = {"allowed_token_ids": [served.tokenizer.eos_token_id], "min_tokens": 3}
     if hold == "bad_words":
-        held = {"allowed_token_ids": [piece], "bad_words": ["山"]}
+        held = {"allowed_token_ids": [delta], "bad_words": ["山"]}
     with pytest.raises(grpc.aio.AioRpcError, match="`allowed_token_ids` must have one"):
         await one(served, **held)
 
 
 async def test_bad_words_do_not_come(served: Served) -> None:
     hot = await one(served, **HOT, max_tokens=200, ignore_eos=True)
-    pieces = served.tokenizer.convert_ids_to_tokens(hot.token_ids)
-    word = next(piece for piece in pieces if len(served.tokenizer.encode(piece.replace("▁", " "))) == 1)
+    deltas = served.tokenizer.convert_ids_to_tokens(hot.token_ids)
+    word = next(delta for delta in deltas if len(served.tokenizer.encode(delta.replace("▁", " "))) == 1)
     other = await one(served, **HOT, max_tokens=200, ignore_eos=True, bad_words=[word.replace("▁", "")])
     assert word not in served.tokenizer.convert_ids_to_tokens(other.token_ids)
 
@@ -121,11 +121,11 @@ async def test_a_cut_prompt_answers_like_the_short_one(served: Served) -> None:
     ids = served.tokenizer.encode("一二三四五六七八九十" * 20)
     long = pb.TokenIds(ids=ids)
     for side, kept in ((pb.TRUNCATION_SIDE_LEFT, ids[-30:]), (pb.TRUNCATION_SIDE_RIGHT, ids[:30])):
-        cut = await one(
+        deadline = await one(
             served, prompt=None, prompt_token_ids=long, truncate_prompt_tokens=30, truncation_side=side, top_k=1
         )
         short = await one(served, prompt=None, prompt_token_ids=pb.TokenIds(ids=kept), top_k=1)
-        assert cut.token_ids == short.token_ids
+        assert deadline.token_ids == short.token_ids
 
 
 async def test_a_prompt_that_is_too_long_can_be_made_to_fit(served: Served) -> None:
@@ -235,16 +235,16 @@ async def test_a_deadline_gives_all_that_was_generated(served: Served, fields: d
 
 
 async def test_a_job_cut_short_while_nobody_reads_ends_with_one_step_of_all_the_rest(served: Served) -> None:
-    cut, sampling = asyncio.Event(), Sampling(n=2, max_tokens=2000, ignore_eos=True, seed=1, logprobs=1)
-    job = Job("cut-short", [5, 6, 7], sampling)
-    async with aclosing(served.engine.generate(job, stream=True, cut=cut)) as steps:
+    deadline, sampling = asyncio.Event(), Sampling(n=2, max_tokens=2000, ignore_eos=True, seed=1, logprobs=1)
+    engine_request = EngineRequest("cut-short", [5, 6, 7], sampling)
+    async with aclosing(served.engine.generate(engine_request, stream=True, deadline=deadline)) as steps:
         before = [await anext(steps) for _ in range(3)]
-        cut.set()
+        deadline.set()
         await served.until_unfinished(0)
         (end,) = [step async for step in steps]
-    assert not before[0].pieces
-    assert {(piece.index, piece.finish_reason) for piece in end.pieces} == {(i, FinishReason.DEADLINE) for i in (0, 1)}
-    assert all(len(piece.positions) == len(piece.token_ids) for piece in end.pieces)
+    assert not before[0].deltas
+    assert {(delta.index, delta.finish_reason) for delta in end.deltas} == {(i, FinishReason.DEADLINE) for i in (0, 1)}
+    assert all(len(delta.logprobs) == len(delta.token_ids) for delta in end.deltas)
 
 
 @SEARCHES

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine.gpus import VLLMS_DEFAULT, on_a_gpu, rounding
-from engine.jobs import result_of
+from gpus import VLLMS_DEFAULT, on_a_gpu, rounding
+from jobs import result_of
 from reference import Continuation, ReferenceYuan
 from safetensors.torch import load_file, save_file
 
-from yuan_grpc.model.checkpoint import write_checkpoint
+from yuan_grpc.model.checkpoint.random import write_checkpoint
 
 pytestmark = pytest.mark.engine
 

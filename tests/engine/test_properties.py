@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engine.calls import Call, Outcome, calls, outcomes_of
+from calls import Call, Outcome, calls, outcomes_of
 from engine.conftest import Served
-from engine.promises import broken
 from engine.test_generate import assert_freed
 from google.protobuf.text_format import MessageToString
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from promises import broken
 
 from yuan_grpc.v1 import yuan_pb2 as pb
 

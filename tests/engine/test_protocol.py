@@ -12,7 +12,7 @@ import pytest
 from engine.conftest import Served
 from engine.test_generate import assert_freed
 
-from yuan_grpc.server.service import NAME
+from yuan_grpc.server.grpc.servicer import NAME
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]

@@ -110,7 +110,7 @@ def test_slots_are_not_cut_with_blocks_for_an_attention_that_takes_small_ones() 
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.worker.utils import select_common_block_size
 
-    from yuan_grpc.model.state import StateBackend
+    from yuan_grpc.model.lfa.cache import StateBackend
 
     def sizes(kv_cache_spec: Any = None) -> list[int]:
         return [16, 32, 64]

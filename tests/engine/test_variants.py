@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine.jobs import result_of
 from engine.test_parity import ENGINE, SIZES, TOKENS, TOLERANCE, difference
+from jobs import result_of
 from reference import ReferenceYuan
 
-from yuan_grpc.model.checkpoint import write_checkpoint
+from yuan_grpc.model.checkpoint.random import write_checkpoint
 from yuan_grpc.model.config import YuanConfig
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported

@@ -1,9 +1,26 @@
 """What Python programs call a Yuan server with; needs grpcio and protobuf alone."""
 
 from yuan_grpc.client.aio import AsyncClient, AsyncStream
-from yuan_grpc.client.answers import (
-    Answer,
+from yuan_grpc.client.errors import (
+    AlreadyExistsError,
+    CancelledCallError,
+    DeadlineError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+    Violation,
+    YuanError,
+)
+from yuan_grpc.client.requests import MessageLike, Parameters, Prompt
+from yuan_grpc.client.sync import Client, Stream
+from yuan_grpc.client.types import (
     Choice,
+    Completion,
     Limits,
     Loras,
     LoraSupport,
@@ -16,33 +33,16 @@ from yuan_grpc.client.answers import (
     TopLogprob,
     Usage,
 )
-from yuan_grpc.client.errors import (
-    AlreadyExistsError,
-    CancelledCallError,
-    DeadlineError,
-    FailedPreconditionError,
-    InternalError,
-    InvalidRequestError,
-    NotFoundError,
-    OverloadedError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-    UnavailableError,
-    Violation,
-    YuanError,
-)
-from yuan_grpc.client.requests import Parameters, Prompt, Turn
-from yuan_grpc.client.sync import Client, Stream
 from yuan_grpc.v1.yuan_pb2 import GenerateRequest, Message, StructuredOutputs
 
 __all__ = [
     "AlreadyExistsError",
-    "Answer",
     "AsyncClient",
     "AsyncStream",
     "CancelledCallError",
     "Choice",
     "Client",
+    "Completion",
     "DeadlineError",
     "FailedPreconditionError",
     "GenerateRequest",
@@ -52,13 +52,14 @@ __all__ = [
     "LoraSupport",
     "Loras",
     "Message",
+    "MessageLike",
     "Model",
     "NotFoundError",
-    "OverloadedError",
     "Parallelism",
     "Parameters",
     "PermissionDeniedError",
     "Prompt",
+    "ResourceExhaustedError",
     "Result",
     "Sizes",
     "Stream",
@@ -66,7 +67,6 @@ __all__ = [
     "Token",
     "TokenLogprob",
     "TopLogprob",
-    "Turn",
     "UnauthenticatedError",
     "UnavailableError",
     "Usage",

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from yuan_grpc.client import answers, requests
-from yuan_grpc.client.answers import Answer, Loras, Model, Result, Token
-from yuan_grpc.client.calls import Call, Caller, Readiness, Streaming, checked_many, deadline
+from yuan_grpc.client import requests, types
+from yuan_grpc.client.base import Call, Caller, Readiness, Streaming, checked_many, deadline
 from yuan_grpc.client.channel import SERVICE
-from yuan_grpc.client.descriptors import HEALTH_WATCH, SERVING, HealthCheckResponse
 from yuan_grpc.client.errors import CancelledCallError, YuanError, error_of, translated
+from yuan_grpc.client.google_rpc import HEALTH_WATCH, SERVING, HealthCheckResponse
+from yuan_grpc.client.types import Completion, Loras, Model, Result, Token
 from yuan_grpc.client.window import Window
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self, Unpack
 
-    from yuan_grpc.client.requests import Parameters, Prompt, Turn
+    from yuan_grpc.client.requests import MessageLike, Parameters, Prompt
 
 
 _END = object()
@@ -73,14 +73,14 @@ class AsyncClient(Caller):
             await asyncio.sleep(ready.pause)
         raise ready.too_late()
 
-    async def generate(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Answer:
+    async def generate(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Completion:
         """Generates, and returns when all choices are finished.
 
         Args:
             prompt: text, token ids, a conversation, or a ready request, over which the keywords then stand.
             parameters: see `Parameters`; `timeout` in seconds and `metadata` are of the call.
         """
-        return answers.answer_of(await self._ask(self._generation("Generate", prompt, parameters)))
+        return types.answer_of(await self._ask(self._generation("Generate", prompt, parameters)))
 
     def stream(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> AsyncStream:
         """Generates, and returns an iterator of the first choice's text, piece by piece. Arguments: as `generate`."""
@@ -110,10 +110,10 @@ class AsyncClient(Caller):
         checked_many(parameters, concurrency)
         return self._many(_each(prompts), Window(concurrency, ordered=ordered), parameters)
 
-    async def tokenize(self, prompt: str | Iterable[Turn], *, timeout: float | None = None) -> list[Token]:
+    async def tokenize(self, prompt: str | Iterable[MessageLike], *, timeout: float | None = None) -> list[Token]:
         """The tokens that a model would see of a text or a conversation."""
         request = requests.tokenize_request(prompt)
-        return answers.tokens_of(await self._ask(self._quick("Tokenize", request, timeout)))
+        return types.tokens_of(await self._ask(self._quick("Tokenize", request, timeout)))
 
     async def detokenize(
         self, token_ids: Iterable[int], *, skip_special_tokens: bool = False, timeout: float | None = None
@@ -125,7 +125,7 @@ class AsyncClient(Caller):
 
     async def model(self, *, timeout: float | None = None) -> Model:
         """What is served, and its limits."""
-        return answers.model_of(await self._ask(self._quick("GetModel", pb.GetModelRequest(), timeout)))
+        return types.model_of(await self._ask(self._quick("GetModel", pb.GetModelRequest(), timeout)))
 
     async def abort(self, request_id: str, *, timeout: float | None = None) -> None:
         """Ends a running call by its name; that call ends with `CancelledCallError`."""
@@ -133,7 +133,7 @@ class AsyncClient(Caller):
 
     async def loras(self, *, timeout: float | None = None) -> Loras:
         """The names of the LoRA adapters that are loaded, and of those that could be."""
-        return answers.loras_of(await self._ask(self._quick("ListLoras", pb.ListLorasRequest(), timeout)))
+        return types.loras_of(await self._ask(self._quick("ListLoras", pb.ListLorasRequest(), timeout)))
 
     async def load_lora(self, name: str, *, timeout: float | None = None) -> None:
         """Loads an adapter out of the server's folder."""

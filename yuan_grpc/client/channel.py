@@ -34,7 +34,7 @@ RETRY_BUFFER_BYTES = 8 << 20
 
 Pem = str | os.PathLike[str] | bytes
 MetadataLike = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
-Token = str | Callable[[], str]
+AuthToken = str | Callable[[], str]
 
 _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):\d+")
@@ -50,8 +50,8 @@ class Settings:
 
     target: str
     tls: bool | Pem = False
-    identity: tuple[Pem, Pem] | None = None
-    token: Token | None = None
+    client_cert: tuple[Pem, Pem] | None = None
+    token: AuthToken | None = None
     timeout: float = 600.0
     retries: int = 4
     keepalive: float | None = 30.0
@@ -69,8 +69,8 @@ class Settings:
         if self.keepalive is not None and not LEAST_KEEPALIVE <= self.keepalive <= MOST_KEEPALIVE:
             span = f"between {LEAST_KEEPALIVE} and {MOST_KEEPALIVE} seconds"
             raise ValueError(f"`keepalive` must be {span}, or None for none, not {self.keepalive}")
-        if self.identity is not None and not self.is_secure:
-            raise ValueError("`identity` needs `tls`: a certificate is shown over TLS only")
+        if self.client_cert is not None and not self.is_secure:
+            raise ValueError("`client_cert` needs `tls`: a certificate is shown over TLS only")
         if self._has_secret:
             self.check_secret("`token`" if self.token is not None else "`authorization` in `metadata`")
 
@@ -106,7 +106,7 @@ class Settings:
         if not self.is_secure:
             return None
         authority = None if self.tls is True else _pem(self.tls)
-        certificate, key = map(_pem, self.identity) if self.identity is not None else (None, None)
+        certificate, key = map(_pem, self.client_cert) if self.client_cert is not None else (None, None)
         return grpc.ssl_channel_credentials(authority, key, certificate)
 
     def channel_options(self) -> list[tuple[str, object]]:

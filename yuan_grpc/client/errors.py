@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from yuan_grpc.client.descriptors import BadRequest, ErrorInfo, RetryInfo
+from yuan_grpc.client.google_rpc import BadRequest, ErrorInfo, RetryInfo
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 
@@ -72,7 +72,7 @@ class FailedPreconditionError(YuanError):
     """FAILED_PRECONDITION: the server was not started with what the request needs."""
 
 
-class OverloadedError(YuanError):
+class ResourceExhaustedError(YuanError):
     """RESOURCE_EXHAUSTED: the engine has as many requests as it may; see `retry_after`. Or a message is too large."""
 
 
@@ -105,7 +105,7 @@ _CLASSES: dict[grpc.StatusCode, type[YuanError]] = {
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.CANCELLED: CancelledCallError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,

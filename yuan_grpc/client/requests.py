@@ -13,10 +13,10 @@ from yuan_grpc.client.channel import MetadataLike
 from yuan_grpc.client.errors import bad_value
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-Turn = pb.Message | tuple[str, str] | Mapping[str, str]
+MessageLike = pb.Message | tuple[str, str] | Mapping[str, str]
 """What somebody says in a conversation: a message, a pair of role and content, or a dict of these two."""
 
-Prompt = str | Sequence[int] | Sequence[Turn] | pb.GenerateRequest
+Prompt = str | Sequence[int] | Sequence[MessageLike] | pb.GenerateRequest
 """What to continue: text, token ids, a conversation, or a ready request."""
 
 
@@ -103,7 +103,7 @@ def generate_request(prompt: Prompt, parameters: Mapping[str, Any]) -> pb.Genera
     return request
 
 
-def tokenize_request(prompt: str | Iterable[Turn]) -> pb.TokenizeRequest:
+def tokenize_request(prompt: str | Iterable[MessageLike]) -> pb.TokenizeRequest:
     """The message of a text, or of a conversation.
 
     Raises:

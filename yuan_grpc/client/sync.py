@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from yuan_grpc.client import answers, requests
-from yuan_grpc.client.answers import Answer, Loras, Model, Result, Token
-from yuan_grpc.client.calls import Call, Caller, Readiness, Streaming, checked_many, deadline
+from yuan_grpc.client import requests, types
+from yuan_grpc.client.base import Call, Caller, Readiness, Streaming, checked_many, deadline
 from yuan_grpc.client.channel import SERVICE
-from yuan_grpc.client.descriptors import HEALTH_WATCH, SERVING, HealthCheckResponse
 from yuan_grpc.client.errors import InvalidRequestError, YuanError, error_of, translated
+from yuan_grpc.client.google_rpc import HEALTH_WATCH, SERVING, HealthCheckResponse
+from yuan_grpc.client.types import Completion, Loras, Model, Result, Token
 from yuan_grpc.client.window import Window
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self, Unpack
 
-    from yuan_grpc.client.requests import Parameters, Prompt, Turn
+    from yuan_grpc.client.requests import MessageLike, Parameters, Prompt
 
 
 CLOSE_SECONDS = 5.0
@@ -86,14 +86,14 @@ class Client(Caller):
             time.sleep(ready.pause)
         raise ready.too_late()
 
-    def generate(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Answer:
+    def generate(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Completion:
         """Generates, and returns when all choices are finished.
 
         Args:
             prompt: text, token ids, a conversation, or a ready request, over which the keywords then stand.
             parameters: see `Parameters`; `timeout` in seconds and `metadata` are of the call.
         """
-        return answers.answer_of(self._ask(self._generation("Generate", prompt, parameters)))
+        return types.answer_of(self._ask(self._generation("Generate", prompt, parameters)))
 
     def stream(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Stream:
         """Generates, and returns an iterator of the first choice's text, piece by piece. Arguments: as `generate`."""
@@ -123,10 +123,10 @@ class Client(Caller):
         checked_many(parameters, concurrency)
         return self._many(iter(prompts), Window(concurrency, ordered=ordered), parameters)
 
-    def tokenize(self, prompt: str | Iterable[Turn], *, timeout: float | None = None) -> list[Token]:
+    def tokenize(self, prompt: str | Iterable[MessageLike], *, timeout: float | None = None) -> list[Token]:
         """The tokens that a model would see of a text or a conversation."""
         request = requests.tokenize_request(prompt)
-        return answers.tokens_of(self._ask(self._quick("Tokenize", request, timeout)))
+        return types.tokens_of(self._ask(self._quick("Tokenize", request, timeout)))
 
     def detokenize(
         self, token_ids: Iterable[int], *, skip_special_tokens: bool = False, timeout: float | None = None
@@ -138,7 +138,7 @@ class Client(Caller):
 
     def model(self, *, timeout: float | None = None) -> Model:
         """What is served, and its limits."""
-        return answers.model_of(self._ask(self._quick("GetModel", pb.GetModelRequest(), timeout)))
+        return types.model_of(self._ask(self._quick("GetModel", pb.GetModelRequest(), timeout)))
 
     def abort(self, request_id: str, *, timeout: float | None = None) -> None:
         """Ends a running call by its name; that call ends with `CancelledCallError`."""
@@ -146,7 +146,7 @@ class Client(Caller):
 
     def loras(self, *, timeout: float | None = None) -> Loras:
         """The names of the LoRA adapters that are loaded, and of those that could be."""
-        return answers.loras_of(self._ask(self._quick("ListLoras", pb.ListLorasRequest(), timeout)))
+        return types.loras_of(self._ask(self._quick("ListLoras", pb.ListLorasRequest(), timeout)))
 
     def load_lora(self, name: str, *, timeout: float | None = None) -> None:
         """Loads an adapter out of the server's folder."""
@@ -261,6 +261,6 @@ def _result(index: int, prompt: Prompt, future: Any) -> Result:
     request_id = prompt.request_id if isinstance(prompt, pb.GenerateRequest) else ""
     try:
         with translated(request_id):
-            return Result(index, prompt, answers.answer_of(future.result()), None)
+            return Result(index, prompt, types.answer_of(future.result()), None)
     except YuanError as error:
         return Result(index, prompt, None, error)

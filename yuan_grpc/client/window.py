@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from yuan_grpc.client.answers import Result
+from yuan_grpc.client.types import Result
 
 
 class Window:

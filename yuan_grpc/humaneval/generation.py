@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from yuan_grpc.client import Answer, Token, YuanError
+from yuan_grpc.client import Completion, Token, YuanError
 from yuan_grpc.humaneval.extraction import FENCE
 from yuan_grpc.humaneval.records import Record, Records, Run
 
@@ -34,7 +34,7 @@ ATTEMPTS = 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
-Generate = Callable[..., Awaitable[Answer]]
+Generate = Callable[..., Awaitable[Completion]]
 """What is needed of `AsyncClient`: its `generate`, with a prompt and the request's fields; raises YuanError."""
 
 
@@ -178,7 +178,7 @@ class Generation:
             self._changed.set()
 
 
-def record_of(job: Job, answer: Answer, target: str, seconds: float) -> Record:
+def record_of(job: Job, answer: Completion, target: str, seconds: float) -> Record:
     """What is kept of an answer."""
     choice = answer.choices[0]
     return Record(

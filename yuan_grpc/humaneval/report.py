@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from yuan_grpc.humaneval.dataset import ProblemError
 from yuan_grpc.humaneval.generation import request_of
-from yuan_grpc.humaneval.passrate import PUBLISHED
+from yuan_grpc.humaneval.pass_at_k import PUBLISHED
 from yuan_grpc.humaneval.plot import drawn
-from yuan_grpc.humaneval.problems import ProblemError
 from yuan_grpc.humaneval.progress import duration
 from yuan_grpc.humaneval.records import FILE, Record, Run, digest, digest_of, read
 from yuan_grpc.humaneval.scoring import SCORES

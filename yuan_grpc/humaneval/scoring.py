@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yuan_grpc.humaneval.dataset import Problem, ProblemError, rows
 from yuan_grpc.humaneval.extraction import EXTRACTIONS, with_fence
-from yuan_grpc.humaneval.passrate import KS, pass_rates
-from yuan_grpc.humaneval.problems import Problem, ProblemError, rows
+from yuan_grpc.humaneval.pass_at_k import KS, pass_rates
 from yuan_grpc.humaneval.records import Record, Run, digest_of, line, replace
-from yuan_grpc.humaneval.sandbox import Sandbox, Verdict
+from yuan_grpc.humaneval.sandbox.runner import Sandbox, Verdict
 
 SAMPLES = "samples.jsonl"
 RESULTS_SUFFIX = "_results.jsonl"

@@ -17,10 +17,10 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from yuan_grpc.model import drafts, grammars, logprobs, process
     from yuan_grpc.model.config import YuanConfig
-    from yuan_grpc.model.defaults import YuanModelConfig
-    from yuan_grpc.model.ops import PLAN_OP
+    from yuan_grpc.model.lfa.ops import PLAN_OP
+    from yuan_grpc.model.patches import cpu_spec_decode, grammar_timeout, logprob_token_ids, worker_process
+    from yuan_grpc.model.vllm_config import YuanModelConfig
 
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
         return
@@ -33,7 +33,7 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = YuanModelConfig
     # The op reads per-step metadata, which a captured graph must not bake in: CUDA graphs split around it.
     CompilationConfig._attention_ops.append(PLAN_OP)
-    drafts.mend()
-    grammars.mend()
-    logprobs.mend()
-    process.prepare()
+    cpu_spec_decode.mend()
+    grammar_timeout.mend()
+    logprob_token_ids.mend()
+    worker_process.prepare()

@@ -18,10 +18,10 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 from vllm.v1.worker import lora_model_runner_mixin
 
+from yuan_grpc.model.checkpoint.layout import published_shapes
+from yuan_grpc.model.checkpoint.loader import taps
 from yuan_grpc.model.config import YuanConfig
-from yuan_grpc.model.filtering import SecondConvolution
-from yuan_grpc.model.layout import published_shapes
-from yuan_grpc.model.weights import taps
+from yuan_grpc.model.lfa.layer import SecondConvolution
 from yuan_grpc.model.yuan import InputLinear, QueryKeyLinear, place_heads
 
 logger = init_logger("vllm.yuan_grpc.model")

@@ -29,12 +29,12 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
-from yuan_grpc.model.attention import attention_backend
+from yuan_grpc.model.attention.backend import attention_backend
+from yuan_grpc.model.checkpoint.loader import Placement, load_checkpoint
 from yuan_grpc.model.config import YuanConfig
-from yuan_grpc.model.filtering import LocalizedFiltering
-from yuan_grpc.model.ops import multiply_with_product, new_plan
+from yuan_grpc.model.lfa.layer import LocalizedFiltering
+from yuan_grpc.model.lfa.ops import multiply_with_product, new_plan
 from yuan_grpc.model.rotary import rotary_embedding
-from yuan_grpc.model.weights import Placement, load_checkpoint
 
 logger = init_logger("vllm.yuan_grpc.model")
 
@@ -268,9 +268,9 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
             lora.prepare()
         if current_platform.is_cpu():
-            from yuan_grpc.model import seeds  # which only a CPU has what it imports for
+            from yuan_grpc.model.patches import cpu_seeds  # which only a CPU has what it imports for
 
-            seeds.prepare()
+            cpu_seeds.prepare()
         self.vllm_config = vllm_config
         self.config: YuanConfig = vllm_config.model_config.hf_config
         self.prefix = prefix

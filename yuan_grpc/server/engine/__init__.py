@@ -1,6 +1,1 @@
-"""The server's one door to vLLM."""
-
-from yuan_grpc.server.engine.options import EngineOptions, read_engine_flags
-from yuan_grpc.server.engine.vllm_engine import VllmEngine
-
-__all__ = ["EngineOptions", "VllmEngine", "read_engine_flags"]
+"""The engine behind the service: its protocol, its plain values, and vLLM's implementation."""

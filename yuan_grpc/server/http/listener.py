@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from yuan_grpc.server.answers import Answers
-from yuan_grpc.server.http.application import application
-from yuan_grpc.server.http.exchange import Site
+from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.http.app import create_app
+from yuan_grpc.server.http.call import AppState
 
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection is kept: longer than clients and proxies keep theirs, so that none is closed on them."""
@@ -42,11 +42,11 @@ class Listener:
         OSError: the address cannot be had.
     """
 
-    def __init__(self, answers: Answers, host: str, port: int, aliases: Iterable[str] = ()) -> None:
+    def __init__(self, service: GenerationService, host: str, port: int, aliases: Iterable[str] = ()) -> None:
         self._socket = _bound(host, port)
-        self._site = Site(answers, frozenset(aliases), created=int(time.time()))
+        self._state = AppState(service, frozenset(aliases), created=int(time.time()))
         config = uvicorn.Config(
-            application(self._site),
+            create_app(self._state),
             workers=1,  # or else WEB_CONCURRENCY would be read
             http="h11",  # which bounds the size of headers
             ws="none",
@@ -73,7 +73,7 @@ class Listener:
 
     def stop(self) -> None:
         """Takes no more calls, and closes what is idle; calls that run go on."""
-        self._site.stopping = True
+        self._state.stopping = True
         self._server.should_exit = True
         if self._serving is None:
             self._socket.close()
@@ -86,7 +86,7 @@ class Listener:
     async def end(self) -> None:
         """Ends what still runs, telling the callers; returns when all that it held is free."""
         self.stop()
-        self._site.cut.set()
+        self._state.shutdown.set()
         if self._serving is None:
             return
         await asyncio.wait([self._serving], timeout=FLUSH_SECONDS)

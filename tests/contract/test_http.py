@@ -1,0 +1,650 @@
+"""The HTTP calls, over a real port, with an engine by hand: what is asked, what is answered, and what is refused."""
+
+import json
+import logging
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from fakes import FakeEngine, last, more
+from http_server import ORIGINAL, events, post, served
+
+from yuan_grpc.server.core.limits import IN_FLIGHT
+from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
+from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError
+from yuan_grpc.server.http.call import MAX_BODY
+from yuan_grpc.v1 import yuan_pb2 as pb
+
+GENERATE, TEXT, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+TURNS = [{"role": "user", "content": "AB"}]
+BODIES: dict[str, dict[str, Any]] = {GENERATE: {"prompt": "AB"}, TEXT: {"prompt": "AB"}, CHAT: {"messages": TURNS}}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def strict() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server that many tests share: of what is refused before any engine is asked."""
+    async with served(FakeEngine(RuntimeError("the engine was asked"))) as client:
+        yield client
+
+
+shared = pytest.mark.asyncio(loop_scope="module")
+
+
+def ranked(text: str, logprob: float = -0.5, rank: int = 1) -> RankedToken:
+    return RankedToken(ord(text), text, logprob, rank)
+
+
+def with_logprobs(text: str, finish_reason: FinishReason | None = None) -> StepOutput:
+    """A step of one token, with a likelier one beside it."""
+    position = TokenLogprobs(ranked(text, -0.5, 2), [ranked("x", -0.25), ranked(text, -0.5, 2)])
+    return StepOutput([ChoiceDelta(0, text, [ord(text)], [position], -0.5, finish_reason)])
+
+
+async def test_the_original_call_is_answered_as_it_was() -> None:
+    engine = FakeEngine(last("yes"))
+    response = await post(engine, GENERATE, ORIGINAL)
+    assert response.json() == {"text": ["AByes"]}
+    assert response.headers["content-type"] == "application/json"
+    sampling = engine.asked[0].sampling
+    assert (sampling.max_tokens, sampling.top_p, sampling.top_k, sampling.stop) == (256, 0, 1, ("<eod>",))
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", "nonsense", None])
+async def test_a_body_is_json_whatever_its_content_type_says(kind: str | None) -> None:
+    async with served(FakeEngine(last("yes"))) as client:
+        headers = {"content-type": kind} if kind else {}
+        response = await client.post(GENERATE, content=json.dumps(ORIGINAL), headers=headers)
+    assert response.json() == {"text": ["AByes"]}
+
+
+async def test_a_streams_chunks_have_all_text_so_far_and_end_with_a_zero_byte() -> None:
+    engine = FakeEngine(more("世"), more("b", 1), more("c"), last("d", 1))
+    response = await post(engine, GENERATE, {"prompt": "AB", "stream": True, "n": 2})
+    *chunks, rest = response.content.split(b"\0")
+    assert rest == b""
+    assert response.content.isascii()
+    assert [json.loads(chunk)["text"] for chunk in chunks] == [
+        ["AB世", "AB"],
+        ["AB世", "ABb"],
+        ["AB世c", "ABb"],
+        ["AB世c", "ABbd"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({"messages": TURNS}, "AB>"),
+        ({"prompt_token_ids": [65, 66]}, "AB"),
+        ({"prompt": "ABC", "truncate_prompt_tokens": 2}, "BC"),
+        ({"prompt": "AB", "echo": False}, ""),
+    ],
+    ids=["messages", "ids", "truncated", "without"],
+)
+async def test_a_choice_of_which_nothing_has_come_is_the_prompt_however_that_was_given(
+    fields: dict[str, Any], prompt: str
+) -> None:
+    engine = FakeEngine(more("a"), last("b", 1), last("c"))
+    response = await post(engine, GENERATE, fields | {"stream": True, "n": 2})
+    chunks = [json.loads(chunk)["text"] for chunk in response.content.split(b"\0")[:-1]]
+    assert chunks[0] == [f"{prompt}a", prompt]
+    assert chunks[-1] == [f"{prompt}ac", f"{prompt}b"]
+
+
+async def test_max_tokens_and_the_rest_are_what_they_were_in_the_original() -> None:
+    engine = FakeEngine(last())
+    await post(engine, GENERATE, {"prompt": "AB"})
+    sampling = engine.asked[0].sampling
+    assert (sampling.n, sampling.max_tokens, sampling.temperature, sampling.top_p) == (1, 16, 1, 1)
+
+
+async def test_generate_takes_every_field_of_the_contract() -> None:
+    engine = FakeEngine(last())
+    body = {
+        "prompt_token_ids": [65, 66],
+        "structured_outputs": {"choice": ["a", "b"]},
+        "truncation_side": "right",
+        "logit_bias": {"65": 1.5},
+        "echo": False,
+        "seed": 7,
+        "request_id": "mine",
+    }
+    response = await post(engine, GENERATE, body)
+    assert response.json() == {"text": ["!"]}
+    assert response.headers["x-request-id"] == "mine"
+    [request] = engine.asked
+    assert (request.request_id, list(request.prompt), request.sampling.seed) == (
+        "mine",
+        [65, 66],
+        7,
+    )
+    assert request.sampling.logit_bias == {65: 1.5}
+    assert request.sampling.structured_outputs is not None
+    assert request.sampling.structured_outputs.specification == ("a", "b")
+
+
+async def test_a_completion_has_openais_shape() -> None:
+    response = await post(FakeEngine(last("yes")), TEXT, {"model": "fake", "prompt": "AB", "request_id": "mine"})
+    content = response.json()
+    assert isinstance(content.pop("created"), int)
+    assert content == {
+        "id": "cmpl-mine",
+        "object": "text_completion",
+        "model": "fake",
+        "choices": [{"index": 0, "text": "yes", "logprobs": None, "finish_reason": "length"}],
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 3,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+    }
+
+
+async def test_a_completions_stream_is_pieces_then_usage_then_done() -> None:
+    engine = FakeEngine(more("a\u2028"), last("b"))
+    body = {"prompt": "AB", "stream": True, "stream_options": {"include_usage": True}}
+    response = await post(engine, TEXT, body)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert b"\\u2028" in response.content
+    *deltas, usage, done = events(response.content)
+    assert [delta["choices"][0]["text"] for delta in deltas] == ["a\u2028", "b"]
+    assert [delta["choices"][0]["finish_reason"] for delta in deltas] == [None, "length"]
+    assert [delta["usage"] for delta in deltas] == [None, None]
+    assert (usage["choices"], usage["usage"]["total_tokens"], done) == ([], 5, "[DONE]")
+
+
+async def test_an_answer_in_chat_has_openais_shape() -> None:
+    engine = FakeEngine(last("yes"))
+    turns = [
+        {"role": "developer", "content": "S"},
+        {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]},
+        {"role": "assistant", "content": "C", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": "D", "name": "me"},
+    ]
+    content = (await post(engine, CHAT, {"messages": turns})).json()
+    assert "".join(map(chr, engine.asked[0].prompt)) == "S|A\nB|C|D>"
+    assert (content["object"], content["id"][:9]) == ("chat.completion", "chatcmpl-")
+    [choice] = content["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "yes", "refusal": None}
+    assert choice["finish_reason"] == "length"
+
+
+async def test_chat_streams_a_role_then_pieces() -> None:
+    body = {"messages": TURNS, "stream": True, "n": 2}
+    response = await post(FakeEngine(more("a"), last("b"), last("c", 1)), CHAT, body)
+    *chunks, done = events(response.content)
+    assert done == "[DONE]"
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    deltas = [(choice["index"], choice["delta"]) for chunk in chunks for choice in chunk["choices"]]
+    assert deltas == [
+        (0, {"role": "assistant", "content": ""}),
+        (1, {"role": "assistant", "content": ""}),
+        (0, {"content": "a"}),
+        (0, {"content": "b"}),
+        (1, {"content": "c"}),
+    ]
+
+
+async def test_chat_goes_on_to_the_end_of_the_context_unless_told() -> None:
+    engine = FakeEngine(last())
+    async with served(engine) as client:
+        for more_fields in ({}, {"max_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 4}):
+            await client.post(CHAT, json={"messages": TURNS, **more_fields})
+    assert [request.sampling.max_tokens for request in engine.asked] == [64, 3, 4]
+
+
+async def test_many_prompts_are_answered_in_their_order() -> None:
+    engine = FakeEngine(last("a"), last("b", 1))
+    content = (await post(engine, TEXT, {"prompt": ["A", "BC"], "n": 2, "request_id": "mine"})).json()
+    assert [(choice["index"], choice["text"]) for choice in content["choices"]] == [
+        (0, "a"),
+        (1, "b"),
+        (2, "a"),
+        (3, "b"),
+    ]
+    assert (content["usage"]["prompt_tokens"], content["usage"]["completion_tokens"]) == (3, 4)
+    assert [request.request_id for request in engine.asked] == ["mine-0", "mine-1"]
+
+
+@pytest.mark.parametrize("prompt", [[65, 66], [[65], [66, 67]], ["A", [66]]])
+async def test_prompts_may_be_token_ids(prompt: list[Any]) -> None:
+    engine = FakeEngine(last())
+    assert (await post(engine, TEXT, {"prompt": prompt})).status_code == 200
+    asked = [list(request.prompt) for request in engine.asked]
+    assert asked == {65: [[65, 66]], "A": [[65], [66]]}.get(prompt[0] if prompt[0] != [65] else 0, [[65], [66, 67]])
+
+
+async def test_a_stream_of_many_prompts_has_all_of_each() -> None:
+    body = {"prompt": ["A", "BC"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, usage, _ = events((await post(FakeEngine(more("a"), last("b"), last("c", 1)), TEXT, body)).content)
+    texts = [""] * 4
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == ["ab", "c", "ab", "c"]
+    assert usage["usage"]["prompt_tokens"] == 3
+
+
+async def test_no_more_prompts_run_at_a_time_than_in_a_batch() -> None:
+    engine = FakeEngine(hangs=True)
+    async with served(engine) as client:
+        async with client.stream("POST", TEXT, json={"prompt": ["A"] * (2 * IN_FLIGHT), "stream": True}):
+            await client.get("/v1/models")  # while they have all the time to begin
+            assert engine.running == IN_FLIGHT
+        await engine.freed.wait()
+
+
+async def test_one_bad_prompt_of_many_ends_the_others() -> None:
+    engine = FakeEngine(hangs=True)
+    response = await post(engine, TEXT, {"prompt": ["A", "B" * 64]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
+    assert engine.running == 0
+
+
+async def test_a_heartbeat_is_a_comment_which_clients_pass_over() -> None:
+    body = {"prompt": "AB", "stream": True, "heartbeat_interval": "0.1s"}
+    async with served(FakeEngine(hangs=True)) as client, client.stream("POST", TEXT, json=body) as response:
+        async for line in response.aiter_lines():
+            assert line == ":"
+            break
+
+
+async def test_log_probabilities_of_a_completion() -> None:
+    engine = FakeEngine(with_logprobs("a"), with_logprobs("b", FinishReason.STOP))
+    body = {"prompt": "AB", "logprobs": 1, "stream": True}
+    first, second, _ = events((await post(engine, TEXT, body)).content)
+    assert first["choices"][0]["logprobs"] == {
+        "text_offset": [0],
+        "token_logprobs": [-0.5],
+        "tokens": ["a"],
+        "top_logprobs": [{"a": -0.5, "x": -0.25}],
+    }
+    assert second["choices"][0]["logprobs"]["text_offset"] == [1]
+
+
+async def test_an_echo_has_the_log_probabilities_of_the_prompt_too() -> None:
+    prompt = [TokenLogprobs(ranked("A", 0, 0), ()), TokenLogprobs(ranked("B", -2), [ranked("B", -2)])]
+    engine = FakeEngine(StepOutput(prompt_logprobs=prompt), with_logprobs("c", FinishReason.STOP))
+    [choice] = (await post(engine, TEXT, {"prompt": "AB", "logprobs": 1, "echo": True})).json()["choices"]
+    assert choice["text"] == "ABc"
+    assert choice["logprobs"]["tokens"] == ["A", "B", "c"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -2, -0.5]
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"B": -2}]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2]
+    assert engine.asked[0].sampling.prompt_logprobs == 1
+
+
+async def test_log_probabilities_in_chat() -> None:
+    engine = FakeEngine(with_logprobs("é", FinishReason.STOP))
+    [choice] = (await post(engine, CHAT, {"messages": TURNS, "logprobs": True, "top_logprobs": 2})).json()["choices"]
+    assert engine.asked[0].sampling.logprobs == 2
+    [token] = choice["logprobs"]["content"]
+    assert (token["token"], token["logprob"], token["bytes"]) == ("é", -0.5, [195, 169])
+    assert [other["token"] for other in token["top_logprobs"]] == ["x", "é"]
+
+
+async def test_what_json_cannot_say_is_said_otherwise() -> None:
+    never = StepOutput(
+        [ChoiceDelta(0, "a", [97], [TokenLogprobs(ranked("a", float("-inf")), ())], None, FinishReason.STOP)]
+    )
+    [choice] = (await post(FakeEngine(never), TEXT, {"prompt": "A", "logprobs": 0})).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-9999]
+
+
+async def test_token_ids_come_where_asked_for() -> None:
+    body = {"prompt": "AB", "return_token_ids": True}
+    async with served(FakeEngine(more("a"), last("b"))) as client:
+        [whole] = (await client.post(TEXT, json=body)).json()["choices"]
+        first, second, _ = events((await client.post(TEXT, json=body | {"stream": True})).content)
+    assert (whole["token_ids"], whole["prompt_token_ids"]) == ([97, 98], [65, 66])
+    assert (first["choices"][0]["token_ids"], first["choices"][0]["prompt_token_ids"]) == ([97], [65, 66])
+    assert second["choices"][0]["token_ids"] == [98]
+
+
+@pytest.mark.parametrize(
+    ("response_format", "kind", "specification"),
+    [
+        ({"type": "json_object"}, "json_object", True),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}, "json", None),
+    ],
+)
+async def test_a_response_format_is_a_constraint(
+    response_format: dict[str, Any], kind: str, specification: bool | None
+) -> None:
+    engine = FakeEngine(last("{}"))
+    assert (await post(engine, CHAT, {"messages": TURNS, "response_format": response_format})).status_code == 200
+    constraint = engine.asked[0].sampling.structured_outputs
+    assert constraint is not None
+    assert (constraint.kind, constraint.specification) == (kind, specification or '{"type": "object"}')
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+async def test_fields_that_mean_nothing_here_are_taken(path: str) -> None:
+    body = {
+        "user": "me",
+        "store": True,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "stream_options": None,
+        "frobnicate": None,
+        "suffix": "",
+    }
+    assert (await post(FakeEngine(last()), path, BODIES[path] | body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (GENERATE, {"frobnicate": 1}, "frobnicate"),
+        (GENERATE, {"maxTokens": 1}, "maxTokens"),
+        (GENERATE, {"temperature": -1}, "temperature"),
+        (GENERATE, {"temperature": True}, "temperature"),
+        (GENERATE, {"temperature": "NaN"}, "temperature"),
+        (GENERATE, {"temperature": 10**400}, "temperature"),
+        (GENERATE, {"n": 1.5}, "n"),
+        (GENERATE, {"n": 2**40}, "n"),
+        (GENERATE, {"stream": 1}, "stream"),
+        (GENERATE, {"stop": [1]}, "stop"),
+        (GENERATE, {"stop": ["a"] * 100_000}, "stop"),
+        (GENERATE, {"logit_bias": [1]}, "logit_bias"),
+        (GENERATE, {"prompt": 5}, "prompt"),
+        (GENERATE, {"request_id": 5}, "request_id"),
+        (GENERATE, {"prompt_token_ids": [-1]}, "prompt_token_ids"),
+        (GENERATE, {"structured_outputs": {"choice": [[]] * 100_000}}, "structured_outputs"),
+        (TEXT, {"frobnicate": 1}, "frobnicate"),
+        (TEXT, {"suffix": "x"}, "suffix"),
+        (TEXT, {"prompt": {}}, "prompt"),
+        (TEXT, {"prompt": []}, "prompt"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt"),
+        (TEXT, {"prompt": ["a", 1]}, "prompt[1]"),
+        (TEXT, {"prompt": [True]}, "prompt"),
+        (TEXT, {"prompt": ["a"] * 1025}, "prompt"),
+        (TEXT, {"prompt": [0x110000]}, "prompt[0]"),
+        (TEXT, {"messages": TURNS}, "messages"),
+        (TEXT, {"flat_logprobs": True}, "flat_logprobs"),
+        (TEXT, {"stream_options": {"include_usage": True}}, "stream_options"),
+        (TEXT, {"stream": True, "stream_options": {"a": 1}}, "stream_options.a"),
+        (TEXT, {"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
+        (TEXT, {"response_format": {"type": "xml"}}, "response_format"),
+        (TEXT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (TEXT, {"response_format": 5}, "response_format"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"audio": {}}, "audio"),
+        (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+        (CHAT, {"logprobs": 1}, "logprobs"),
+        (CHAT, {"top_logprobs": 1}, "top_logprobs"),
+        (CHAT, {"logprobs": True, "top_logprobs": 30}, "top_logprobs"),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (CHAT, {"max_completion_tokens": "a"}, "max_completion_tokens"),
+        (CHAT, {"prompt": "a"}, "prompt"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": "a"}, "messages"),
+        (CHAT, {"messages": ["a"]}, "messages[0]"),
+        (CHAT, {"messages": TURNS * 1025}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+        (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, "messages[0].role"),
+    ],
+)
+@shared
+async def test_a_field_that_is_wrong_is_named(
+    strict: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str
+) -> None:
+    response = await strict.post(path, json=BODIES[path] | fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
+    assert f"`{param}" in error["message"]
+    assert "google" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff\xfe",
+        b"prompt=AB",
+        b"[]",
+        b'"AB"',
+        b"null",
+        b'{"prompt": "AB", "temperature": NaN}',
+        b'{"prompt": "AB", "temperature": -Infinity}',
+        b'{"prompt": "AB", "temperature": 1e999}',
+        b'{"prompt": "AB", "n": ' + b"1" * 5000 + b"}",
+        b'{"prompt": "\\ud800"}',
+        b'{"\\uDFFF": 1}',
+        b"[" * 1_000_000,
+        b'{"prompt":' * 100_000,
+        b'{"prompt": "AB"',
+        b'{"prompt": "A\nB"}',
+    ],
+)
+@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+@shared
+async def test_what_is_no_object_in_json_is_refused(strict: httpx.AsyncClient, path: str, raw: bytes) -> None:
+    response = await strict.post(path, content=raw)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("the body must be")
+
+
+@pytest.mark.parametrize(("path", "field"), [(GENERATE, "early_stopping"), (TEXT, "structured_outputs")])
+@pytest.mark.parametrize("depth", [50, 150, 900])
+@shared
+async def test_what_is_nested_deeply_is_refused(strict: httpx.AsyncClient, path: str, field: str, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    response = await strict.post(path, content=json.dumps(BODIES[path])[:-1] + f', "{field}": {nested}}}')
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize("depth", [900, 950, 980, 990, 1000])
+async def test_a_schema_may_be_nested_as_deeply_as_it_can_be_read(depth: int) -> None:
+    schema = '{"a":' * depth + "1" + "}" * depth
+    wanted = f'{{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}'
+    body = json.dumps(BODIES[CHAT])[:-1] + f', "response_format": {wanted}}}'
+    assert (await post(FakeEngine(last()), CHAT, body.encode())).status_code in (200, 400)
+
+
+NAMES = (
+    *pb.GenerateRequest.DESCRIPTOR.fields_by_name,
+    *("response_format", "stream_options", "max_completion_tokens", "top_logprobs", "tools", "return_token_ids"),
+)
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**300, 0.5, -0.0, 1e300, "", "a", "5", "NaN", "never"),
+    *([], [1], ["a"], [None], [[]], [{}], [True], [0.5], [[1], ["a"]], [-1], TURNS, [{"role": "user"}]),
+    *({}, {"a": 1}, {"1": 2}, {"1": "a"}, {"ids": [1]}, {"json": 5}, {"choice": ["a"]}, {"choice": 5}, {"": {}}),
+    *({"regex": "("}, {"type": "text"}, {"type": 5}, {"include_usage": True}, {"type": "json_schema"}, "\0", "😀" * 9),
+)
+
+
+@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+async def test_no_body_at_all_is_an_error_of_the_servers(path: str) -> None:
+    made_up = random.Random(0)
+    async with served(FakeEngine(last("yes"))) as client:
+        for _ in range(600):
+            body = BODIES[path] | {made_up.choice(NAMES): made_up.choice(VALUES) for _ in range(made_up.randint(1, 3))}
+            response = await client.post(path, json=body)
+            assert response.status_code in (200, 400, 404), (body, response.text)
+
+
+async def test_a_body_may_be_as_large_as_a_message_and_no_larger() -> None:
+    async with served(FakeEngine(last())) as client:
+        large = json.dumps({"prompt": "A" * (MAX_BODY - 14)}).encode()
+        assert len(large) == MAX_BODY
+        assert (await client.post(GENERATE, content=large)).status_code == 400  # for the model's context is smaller
+        response = await client.post(GENERATE, content=large + b" ")
+        assert response.status_code == 413
+        assert response.json()["error"]["message"] == f"the body must be at most {MAX_BODY} bytes long"
+
+        async def chunks() -> Any:
+            yield from_large
+            yield b" "
+
+        from_large = large
+        assert (await client.post(GENERATE, content=chunks())).status_code == 413
+        assert (await client.post(GENERATE, json={"prompt": "A"})).status_code == 200
+
+
+async def test_errors_have_openais_shape_and_a_status_of_http() -> None:
+    response = await post(FakeEngine(OverloadedError("the engine has as many requests as it may")), TEXT, BODIES[TEXT])
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert response.json() == {
+        "error": {
+            "message": "the engine has as many requests as it may",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "overloaded",
+        }
+    }
+
+
+@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+async def test_an_unknown_model_is_not_found(path: str) -> None:
+    response = await post(FakeEngine(last()), path, BODIES[path] | {"model": "nobody"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+async def test_the_served_model_goes_by_what_the_server_was_started_with(path: str) -> None:
+    response = await post(FakeEngine(last()), path, BODIES[path] | {"model": "/models/fake"}, aliases=["/models/fake"])
+    assert (response.status_code, response.json()["model"]) == (200, "/models/fake")
+
+
+@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_is_not_ready_is_unavailable(path: str, stream: bool) -> None:
+    response = await post(FakeEngine(ready=False), path, BODIES[path] | {"stream": stream})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_of_ours_says_nothing_of_itself(
+    path: str, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = await post(FakeEngine(RuntimeError("secret")), path, BODIES[path] | {"stream": stream})
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": INTERNAL_MESSAGE,
+        "type": "server_error",
+        "param": None,
+        "code": "internal",
+    }
+    assert response.headers["x-request-id"] in caplog.text
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+async def test_an_error_within_a_stream_ends_it_as_an_event(path: str) -> None:
+    engine = FakeEngine(more("a"), OverloadedError("no more"))
+    response = await post(engine, path, BODIES[path] | {"stream": True})
+    assert response.status_code == 200
+    assert events(response.content)[-1]["error"]["message"] == "no more"
+
+
+async def test_an_error_within_a_stream_of_generates_is_its_last_chunk() -> None:
+    response = await post(FakeEngine(more("a"), OverloadedError("no more")), GENERATE, {"prompt": "A", "stream": True})
+    first, second, _ = response.content.split(b"\0")
+    assert json.loads(first) == {"text": ["Aa"]}
+    assert json.loads(second)["error"]["code"] == "overloaded"
+
+
+async def test_a_request_id_that_is_taken_conflicts() -> None:
+    engine = FakeEngine(hangs=True)
+    body = {"prompt": "AB", "request_id": "mine"}
+    async with served(engine) as client, client.stream("POST", TEXT, json=body | {"stream": True}) as response:
+        assert response.status_code == 200
+        assert (await client.post(TEXT, json=body)).status_code == 409
+
+
+async def test_health_is_true_and_speaks_to_get_and_head() -> None:
+    engine = FakeEngine(ready=False)
+    async with served(engine) as client:
+        assert (await client.get("/health")).status_code == 503
+        engine.ready = True
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.head("/health")).status_code == 200
+
+
+async def test_models_are_the_served_one_and_the_loaded_adapters() -> None:
+    engine = FakeEngine()
+    engine.loras = ["style"]
+    async with served(engine, ["/models/fake"]) as client:
+        listed = (await client.get("/v1/models")).json()
+        one = (await client.get("/v1/models//models/fake")).json()
+        missing = await client.get("/v1/models/nobody")
+    assert listed["object"] == "list"
+    assert [(model["id"], model["max_model_len"], model["parent"]) for model in listed["data"]] == [
+        ("fake", 64, None),
+        ("style", 64, "fake"),
+    ]
+    assert one == listed["data"][0]
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_an_engine_that_is_not_ready_has_no_models_to_tell_of() -> None:
+    async with served(FakeEngine(ready=False)) as client:
+        assert (await client.get("/v1/models")).status_code == 503
+
+
+async def test_metrics_are_those_of_the_process() -> None:
+    async with served(FakeEngine()) as client:
+        response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "python_info" in response.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", GENERATE, 405),
+        ("PUT", TEXT, 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/health", 405),
+        ("OPTIONS", CHAT, 405),
+        ("GET", "/", 404),
+        ("POST", "/generate/", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/../etc/passwd", 404),
+        ("GET", "/%ff%00", 404),
+    ],
+)
+@shared
+async def test_other_paths_and_methods_are_refused(
+    strict: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    response = await strict.request(method, path)
+    assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
+    assert ("allow" in response.headers) == (status == 405)
+    assert "server" not in response.headers
+
+
+async def test_every_call_leaves_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "yuan_grpc"):
+        async with served(FakeEngine(last())) as client:
+            await client.post(GENERATE, json={"prompt": "AB", "request_id": "good"})
+            await client.post(TEXT, json={"prompt": "", "request_id": "bad"})
+    said = [record.message.rpartition(" after ")[0] for record in caplog.records]
+    assert said == ["POST /generate 'good': OK", "POST /v1/completions 'bad': INVALID_ARGUMENT"]
+
+
+async def test_a_name_that_is_no_header_is_told_in_the_log_alone() -> None:
+    response = await post(FakeEngine(last()), GENERATE, {"prompt": "AB", "request_id": "名字"})
+    assert response.status_code == 200
+    assert "x-request-id" not in response.headers
+
+
+async def test_a_name_that_is_too_long_does_not_come_back_whole() -> None:
+    response = await post(FakeEngine(last()), GENERATE, {"prompt": "AB", "request_id": "x" * 20_000})
+    assert response.status_code == 400
+    assert response.headers["x-request-id"] == "x" * 256

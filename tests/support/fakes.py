@@ -1,0 +1,122 @@
+"""An engine by hand, for what a real one cannot be made to do on demand."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+
+from yuan_grpc.server.engine.types import ChoiceDelta, EngineRequest, FinishReason, LoraInfo, ModelInfo, StepOutput
+from yuan_grpc.server.errors import ModelNotFoundError
+
+INFO = ModelInfo(
+    name="fake",
+    max_model_len=64,
+    vocab_size=0x110000,
+    max_logprobs=20,
+    end_token_ids=(0,),
+    lora=LoraInfo(1, 16, can_load=True),
+)
+
+
+def last(text: str = "!", index: int = 0, cumulative_logprob: float | None = None) -> StepOutput:
+    """A step that ends a choice."""
+    ids = [ord(character) for character in text]
+    delta = ChoiceDelta(index, text, ids, cumulative_logprob=cumulative_logprob, finish_reason=FinishReason.LENGTH)
+    return StepOutput([delta])
+
+
+def more(text: str, index: int = 0) -> StepOutput:
+    """A step after which there is more to come."""
+    return StepOutput([ChoiceDelta(index, text, [ord(character) for character in text])])
+
+
+class FakeEngine:
+    """Plays a script to every request: acceptance, steps to yield, exceptions to raise, and then, if told so, nothing
+    until it is cut short.
+
+    A token is a character. Its start fails with `failure`, or lasts until `may_start` is set; `dies` loses it.
+    """
+
+    def __init__(self, *script: StepOutput | Exception, hangs: bool = False, ready: bool = True) -> None:
+        self.script = script
+        self.hangs = hangs
+        self.ready = ready
+        self.info = INFO
+        self.asked: list[EngineRequest] = []
+        self.loras: list[str] = []
+        self.available_loras = ["style"]
+        self.failure: Exception | None = None
+        self.may_start = asyncio.Event()
+        self.dies = asyncio.Event()
+        self.stopped = self.freed_before_it_stopped = False
+        self.running = 0
+        self.began = asyncio.Event()
+        self.freed = asyncio.Event()
+
+    async def start(self) -> None:
+        if self.failure:
+            raise self.failure
+        await self.may_start.wait()
+
+    async def lost(self) -> None:
+        await self.dies.wait()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.freed_before_it_stopped = self.freed.is_set()
+
+    async def tokenize(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    async def tokenize_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
+        return [(ord(character), character, i, i + 1) for i, character in enumerate(text)]
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return "".join(map(chr, token_ids))
+
+    def apply_chat_template(self, turns: Sequence[str]) -> str:
+        return "|".join(turns) + ">"
+
+    def continuation(self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
+        return self.detokenize(token_ids, skip_special_tokens=True), None
+
+    async def load_lora(self, name: str) -> None:
+        self.loras.append(name)
+
+    async def unload_lora(self, name: str) -> None:
+        if name not in self.loras:
+            raise ModelNotFoundError(f"`name` must be that of a loaded adapter, not {name}")
+        self.loras.remove(name)
+
+    @asynccontextmanager
+    async def pin_lora(self, lora: str) -> AsyncGenerator[str, None]:
+        yield lora
+
+    async def generate(
+        self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
+    ) -> AsyncGenerator[StepOutput, None]:
+        self.asked.append(request)
+        self.running += 1
+        self.began.set()
+        ended = {
+            delta.index
+            for output in self.script
+            if isinstance(output, StepOutput)
+            for delta in output.deltas
+            if delta.finish_reason
+        }
+        try:
+            if not (self.script and isinstance(self.script[0], Exception)):
+                yield StepOutput()
+            for output in self.script:
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+            if self.hangs:
+                await (deadline or asyncio.Event()).wait()
+                going_on = [index for index in range(request.sampling.n) if index not in ended]
+                yield StepOutput(
+                    [ChoiceDelta(index, "", (), finish_reason=FinishReason.DEADLINE) for index in going_on]
+                )
+        finally:
+            self.running -= 1
+            self.freed.set()

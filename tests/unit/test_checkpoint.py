@@ -1,0 +1,108 @@
+"""Checkpoints: the published layout, in and out."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from yuan_grpc.model.checkpoint.layout import published_shapes
+from yuan_grpc.model.checkpoint.loader import Placement, load_checkpoint
+from yuan_grpc.model.checkpoint.random import random_weights, write_checkpoint, write_demo
+from yuan_grpc.model.config import YuanConfig
+
+SIZES: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+CONFIG = YuanConfig(vocab_size=16, **SIZES)
+
+
+def weights(config: YuanConfig = CONFIG) -> dict[str, torch.Tensor]:
+    return dict(random_weights(config, seed=0))
+
+
+def place_nothing(name: str) -> Placement | None:
+    return None
+
+
+def test_the_demo_is_what_the_code_makes(demo: Path, tmp_path: Path) -> None:
+    write_demo(tmp_path)
+    for file in ("config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (tmp_path / file).read_bytes() == (demo / file).read_bytes(), file
+    made, shipped = load_file(tmp_path / "model.safetensors"), load_file(demo / "model.safetensors")
+    assert made.keys() == shipped.keys()
+    assert all(torch.equal(made[name], shipped[name]) for name in made)
+
+
+def test_the_demo_has_padding_rows_and_a_stored_copy_of_its_head(demo: Path) -> None:
+    stored = load_file(demo / "model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    assert len(stored["lm_head.weight"]) == json.loads((demo / "config.json").read_text())["vocab_size"] > 1169
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    first, second, other = weights(), weights(), dict(random_weights(CONFIG, seed=1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_sizes_come_from_the_caller(demo: Path, tmp_path: Path) -> None:
+    config = write_checkpoint(tmp_path, demo, SIZES | {"tie_word_embeddings": False}, file_format="bin")
+    stored = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert {name: tuple(weight.shape) for name, weight in stored.items()} == published_shapes(config)
+    assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+
+
+def test_a_whole_checkpoint_loads_and_brings_its_tied_head_back() -> None:
+    stored = weights() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    assert load_checkpoint(stored.items(), CONFIG, place_nothing) is stored["lm_head.weight"]
+
+
+def test_a_tied_head_need_not_be_stored() -> None:
+    stored = weights()
+    del stored["lm_head.weight"]
+    assert load_checkpoint(stored.items(), CONFIG, place_nothing) is None
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.lf_gate.conv1.bias", "model.norm.weight"])
+def test_a_missing_weight_is_named(name: str) -> None:
+    stored = weights()
+    del stored[name]
+    with pytest.raises(ValueError, match=f"the checkpoint lacks {name}$"):
+        load_checkpoint(stored.items(), CONFIG, place_nothing)
+
+
+def test_an_untied_head_must_be_stored() -> None:
+    config = YuanConfig(vocab_size=16, tie_word_embeddings=False, **SIZES)
+    stored = weights(config)
+    del stored["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"lacks lm_head\.weight"):
+        load_checkpoint(stored.items(), config, place_nothing)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_an_unknown_weight_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"a weight no Yuan model has: {name}"):
+        load_checkpoint((weights() | {name: torch.zeros(1)}).items(), CONFIG, place_nothing)
+
+
+def test_a_weight_of_another_shape_is_named() -> None:
+    stored = weights() | {"model.norm.weight": torch.zeros(7)}
+    with pytest.raises(ValueError, match=r"model.norm.weight must be of shape \[8\], not \[7\]"):
+        load_checkpoint(stored.items(), CONFIG, place_nothing)
+
+
+def test_weights_are_placed_as_they_stream_by() -> None:
+    seen: list[str] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in weights().items():
+            yield name, weight
+            if name != "lm_head.weight":  # kept back until it can be compared with the embedding
+                assert seen[-1] == name
+
+    def place(name: str) -> None:
+        seen.append(name)
+
+    load_checkpoint(stream(), CONFIG, place)

@@ -1,0 +1,286 @@
+"""What is said of bad requests."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from fakes import INFO
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.struct_pb2 import NULL_VALUE, Value
+
+from yuan_grpc.server.core.validation import validate_generate, validate_messages, validate_tokenize
+from yuan_grpc.server.engine.types import ModelInfo
+from yuan_grpc.server.errors import InvalidRequestError, ModelNotFoundError, NotEnabledError
+from yuan_grpc.v1 import yuan_pb2 as pb
+
+PROMPT = [65, 66]
+
+
+def complaints_about(
+    request: pb.GenerateRequest, prompt: list[int] = PROMPT, info: ModelInfo = INFO
+) -> list[tuple[str, str]]:
+    """All violations, field and description."""
+    with pytest.raises(InvalidRequestError) as raised:
+        validate_generate(request, prompt, info, ["style"])
+    return [(violation.field, violation.description) for violation in raised.value.violations]
+
+
+def complaint_about(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, str]:
+    """The one violation of an otherwise right request."""
+    request = pb.GenerateRequest(**({"prompt": "AB"} | fields))  # type: ignore[arg-type]
+    (complaint,) = complaints_about(request, info=info)
+    return complaint
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "description"),
+    [
+        ("n", 0, "`n` must be between 1 and 128, not 0"),
+        ("n", 129, "`n` must be between 1 and 128, not 129"),
+        ("max_tokens", 0, "`max_tokens` must be at least 1, not 0"),
+        ("temperature", -1.0, "`temperature` must be between 0 and 2, not -1.0"),
+        ("temperature", math.nan, "`temperature` must be between 0 and 2, not nan"),
+        ("top_p", 1.5, "`top_p` must be between 0 and 1, not 1.5"),
+        ("top_k", -2, "`top_k` must be at least 1, or 0 or -1 for all tokens, not -2"),
+        ("min_p", -0.5, "`min_p` must be between 0 and 1, not -0.5"),
+        ("presence_penalty", 2.5, "`presence_penalty` must be between -2 and 2, not 2.5"),
+        ("frequency_penalty", -2.5, "`frequency_penalty` must be between -2 and 2, not -2.5"),
+        ("repetition_penalty", 0.0, "`repetition_penalty` must be between 0.001 and 1000, not 0.0"),
+        ("repetition_penalty", math.inf, "`repetition_penalty` must be between 0.001 and 1000, not inf"),
+        ("seed", -1, "`seed` must be between 0 and 9223372036854775679, not -1"),
+        ("seed", 2**63 - 1, "`seed` must be between 0 and 9223372036854775679, not 9223372036854775807"),
+        ("request_id", "a\nb", "`request_id` must have printable characters only, not 'a\\nb'"),
+        ("logprobs", 21, "`logprobs` must be between 0 and 20, not 21"),
+        ("min_tokens", -1, "`min_tokens` must be at least 0, not -1"),
+        ("min_tokens", 17, "`min_tokens` must be at most `max_tokens`, 16, not 17"),
+        ("prompt_logprobs", 21, "`prompt_logprobs` must be between 0 and 20, not 21"),
+        ("stream_interval", 0, "`stream_interval` must be at least 1, not 0"),
+        ("truncate_prompt_tokens", 0, "`truncate_prompt_tokens` must be at least 1, or -1 for as many as fit, not 0"),
+        ("truncation_side", 7, "`truncation_side` must be a known side, not 7"),
+        ("best_of", 0, "`best_of` must be between 1 and 128, not 0"),
+        ("length_penalty", 2.0, "`length_penalty` must be 1 without `use_beam_search`, not 2.0"),
+        ("early_stopping", Value(bool_value=True), "`early_stopping` must be false without `use_beam_search`"),
+        ("early_stopping", Value(string_value="ever"), '`early_stopping` must be true, false or "never"'),
+        ("use_beam_search", True, "`best_of` must be at least 2 with `use_beam_search`, not 1"),
+        ("cache_salt", "x" * 1025, "`cache_salt` must be at most 1024 characters long, not 1025"),
+        ("bad_words", ["x"] * 65, "`bad_words` must have at most 64 strings, not 65"),
+        ("allowed_token_ids", [1] * 1025, "`allowed_token_ids` must have at most 1024 ids, not 1025"),
+        ("logprob_token_ids", [1] * 129, "`logprob_token_ids` must have at most 128 ids, not 129"),
+        ("heartbeat_interval", Duration(), "`heartbeat_interval` must be between 0.1 and 3600 seconds, not 0.0"),
+        ("request_id", "x" * 257, "`request_id` must be at most 256 characters long, not 257"),
+        ("stop", ["x"] * 65, "`stop` must have at most 64 strings, not 65"),
+        ("stop_token_ids", [1] * 1025, "`stop_token_ids` must have at most 1024 ids, not 1025"),
+    ],
+)
+def test_a_wrong_value_is_named_with_field_and_rule(field: str, value: object, description: str) -> None:
+    complaints = complaints_about(pb.GenerateRequest(**{"prompt": "AB", field: value}))  # type: ignore[arg-type]
+    assert description in [said for _, said in complaints]
+
+
+def test_a_wrong_entry_of_a_list_is_named_by_its_place() -> None:
+    assert complaint_about(stop=["a", "", ""]) == ("stop[1]", "`stop[1]` must be 1 to 1024 characters long, not 0")
+    assert complaint_about(stop_token_ids=[1, 0x110000]) == (
+        "stop_token_ids[1]",
+        "`stop_token_ids[1]` must be below 1114112, the number of tokens, not 1114112",
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "prompt", "description"),
+    [
+        (pb.GenerateRequest(), [], "one of `prompt`, `prompt_token_ids` and `messages` must be given"),
+        (pb.GenerateRequest(prompt=""), [], "`prompt` must not be empty"),
+        (pb.GenerateRequest(prompt_token_ids=pb.TokenIds()), [], "`prompt_token_ids` must not be empty"),
+        (
+            pb.GenerateRequest(prompt="A" * 64),
+            [65] * 64,
+            "`prompt` must be at most 63 tokens long, for the model's context is 64, not 64",
+        ),
+        (
+            pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[0, 0x110000, 0x110001])),
+            [0, 0x110000, 0x110001],
+            "`prompt_token_ids.ids[1]` must be below 1114112, the number of tokens, not 1114112",
+        ),
+    ],
+    ids=["none", "no text", "no ids", "too long", "unknown id"],
+)
+def test_a_wrong_prompt_is_refused(request_: pb.GenerateRequest, prompt: list[int], description: str) -> None:
+    assert [complaint for _, complaint in complaints_about(request_, prompt)] == [description]
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    complaints = complaints_about(pb.GenerateRequest(n=0, top_p=2, stop=[""]), [])
+    assert [field for field, _ in complaints] == ["prompt", "n", "top_p", "stop[0]"]
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": -1}, {"n": -3, "best_of": 2, "top_k": 1}], ids=str)
+def test_nothing_is_said_of_what_is_right_beside_what_is_wrong(fields: dict[str, int]) -> None:
+    assert complaint_about(**fields)[0] == next(iter(fields))
+
+
+def test_more_choices_than_the_server_ever_takes_are_no_matter_of_waiting() -> None:
+    small = replace(INFO, max_num_queued_reqs=5)
+    rule = "must be at most 5, which is as many choices as the server takes at a time, not 6"
+    assert complaint_about(small, n=6) == ("n", f"`n` {rule}")
+    assert complaint_about(small, n=2, best_of=6) == ("best_of", f"`best_of` {rule}")
+    for fields in ({"n": 5}, {"n": 6, "top_k": 1}, {"n": 6, "best_of": 6, "use_beam_search": True}):
+        validate_generate(pb.GenerateRequest(prompt="AB", **fields), PROMPT, small, [])  # type: ignore[arg-type]
+
+
+def test_log_probabilities_have_an_end_in_all() -> None:
+    long = replace(INFO, max_model_len=8192)
+    fields = {"n": 32, "max_tokens": 2048}
+    rule = "must be so few that choices × `max_tokens` × (`logprobs` + 1) is at most 1048576, not 1114112"
+    assert complaint_about(long, **fields, logprobs=16) == ("logprobs", f"`logprobs` {rule}")
+    assert complaint_about(long, **fields, logprob_token_ids=range(16))[0] == "logprob_token_ids"
+    validate_generate(pb.GenerateRequest(prompt="AB", n=32, max_tokens=2048, logprobs=15), PROMPT, long, [])
+
+
+def test_other_wrong_entries_are_named_by_their_places() -> None:
+    assert complaint_about(bad_words=["a", " "])[0] == "bad_words[1]"
+    assert complaint_about(logit_bias={7: 101.0}) == (
+        "logit_bias[7]",
+        "`logit_bias[7]` must be between -100 and 100, not 101.0",
+    )
+    assert complaint_about(logit_bias={7: math.nan})[0] == "logit_bias[7]"
+    assert complaint_about(logprob_token_ids=[1, 2], logprobs=3)[0] == "logprobs"
+    assert complaint_about(stop_token_ids=[1] * 128, min_tokens=1)[0] == "stop_token_ids"
+
+
+def test_min_tokens_must_fit_behind_the_prompt() -> None:
+    request = pb.GenerateRequest(prompt="A" * 60, max_tokens=16, min_tokens=5)
+    ((field, description),) = complaints_about(request, [65] * 60)
+    assert field == "min_tokens"
+    assert "4, which is what the prompt leaves" in description
+
+
+@pytest.mark.parametrize(
+    ("detection", "field"),
+    [
+        (pb.RepetitionDetection(), "max_pattern_size"),
+        (pb.RepetitionDetection(max_pattern_size=2, min_pattern_size=3, min_count=2), "min_pattern_size"),
+        (pb.RepetitionDetection(max_pattern_size=2, min_count=1), "min_count"),
+    ],
+    ids=["empty", "sizes", "count"],
+)
+def test_a_repetition_needs_a_pattern_and_a_count(detection: pb.RepetitionDetection, field: str) -> None:
+    complaints = complaints_about(pb.GenerateRequest(prompt="AB", repetition_detection=detection))
+    assert f"repetition_detection.{field}" in [said for said, _ in complaints]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "field"),
+    [
+        (pb.StructuredOutputs(), "structured_outputs"),
+        (pb.StructuredOutputs(json=""), "structured_outputs.json"),
+        (pb.StructuredOutputs(json_object=False), "structured_outputs.json_object"),
+        (pb.StructuredOutputs(regex="山" * 11_000), "structured_outputs.regex"),
+        (pb.StructuredOutputs(regex="[a-z]{1,10000}"), "structured_outputs.regex"),
+        (pb.StructuredOutputs(regex="a{99999999999999999999}"), "structured_outputs.regex"),
+        (pb.StructuredOutputs(json='{"pattern": "[a-z]\\u007b1,10000}"}'), "structured_outputs.json"),
+        (pb.StructuredOutputs(json='{"minimum": ' + "1" * 5000 + "}"), "structured_outputs.json"),
+        (pb.StructuredOutputs(choice=pb.StringList()), "structured_outputs.choice.values"),
+        (pb.StructuredOutputs(choice=pb.StringList(values=["a", ""])), "structured_outputs.choice.values[1]"),
+    ],
+    ids=[
+        "none",
+        "no schema",
+        "no object",
+        "long regex",
+        "counts",
+        "huge count",
+        "escaped count",
+        "huge number",
+        "no choice",
+        "empty choice",
+    ],
+)
+def test_a_constraint_must_say_something(outputs: pb.StructuredOutputs, field: str) -> None:
+    assert complaint_about(structured_outputs=outputs)[0] == field
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"top_k": 5},
+        {"min_p": 0.5},
+        {"presence_penalty": 1.0},
+        {"repetition_penalty": 2.0},
+        {"logit_bias": {1: 1.0}},
+        {"allowed_token_ids": [1]},
+        {"bad_words": ["a"]},
+        {"structured_outputs": pb.StructuredOutputs(json_object=True)},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_beam_search_takes_nothing_that_changes_probabilities(given: dict[str, object]) -> None:
+    assert complaint_about(use_beam_search=True, best_of=4, **given)[0] == next(iter(given))
+
+
+@pytest.mark.parametrize(
+    "early_stopping",
+    [Value(bool_value=True), Value(string_value="never"), Value(null_value=NULL_VALUE)],
+    ids=["true", "never", "null"],
+)
+def test_beam_search_takes_its_own_parameters(early_stopping: Value) -> None:
+    request = pb.GenerateRequest(prompt="AB", use_beam_search=True, best_of=4, n=2, temperature=0, top_p=1, top_k=-1)
+    request.length_penalty = 0
+    request.early_stopping.CopyFrom(early_stopping)
+    validate_generate(request, PROMPT, INFO, [])
+
+
+def test_the_best_of_several_likeliest_would_be_all_the_same() -> None:
+    assert complaint_about(best_of=3, top_k=1)[0] == "best_of"
+    validate_generate(pb.GenerateRequest(prompt="AB", best_of=3, n=3, top_k=1), PROMPT, INFO, [])
+
+
+def test_a_conversation_has_known_roles_and_ends_with_a_question() -> None:
+    def fields(*turns: tuple[str, str]) -> list[str]:
+        with pytest.raises(InvalidRequestError) as raised:
+            validate_messages([pb.Message(role=role, content=content) for role, content in turns])
+        return [violation.field for violation in raised.value.violations]
+
+    assert fields(("user", "a"), ("assistant", "b")) == ["messages[1].role"]
+    assert fields(("robot", "a"), ("user", "")) == ["messages[0].role", "messages[1].content"]
+    validate_messages([pb.Message(role="system", content="a"), pb.Message(role="user", content="b")])
+
+
+@pytest.mark.parametrize("other", [{"ignore_eos": True}, {"min_tokens": 3}], ids=["ignore_eos", "min_tokens"])
+def test_nothing_goes_on_behind_a_constraint(other: dict[str, int]) -> None:
+    assert complaint_about(structured_outputs=pb.StructuredOutputs(regex="a"), **other)[0] == next(iter(other))
+
+
+def test_what_is_to_fit_beside_the_answer_needs_room() -> None:
+    assert complaint_about(truncate_prompt_tokens=-1, max_tokens=64)[0] == "max_tokens"
+
+
+def test_a_text_to_tokenize_has_an_end() -> None:
+    with pytest.raises(InvalidRequestError, match="131072 characters"):
+        validate_tokenize(pb.TokenizeRequest(prompt="x" * 131_073))
+    validate_tokenize(pb.TokenizeRequest(prompt="x" * 131_072))
+
+
+def test_a_conversation_is_not_given_beside_a_prompt() -> None:
+    assert complaint_about(messages=[pb.Message(role="user", content="a")])[0] == "messages"
+
+
+def test_the_model_is_the_served_one_or_an_adapter() -> None:
+    for model in ("", "fake", "style"):
+        validate_generate(pb.GenerateRequest(prompt="AB", model=model), PROMPT, INFO, ["style"])
+    with pytest.raises(ModelNotFoundError, match="must be fake or a loaded LoRA adapter, not gpt"):
+        validate_generate(pb.GenerateRequest(prompt="AB", model="gpt"), PROMPT, INFO, ["style"])
+
+
+def test_priority_needs_a_scheduler_that_minds_it() -> None:
+    with pytest.raises(NotEnabledError, match="--scheduling-policy priority"):
+        validate_generate(pb.GenerateRequest(prompt="AB", priority=1), PROMPT, INFO, [])
+
+
+def test_what_is_said_stays_small_enough_for_headers() -> None:
+    request = pb.GenerateRequest(messages=[pb.Message(role="x" * 5000)] * 1000)
+    with pytest.raises(InvalidRequestError) as raised:
+        validate_generate(request, PROMPT, INFO, [])
+    assert len(str(raised.value)) <= 600
+    assert sum(len(violation.description) for violation in raised.value.violations) <= 2000

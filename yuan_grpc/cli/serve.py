@@ -1,0 +1,39 @@
+"""`yuan-grpc serve`: a model over gRPC."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from typing import Any
+
+from yuan_grpc.server import settings
+from yuan_grpc.server.engine.vllm import env
+
+
+def add_command(commands: Any) -> None:
+    """Declares the command; see `settings` for its options."""
+    parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model", allow_abbrev=False)
+    settings.add_options(parser, os.environ)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    chosen = settings.read(options, options.engine_flags)
+    env.set_defaults()
+    try:
+        from yuan_grpc.server import server
+
+        print(server.greeting(chosen), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
+        from yuan_grpc.server.engine.vllm.args import parse_engine_flags
+        from yuan_grpc.server.engine.vllm.engine import VllmEngine
+    except ModuleNotFoundError as missing:
+        print(f"yuan-grpc: serving needs {missing.name}: install yuan-grpc[cuda] or yuan-grpc[cpu]", file=sys.stderr)
+        return 1
+    try:
+        flags = parse_engine_flags(chosen.vllm_flags)
+    except (ValueError, OSError) as error:
+        print(f"yuan-grpc: {chosen.model} cannot be served: {error}", file=sys.stderr)
+        return 1
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return asyncio.run(server.serve(chosen, VllmEngine(flags, chosen.lora_folder)))

@@ -1,0 +1,1 @@
+"""The sandbox in which generated programs run."""

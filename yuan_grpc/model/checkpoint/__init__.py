@@ -1,0 +1,1 @@
+"""Checkpoints: layout, loading, and random ones for tests."""

@@ -1,0 +1,221 @@
+"""Yuan checkpoints of any size in exactly the published layout, with random weights.
+
+Makes the demo that ships with the package, and what tests and benchmarks load:
+
+    python -m yuan_grpc.model.checkpoint.random FOLDER --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import save_torch_state_dict
+from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
+
+from yuan_grpc.model import ARCHITECTURE
+from yuan_grpc.model.checkpoint.layout import HEAD, published_shapes
+from yuan_grpc.model.config import YuanConfig
+from yuan_grpc.model.tokenizer import ANSWER_SEPARATOR, APPENDED, MODEL_FILE, SPECIAL, YuanTokenizer
+
+DEMO = Path(str(files("yuan_grpc") / "demo"))
+
+DEMO_SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 2048,
+}
+DEMO_SEED = 2
+DEMO_PIECES = 1152
+"""Pieces learned from the corpus, of which 259 are controls and bytes; the special tokens come on top."""
+
+ROW_MULTIPLE = 64
+"""The embedding's rows are filled up to a multiple of this, as the published ones are, with rows no token has."""
+
+
+def write_checkpoint(
+    folder: Path,
+    tokenizer: Path,
+    sizes: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    file_format: str = "safetensors",
+    max_shard_size: str = "50GB",
+) -> YuanConfig:
+    """Writes config, tokenizer and random weights that depend on the seed alone, not on the machine.
+
+    Args:
+        folder: made if need be; files of the same names are replaced.
+        tokenizer: a folder with a `tokenizer.model`.
+        sizes: fields of `config.json`; see `YuanConfig`.
+        seed: of the weights.
+        dtype: what the weights are stored in.
+        file_format: "safetensors" or "bin" (`pytorch_model.bin`).
+        max_shard_size: larger checkpoints are split over files with an index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, tokenizer / MODEL_FILE)
+    tokens = YuanTokenizer(folder / MODEL_FILE)
+    rows = (len(tokens) // ROW_MULTIPLE + 1) * ROW_MULTIPLE
+    config = YuanConfig(vocab_size=rows, eod_token_id=tokens.eos_token_id, **sizes)
+    _write_json(folder / "config.json", _published_config(config, dtype, tokens))
+    weights = {name: weight.to(dtype) for name, weight in random_weights(config, seed)}
+    save_torch_state_dict(
+        weights, folder, max_shard_size=max_shard_size, safe_serialization=file_format == "safetensors"
+    )
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for its own user alone, and a server has another
+    return config
+
+
+def random_weights(config: YuanConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Float32 weights that keep activations near 1 and logits a few units wide, whatever the sizes.
+
+    `lm_head.weight` comes last, and equals the embedding where the configuration ties the two: so it is published.
+    """
+    generator = np.random.default_rng(seed)
+    embedding = None
+    for name, shape in published_shapes(config).items():
+        if name == HEAD and config.tie_word_embeddings:
+            assert embedding is not None
+            yield name, embedding.clone()
+            continue
+        noise = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+        if "layernorm" in name or name == "model.norm.weight":
+            weight = 1 + 0.1 * noise
+        elif name.endswith(".bias"):
+            weight = 0.1 * noise
+        elif name in ("model.embed_tokens.weight", HEAD):
+            weight = noise * 2 * config.hidden_size**-0.5
+        else:
+            weight = noise * float(np.prod(shape[1:])) ** -0.5
+        if name == "model.embed_tokens.weight":
+            embedding = weight
+        yield name, weight
+
+
+def write_tokenizer(folder: Path, model_file: Path) -> None:
+    """Puts a tokenizer beside a checkpoint, with the same files the published ones have."""
+    if model_file.resolve() != (folder / MODEL_FILE).resolve():
+        shutil.copyfile(model_file, folder / MODEL_FILE)
+    _write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": True,  # as published, and as wrong there as here: nothing of this file is read
+            "add_eos_token": True,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "tokenizer_class": "LlamaTokenizer",
+            "unk_token": "<unk>",
+        },
+    )
+
+
+def train_tokenizer(corpus: Path, model_file: Path, pieces: int) -> None:
+    """Learns a sentencepiece BPE model as the published one was made, the special tokens last, as plain pieces."""
+    with TemporaryDirectory() as scratch:
+        SentencePieceTrainer.train(
+            input=str(corpus),
+            model_prefix=f"{scratch}/bpe",
+            model_type="bpe",
+            vocab_size=pieces,
+            character_coverage=0.999,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+        model = sentencepiece_model_pb2.ModelProto.FromString(Path(scratch, "bpe.model").read_bytes())
+    present = {piece.piece for piece in model.pieces}
+    for token in ("<n>", *SPECIAL):
+        if token not in present and token not in APPENDED:
+            model.pieces.add(piece=token, score=0.0, type=sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL)
+    model.trainer_spec.input[:] = []
+    model.trainer_spec.model_prefix = ""
+    model_file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def write_demo(folder: Path) -> None:
+    """Writes the demo checkpoint: what `yuan-grpc serve` runs when no model is named."""
+    with TemporaryDirectory() as scratch:
+        train_tokenizer(DEMO / "corpus.txt", Path(scratch, MODEL_FILE), DEMO_PIECES)
+        write_checkpoint(folder, Path(scratch), DEMO_SIZES, seed=DEMO_SEED)
+
+
+def _published_config(config: YuanConfig, dtype: torch.dtype, tokens: YuanTokenizer) -> dict[str, Any]:
+    """`config.json` with the fields published files have, the reference to remote code (never followed) included."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "auto_map": {
+            "AutoConfig": "configuration_yuan.YuanConfig",
+            "AutoModelForCausalLM": "yuan_hf_model.YuanForCausalLM",
+        },
+        "bos_token_id": config.eod_token_id,
+        "eod_token": config.eod_token_id,
+        "eod_token_id": config.eod_token_id,
+        "eos_token_id": config.eod_token_id,
+        "hidden_act": config.hidden_act,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "model_max_length": config.max_position_embeddings,
+        "model_type": config.model_type,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "pad_token_id": tokens.pad_token_id,
+        "rms_norm_eps": config.rms_norm_eps,
+        "sep_token": tokens.convert_tokens_to_ids(ANSWER_SEPARATOR),
+        "sep_token_id": config.eod_token_id,  # wrong, as in the published files; `sep_token` is right
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line: one option a size, by its name in `config.json`."""
+    parser = argparse.ArgumentParser(prog="python -m yuan_grpc.model.checkpoint.random", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--demo", action="store_true", help="write the demo checkpoint; sizes and tokenizer are its own"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, default=DEMO, help="folder with a tokenizer.model (default: the demo's)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--file-format", choices=("safetensors", "bin"), default="safetensors")
+    parser.add_argument("--max-shard-size", default="50GB", help="split larger checkpoints, e.g. 5GB")
+    for size, value in DEMO_SIZES.items():
+        parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=value)
+    arguments = vars(parser.parse_args())
+    if arguments.pop("demo"):
+        write_demo(arguments["folder"])
+    else:
+        dtype = getattr(torch, arguments.pop("dtype"))
+        sizes = {size: arguments.pop(size) for size in DEMO_SIZES}
+        write_checkpoint(arguments.pop("folder"), arguments.pop("tokenizer"), sizes, dtype=dtype, **arguments)
+
+
+if __name__ == "__main__":
+    main()

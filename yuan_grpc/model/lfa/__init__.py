@@ -1,0 +1,1 @@
+"""Localized filtering-based attention (LFA): layer, cache, operations and kernels."""

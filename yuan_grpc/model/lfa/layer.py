@@ -1,0 +1,107 @@
+"""Localized filtering (LFA): two causal convolutions of width two over the tokens, ahead of queries and keys.
+
+    h1[t]     = A0 y[t-1]  + A1 y[t]  + a        hidden     -> hidden / 2
+    h2[t]     = B0 h1[t-1] + B1 h1[t] + b        hidden / 2 -> hidden
+    LFA(y)[t] = RMSNorm(h2[t] + y[t])            y and h1 are zero before a sequence's first token
+
+Each token makes both its own part of the sum, A1 y[t], and the next token's, A0 y[t], in one matrix product. So what a
+sequence carries from step to step is not y and h1 but A0 y[t] and B0 h1[t], beside its keys and values: see `state`.
+"""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from yuan_grpc.model.config import YuanConfig
+from yuan_grpc.model.lfa import ops  # noqa: F401 - registers torch.ops.vllm.yuan_*
+from yuan_grpc.model.lfa.cache import StateBackend, cache_spec
+
+NORM_EPS = 1e-6
+
+
+class SecondConvolution(RowParallelLinear):
+    """conv2 as one product: B0's rows, then B1's. A rank has some of the inputs, so its result is a partial sum."""
+
+    def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__(
+            config.hidden_size // 2,
+            2 * config.hidden_size,
+            bias=False,
+            reduce_results=False,  # half as much is to be sent once the two parts are added up
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+        )
+
+
+class LocalizedFiltering(nn.Module, AttentionLayerBase):
+    """LFA of one layer, but for conv1's product, which is made together with the values: see `InputLinear`.
+
+    Tensor parallel: conv1 splits its outputs, conv2 its inputs; what is summed over ranks is h2.
+    """
+
+    def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        hidden, ranks = config.hidden_size, get_tensor_model_parallel_world_size()
+        self.dims = [hidden // 2 // ranks, hidden]  # of the two states
+        self.conv1_bias = nn.Parameter(torch.empty(self.dims[0]), requires_grad=False)
+        self.conv1_bias.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+        self.conv2 = SecondConvolution(config, vllm_config, f"{prefix}.conv2")
+        self.conv2_bias = nn.Parameter(torch.empty(hidden), requires_grad=False)
+        self.output_layernorm = RMSNorm(hidden, eps=NORM_EPS)
+        self.alone, self.first_rank = ranks == 1, get_tensor_model_parallel_rank() == 0
+        self.fused = self.alone and current_platform.is_cuda()
+        self.layer_name = _encode_layer_name(prefix)  # which lets layers share what is compiled
+        self.kv_cache: list[torch.Tensor] = []
+        """[blocks, slots, dim] of what each convolution keeps, once the engine knows how much memory it has."""
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def forward(self, parts: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
+        """Filters the normalized layer input.
+
+        Args:
+            parts: [tokens, hidden / ranks]: A0 y and A1 y, side by side.
+            y: [tokens, hidden].
+            plan: the step's, of `ops.plan`.
+
+        Returns:
+            [tokens, hidden].
+        """
+        h1 = y.new_empty(y.shape[0], self.dims[0])
+        torch.ops.vllm.yuan_shift_add(parts, self.conv1_bias, h1, plan, self.layer_name, 0)
+        parts, _ = self.conv2(h1)  # [tokens, 2 * hidden]
+        z = torch.empty_like(y)
+        norm = self.output_layernorm
+        if self.fused:
+            torch.ops.vllm.yuan_shift_add_norm(
+                parts, self.conv2_bias, y, norm.weight, norm.variance_epsilon, z, plan, self.layer_name, 1
+            )
+            return z
+        bias = self.conv2_bias if self.first_rank else None
+        torch.ops.vllm.yuan_shift_add(parts, bias, z, plan, self.layer_name, 1)
+        h2 = z if self.alone else tensor_model_parallel_all_reduce(z)
+        filtered: torch.Tensor = norm(h2 + y)
+        return filtered
+
+    def get_attn_backend(self) -> type[StateBackend]:
+        """Of its cache, not of an attention."""
+        return StateBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        """Both states of a slot lie together."""
+        return cache_spec(vllm_config, sum(self.dims))
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Takes what `get_kv_cache_spec` asked for, [blocks, 1, slots, sum of dims]."""
+        self.kv_cache = list(torch.split(kv_cache[:, 0], self.dims, dim=-1))

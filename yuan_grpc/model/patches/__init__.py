@@ -1,0 +1,1 @@
+"""Patches of vLLM, one module each."""

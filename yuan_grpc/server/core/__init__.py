@@ -1,0 +1,1 @@
+"""Request processing that gRPC and HTTP share."""

@@ -1,0 +1,259 @@
+"""Plain values to messages. Does nothing else."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from yuan_grpc.server.core.limits import MAX_CHOICES
+from yuan_grpc.server.engine.types import (
+    INLINE_ENTRIES,
+    ChoiceDelta,
+    FinishReason,
+    LoraInfo,
+    ModelInfo,
+    Progress,
+    RankedToken,
+    StepOutput,
+    TokenLogprobs,
+)
+from yuan_grpc.v1 import yuan_pb2 as pb
+
+MAX_ENTRIES_IN_A_MESSAGE = INLINE_ENTRIES
+"""So many tokens and log-probabilities go into a message of a stream: half a megabyte or so, of four that clients take.
+"""
+
+_FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.REPETITION: pb.FINISH_REASON_REPETITION,
+    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+}
+
+
+class ResponseBuilder:
+    """Builds the responses to one request; counts tokens and remembers what was echoed.
+
+    Args:
+        request: what is answered.
+        model: what the responses call the model.
+        prompt: its tokens.
+        echo: what each choice's text starts with.
+        seed: the one that is sampled with; None where nothing is left to chance.
+    """
+
+    def __init__(
+        self, request: pb.GenerateRequest, model: str, prompt: Sequence[int], echo: str, seed: int | None
+    ) -> None:
+        self._request_id = request.request_id
+        self._model = model
+        self._flat = request.flat_logprobs
+        self._usage = pb.Usage(prompt_tokens=len(prompt))
+        self._seed = seed
+        self._prompt_token_ids = prompt if request.return_prompt_token_ids else ()
+        self._echo = echo
+        self._echoed: set[int] = set()
+        self._wants_prompt = request.HasField("prompt_logprobs")
+        self._has_begun = False
+
+    def whole(self, output: StepOutput) -> pb.GenerateResponse:
+        """The response of Generate, of a step that has all of every choice."""
+        response = pb.GenerateResponse(
+            request_id=self._request_id,
+            model=self._model,
+            choices=[self._choice(delta) for delta in sorted(output.deltas, key=lambda delta: delta.index)],
+            usage=self._count(output),
+            seed=self._seed,
+            prompt_token_ids=self._prompt_token_ids,
+        )
+        self._add_prompt_logprobs(response, output.prompt_logprobs)
+        return response
+
+    def parts(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
+        """The responses of GenerateStream that a step makes: none, one, or more where one would be too large.
+
+        The first of all waits for the prompt's log-probabilities, where they are asked for. Usage comes with it, and
+        where a choice finishes.
+        """
+        logprobs = output.prompt_logprobs
+        if not self._has_begun and (logprobs or output.deltas or not self._wants_prompt):
+            yield from self._begin(logprobs)
+        elif logprobs:
+            yield from self._prompt(logprobs)
+        if output.deltas or output.progress:
+            yield from self._rest(output)
+
+    def heartbeat(self) -> Iterator[pb.GenerateStreamResponse]:
+        """A response of GenerateStream that has nothing new; or the first one, which waits no longer."""
+        if self._has_begun:
+            yield self._empty()
+        else:
+            yield from self._begin(())
+
+    def _begin(self, logprobs: Sequence[TokenLogprobs]) -> Iterator[pb.GenerateStreamResponse]:
+        self._has_begun = True
+        first, *more = [*self._prompt(logprobs)] or [self._empty()]
+        first.MergeFrom(
+            pb.GenerateStreamResponse(usage=self._usage, seed=self._seed, prompt_token_ids=self._prompt_token_ids)
+        )
+        yield first
+        yield from more
+
+    def _prompt(self, logprobs: Sequence[TokenLogprobs]) -> Iterator[pb.GenerateStreamResponse]:
+        beside = max((len(token.top) for token in logprobs), default=0)
+        size = max(1, MAX_ENTRIES_IN_A_MESSAGE // (1 + beside))
+        for start in range(0, len(logprobs), size):
+            response = self._empty()
+            self._add_prompt_logprobs(response, logprobs[start : start + size])
+            yield response
+
+    def _rest(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
+        usage, progress = self._count(output), output.progress
+        for deltas in _portions(output.deltas):
+            response = self._empty()
+            response.choices.extend([self._choice(delta) for delta in deltas])
+            if any(delta.finish_reason for delta in deltas):
+                response.usage.CopyFrom(usage)
+            if progress:
+                response.progress.CopyFrom(_progress(progress))
+            yield response
+
+    def _empty(self) -> pb.GenerateStreamResponse:
+        return pb.GenerateStreamResponse(request_id=self._request_id, model=self._model)
+
+    def _count(self, output: StepOutput) -> pb.Usage:
+        self._usage.completion_tokens += sum(len(delta.token_ids) for delta in output.deltas) + output.discarded_tokens
+        self._usage.cached_tokens = output.cached_tokens or self._usage.cached_tokens
+        return self._usage
+
+    def _choice(self, delta: ChoiceDelta) -> pb.Choice:
+        choice = pb.Choice(
+            index=delta.index,
+            text=delta.text,
+            token_ids=delta.token_ids,
+            finish_reason=_FINISH_REASONS[delta.finish_reason],
+            logprobs=() if self._flat else [_token_logprob(token) for token in delta.logprobs],
+            flat_logprobs=_flat_logprobs(delta.logprobs) if self._flat and delta.logprobs else None,
+            cumulative_logprob=delta.cumulative_logprob,
+        )
+        if delta.index not in self._echoed:
+            self._echoed.add(delta.index)
+            choice.text = self._echo + choice.text
+        if isinstance(delta.stop_reason, str):
+            choice.stop_string = delta.stop_reason
+        elif delta.stop_reason is not None:
+            choice.stop_token_id = delta.stop_reason
+        return choice
+
+    def _add_prompt_logprobs(
+        self, response: pb.GenerateResponse | pb.GenerateStreamResponse, logprobs: Sequence[TokenLogprobs]
+    ) -> None:
+        if self._flat and logprobs:
+            response.flat_prompt_logprobs.CopyFrom(_flat_logprobs(logprobs))
+        elif logprobs:
+            response.prompt_logprobs.extend(map(_token_logprob, logprobs))
+
+
+def tokenized(text: str, tokens: Sequence[tuple[int, str, int, int]]) -> pb.TokenizeResponse:
+    """The response of Tokenize."""
+    return pb.TokenizeResponse(
+        tokens=[pb.Token(id=i, piece=piece, start=start, end=end) for i, piece, start, end in tokens],
+        count=len(tokens),
+        text=text,
+    )
+
+
+def model_response(info: ModelInfo, version: str, loras: Sequence[str]) -> pb.GetModelResponse:
+    """The response of GetModel."""
+    return pb.GetModelResponse(
+        name=info.name,
+        revision=info.revision,
+        version=version,
+        vllm_version=info.vllm_version,
+        dtype=info.dtype,
+        quantization=info.quantization,
+        sizes=pb.ModelSizes(
+            layers=info.layers,
+            hidden=info.hidden,
+            heads=info.heads,
+            intermediate=info.intermediate,
+            tokens=info.vocab_size,
+        ),
+        limits=pb.Limits(
+            max_model_len=info.max_model_len,
+            max_logprobs=info.max_logprobs,
+            max_choices=MAX_CHOICES,
+            max_num_seqs=info.max_num_seqs,
+            max_num_queued_reqs=info.max_num_queued_reqs,
+            priority_scheduling=info.priority_scheduling,
+            prefix_caching=info.prefix_caching,
+        ),
+        parallelism=pb.Parallelism(
+            tensor=info.tensor_parallel, pipeline=info.pipeline_parallel, data=info.data_parallel
+        ),
+        lora=_lora_support(info.lora, loras) if info.lora else None,
+    )
+
+
+def _lora_support(lora: LoraInfo, loaded: Sequence[str]) -> pb.LoraSupport:
+    return pb.LoraSupport(max_loras=lora.max_loras, max_lora_rank=lora.max_rank, can_load=lora.can_load, loaded=loaded)
+
+
+def _portions(deltas: Sequence[ChoiceDelta]) -> Iterator[list[ChoiceDelta]]:
+    """The pieces by the message: one at least, and in each as many as it has room for."""
+    if sum(delta.entries for delta in deltas) <= MAX_ENTRIES_IN_A_MESSAGE:  # as almost always
+        yield list(deltas)
+        return
+    portion, room = list[ChoiceDelta](), MAX_ENTRIES_IN_A_MESSAGE
+    for part in (part for delta in deltas for part in _split(delta)):
+        if portion and part.entries > room:
+            yield portion
+            portion, room = [], MAX_ENTRIES_IN_A_MESSAGE
+        portion.append(part)
+        room -= part.entries
+    yield portion
+
+
+def _split(delta: ChoiceDelta) -> Iterator[ChoiceDelta]:
+    """A piece that is too large for a message in several: the text comes with the first, the end with the last."""
+    tokens = len(delta.token_ids)
+    most = max(1, MAX_ENTRIES_IN_A_MESSAGE * tokens // max(1, delta.entries))
+    for start in range(0, max(1, tokens), most):
+        end = start + most
+        part = replace(
+            delta,
+            text="" if start else delta.text,
+            token_ids=delta.token_ids[start:end],
+            logprobs=delta.logprobs[start:end],
+        )
+        yield part if end >= tokens else replace(part, cumulative_logprob=None, finish_reason=None, stop_reason=None)
+
+
+def _progress(progress: Progress) -> pb.Progress:
+    return pb.Progress(
+        tokens=progress.tokens,
+        finished=progress.finished,
+        best_text=progress.best_text,
+        best_cumulative_logprob=progress.best_cumulative_logprob,
+    )
+
+
+def _token_logprob(token: TokenLogprobs) -> pb.TokenLogprob:
+    chosen = token.chosen
+    return pb.TokenLogprob(
+        token_id=chosen.token_id,
+        token=chosen.text,
+        logprob=chosen.logprob,
+        rank=chosen.rank,
+        top=[pb.TopLogprob(token_id=t.token_id, token=t.text, logprob=t.logprob, rank=t.rank) for t in token.top],
+    )
+
+
+def _flat_logprobs(logprobs: Sequence[TokenLogprobs]) -> pb.FlatLogprobs:
+    flat, tokens = pb.FlatLogprobs(), list[RankedToken]()
+    for token in logprobs:
+        flat.starts.append(len(tokens))
+        tokens += (token.chosen, *token.top)
+    flat.token_ids.extend(token.token_id for token in tokens)
+    flat.logprobs.extend(token.logprob for token in tokens)
+    flat.ranks.extend(token.rank for token in tokens)
+    return flat

@@ -1,0 +1,97 @@
+"""vLLM's own flags, read and checked, and what they say of the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import vllm
+from pydantic import ValidationError
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from yuan_grpc.server.engine.types import LoraInfo, ModelInfo
+
+SEARCH_LOGPROBS = 2048
+"""Log-probabilities a position can have where beam search asks, whose limit is not that of callers."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """vLLM's flags, read: its configuration, and what it keeps outside of that.
+
+    Attributes:
+        max_logprobs: what callers may ask for; -1 for any number.
+    """
+
+    config: VllmConfig
+    arguments: AsyncEngineArgs
+    max_logprobs: int
+
+    def start(self) -> AsyncLLM:
+        """Starts the engine's processes and waits until the model is loaded, which blocks for long."""
+        return AsyncLLM.from_vllm_config(
+            self.config,
+            usage_context=UsageContext.ENGINE_CONTEXT,
+            enable_log_requests=self.arguments.enable_log_requests,
+            aggregate_engine_logging=self.arguments.aggregate_engine_logging,
+            disable_log_stats=self.arguments.disable_log_stats,
+        )
+
+    def describe(self, vocab_size: int, end_token_ids: Sequence[int], *, can_load_loras: bool) -> ModelInfo:
+        """What is served.
+
+        Args:
+            vocab_size: how many the tokenizer has.
+            end_token_ids: those that end a text by themselves.
+            can_load_loras: whether adapters can be loaded and unloaded.
+        """
+        model, parallel, scheduler = self.config.model_config, self.config.parallel_config, self.config.scheduler_config
+        sizes, lora = model.hf_config, self.config.lora_config
+        return ModelInfo(
+            name=str(model.served_model_name),
+            max_model_len=model.max_model_len,
+            vocab_size=vocab_size,
+            max_logprobs=vocab_size if self.max_logprobs == -1 else self.max_logprobs,
+            end_token_ids=tuple(end_token_ids),
+            revision=model.revision or "",
+            vllm_version=vllm.__version__,
+            dtype=str(model.dtype).removeprefix("torch."),
+            quantization=model.quantization or "",
+            layers=sizes.num_hidden_layers,
+            hidden=sizes.hidden_size,
+            heads=sizes.num_attention_heads,
+            intermediate=sizes.intermediate_size,
+            tensor_parallel=parallel.tensor_parallel_size,
+            pipeline_parallel=parallel.pipeline_parallel_size,
+            data_parallel=parallel.data_parallel_size,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_queued_reqs=scheduler.max_num_queued_reqs,
+            priority_scheduling=scheduler.policy == "priority",
+            prefix_caching=bool(self.config.cache_config.enable_prefix_caching),
+            lora=lora and LoraInfo(lora.max_loras, lora.max_lora_rank, can_load_loras),
+        )
+
+
+def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
+    """Reads vLLM's own command-line flags and checks them against the model's files.
+
+    Raises:
+        SystemExit: an unknown flag or a malformed value; argparse has said which.
+        ValueError, OSError: values that do not fit each other or the model, or a model that is not there.
+    """
+    parser = FlexibleArgumentParser(
+        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
+    )
+    AsyncEngineArgs.add_cli_args(parser)
+    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
+    if arguments.skip_tokenizer_init:
+        raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
+    try:
+        config = arguments.create_engine_config()
+    except ValidationError as error:  # whose own text is a page
+        raise ValueError("; ".join(one["msg"] for one in error.errors())) from error
+    allowed = config.model_config.max_logprobs
+    config.model_config.max_logprobs = max(allowed, SEARCH_LOGPROBS) if allowed >= 0 else allowed
+    return EngineOptions(config, arguments, allowed)

@@ -1,0 +1,1 @@
+"""The gRPC API: servicer, interceptor and standard services."""
