@@ -4,9 +4,6 @@ vLLM calls `register` through the entry point group `vllm.general_plugins`, in t
 engine process. The model and the tokenizer are named, not imported, until a Yuan checkpoint is really loaded.
 """
 
-ARCHITECTURE = "YuanForCausalLM"
-TOKENIZER_MODE = "yuan"
-
 
 def register() -> None:
     """Teaches vLLM the architecture, its configuration, tokenizer and graph-splitting op. Safe to call twice."""
@@ -17,7 +14,7 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from yuan_grpc.model.config import YuanConfig
+    from yuan_grpc.model.config import ARCHITECTURE, TOKENIZER_MODE, YuanConfig
     from yuan_grpc.model.lfa.ops import PLAN_OP
     from yuan_grpc.model.patches import cpu_spec_decode, grammar_timeout, logprob_token_ids, worker_process
     from yuan_grpc.model.vllm_config import YuanModelConfig

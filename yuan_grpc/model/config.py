@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+ARCHITECTURE = "YuanForCausalLM"
+TOKENIZER_MODE = "yuan"
 EOD_TOKEN_ID = 77185
 
 UNSUPPORTED = {

@@ -21,8 +21,7 @@ from vllm.v1.worker import lora_model_runner_mixin
 from yuan_grpc.model.checkpoint.layout import published_shapes
 from yuan_grpc.model.checkpoint.loader import taps
 from yuan_grpc.model.config import YuanConfig
-from yuan_grpc.model.lfa.layer import SecondConvolution
-from yuan_grpc.model.yuan import InputLinear, QueryKeyLinear, place_heads
+from yuan_grpc.model.linear import InputLinear, QueryKeyLinear, SecondConvolution, place_heads
 
 logger = init_logger("vllm.yuan_grpc.model")
 

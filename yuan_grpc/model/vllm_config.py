@@ -7,8 +7,7 @@ from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from yuan_grpc.model import TOKENIZER_MODE
-from yuan_grpc.model.config import check_split, check_stages
+from yuan_grpc.model.config import TOKENIZER_MODE, check_split, check_stages
 from yuan_grpc.model.lfa.cache import check_block_size
 
 GRAMMAR_BACKEND = "xgrammar"

@@ -34,72 +34,10 @@ from yuan_grpc.model.checkpoint.loader import Placement, load_checkpoint
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa.layer import LocalizedFiltering
 from yuan_grpc.model.lfa.ops import multiply_with_product, new_plan
+from yuan_grpc.model.linear import InputLinear, QueryKeyLinear
 from yuan_grpc.model.rotary import rotary_embedding
 
 logger = init_logger("vllm.yuan_grpc.model")
-
-
-class InputLinear(MergedColumnParallelLinear):
-    """All that is made of a layer's input: LFA's first convolution and the values, in one product.
-
-    Its result is what each token makes for the next one (A0 y), what it makes for itself (A1 y), and v.
-    """
-
-    def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        hidden = config.hidden_size
-        super().__init__(
-            hidden,
-            [hidden // 2, hidden // 2, hidden],
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=prefix,
-        )
-
-
-class QueryKeyLinear(MergedColumnParallelLinear):
-    """q_proj and k_proj as one product whose result is all queries, then all keys.
-
-    The published model concatenates the two results, cuts that into heads of twice the head dimension, and only then
-    calls a head's first half query and its second half key. So a head's query and key both come out of the same
-    projection. Sorting the rows once, at load, spares the model two strided copies a layer and lets heads be split
-    over ranks.
-    """
-
-    def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__(
-            config.hidden_size,
-            [config.hidden_size] * 2,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=prefix,
-        )
-        self.head_dim = config.head_dim
-        self.total_heads = config.num_attention_heads
-
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, half: int) -> None:
-        """Places one published projection, [heads * head_dim, hidden]; half 0 is q_proj, 1 is k_proj."""
-        place_heads(self, param.data, loaded, half)
-
-    weight_loader_v2 = weight_loader  # the one vLLM takes for most parameters
-
-
-def place_heads(layer: QueryKeyLinear, joined: torch.Tensor, published: torch.Tensor, half: int) -> None:
-    """Copies rows of one published projection, or of its adapter's B, to where they belong on this rank.
-
-    Args:
-        layer: whose heads they are.
-        joined: [2 * hidden / tp, columns]; the other projection's rows are left alone.
-        published: [hidden, columns].
-        half: 0 is q_proj, 1 is k_proj.
-    """
-    local_heads = layer.total_heads // layer.tp_size
-    first_head = layer.tp_rank * local_heads
-    target = joined.view(2, local_heads, layer.head_dim, -1)  # (query | key), head, row, column
-    source = published.view(layer.total_heads, layer.head_dim, -1)
-    for block in range(layer.total_heads):
-        head, part = divmod(half * layer.total_heads + block, 2)
-        if first_head <= head < first_head + local_heads:
-            target[part, head - first_head].copy_(source[block])
 
 
 class YuanAttention(nn.Module):

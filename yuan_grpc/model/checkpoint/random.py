@@ -19,9 +19,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 
-from yuan_grpc.model import ARCHITECTURE
 from yuan_grpc.model.checkpoint.layout import HEAD, published_shapes
-from yuan_grpc.model.config import YuanConfig
+from yuan_grpc.model.config import ARCHITECTURE, YuanConfig
 from yuan_grpc.model.tokenizer import ANSWER_SEPARATOR, APPENDED, MODEL_FILE, SPECIAL, YuanTokenizer
 
 DEMO = Path(str(files("yuan_grpc") / "demo"))

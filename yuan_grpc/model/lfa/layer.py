@@ -18,7 +18,6 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
@@ -27,22 +26,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa import ops  # noqa: F401 - registers torch.ops.vllm.yuan_*
 from yuan_grpc.model.lfa.cache import StateBackend, cache_spec
+from yuan_grpc.model.linear import SecondConvolution
 
 NORM_EPS = 1e-6
-
-
-class SecondConvolution(RowParallelLinear):
-    """conv2 as one product: B0's rows, then B1's. A rank has some of the inputs, so its result is a partial sum."""
-
-    def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__(
-            config.hidden_size // 2,
-            2 * config.hidden_size,
-            bias=False,
-            reduce_results=False,  # half as much is to be sent once the two parts are added up
-            quant_config=vllm_config.quant_config,
-            prefix=prefix,
-        )
 
 
 class LocalizedFiltering(nn.Module, AttentionLayerBase):
