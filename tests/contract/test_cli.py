@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes import INFO, FakeEngine, last, more
+from fake_engine import INFO, FakeEngine, last, more
 from serving import served
 
 from yuan_grpc.__main__ import main
@@ -52,7 +52,7 @@ class Answering(FakeEngine):
     async def generate(
         self, engine_request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        self.asked.append(engine_request)
+        self.requests.append(engine_request)
         prompt = prompt_of(engine_request)
         if prompt.startswith("!"):
             raise OverloadedError("too many requests")
@@ -83,7 +83,7 @@ async def test_generate_prints_the_text_and_a_line_break(capsys: Captured) -> No
     engine = FakeEngine(more("珠穆"), last("朗玛"))
     assert await run(engine, "generate", "山", "--top-k", "5", "--seed", "7", "--stop", "x", "--set", "min_p=0.5") == 0
     assert capsys.readouterr() == ("珠穆朗玛\n", "")
-    (engine_request,) = engine.asked
+    (engine_request,) = engine.requests
     assert prompt_of(engine_request) == "山"
     assert (engine_request.sampling.max_tokens, engine_request.sampling.top_k, engine_request.sampling.seed) == (
         256,
@@ -98,7 +98,7 @@ async def test_a_prompt_can_come_from_stdin(arguments: tuple[str, ...], stdin: A
     stdin("\ufeff两行\n文字\r\n".encode())
     engine = FakeEngine(last("yes"))
     assert await run(engine, "generate", *arguments) == 0
-    assert prompt_of(engine.asked[0]) == "两行\n文字"
+    assert prompt_of(engine.requests[0]) == "两行\n文字"
     assert capsys.readouterr().out == "yes\n"
 
 
@@ -325,7 +325,7 @@ class Parrot(FakeEngine):
     async def generate(
         self, engine_request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        self.asked.append(engine_request)
+        self.requests.append(engine_request)
         turn = prompt_of(engine_request).removesuffix(">").split("|")[-1]
         if turn == "!":
             raise OverloadedError("too many requests")
@@ -342,7 +342,7 @@ async def chat(stdin: Any, *lines: str, options: tuple[str, ...] = ()) -> tuple[
     stdin("".join(f"{line}\n" for line in lines).encode())
     engine = Parrot()
     status = await run(engine, "chat", "--retries", "0", *options)
-    return status, [prompt_of(engine_request) for engine_request in engine.asked]
+    return status, [prompt_of(engine_request) for engine_request in engine.requests]
 
 
 async def test_each_turn_has_all_that_was_said_before(stdin: Any, capsys: Captured) -> None:
@@ -451,8 +451,8 @@ class Slow(FakeEngine):
     async def generate(
         self, engine_request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        self.asked.append(engine_request)
-        if self.refuses and len(self.asked) % 3 == 0:
+        self.requests.append(engine_request)
+        if self.refuses and len(self.requests) % 3 == 0:
             raise OverloadedError("too many requests")
         yield StepOutput()
         for _ in range(engine_request.sampling.max_tokens // 2 - 1):
@@ -470,13 +470,13 @@ async def test_bench_prints_a_row_for_each_level(capsys: Captured) -> None:
     assert [row.split()[:3] for row in rows] == [["1", "8", "0"], ["4", "8", "0"]]
     assert all(float(cell) > 0 for row in rows for cell in row.split()[3:6])
     assert {len(row.split()) for row in rows} == {11}
-    assert len(engine.asked) == 1 + 8 + 8
-    assert {len(engine_request.prompt) for engine_request in engine.asked} == {16}
-    assert len({tuple(engine_request.prompt[:4]) for engine_request in engine.asked}) == 1
-    assert len({tuple(engine_request.prompt[4:]) for engine_request in engine.asked}) == 17
+    assert len(engine.requests) == 1 + 8 + 8
+    assert {len(engine_request.prompt) for engine_request in engine.requests} == {16}
+    assert len({tuple(engine_request.prompt[:4]) for engine_request in engine.requests}) == 1
+    assert len({tuple(engine_request.prompt[4:]) for engine_request in engine.requests}) == 17
     assert all(
         engine_request.sampling.ignore_eos and engine_request.sampling.max_tokens == 8
-        for engine_request in engine.asked
+        for engine_request in engine.requests
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeEngine, last, more
+from fake_engine import FakeEngine, last, more
 from serving import served
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
@@ -137,7 +137,7 @@ class Picky(FakeEngine):
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        self.asked.append(request)
+        self.requests.append(request)
         prompt = "".join(map(chr, request.prompt))
         try:
             yield StepOutput()
@@ -152,7 +152,7 @@ class Picky(FakeEngine):
 
 
 def prompts_of(engine: FakeEngine) -> list[str]:
-    return ["".join(map(chr, request.prompt)) for request in engine.asked]
+    return ["".join(map(chr, request.prompt)) for request in engine.requests]
 
 
 async def test_ctrl_c_cancels_a_stream_on_the_server() -> None:

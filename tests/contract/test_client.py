@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 from callers import CLIENTS, Threaded
-from fakes import FakeEngine, last, more
+from fake_engine import FakeEngine, last, more
 from serving import served
 
 from yuan_grpc.client import (
@@ -110,7 +110,7 @@ async def test_generate_answers_with_values(kind: Any) -> None:
         (),
     )
     assert answer.message.choices[0].text == "yes"
-    assert engine.asked[0].sampling.max_tokens == 8
+    assert engine.requests[0].sampling.max_tokens == 8
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ async def test_a_taken_name_is_told_and_not_tried_again(kind: Any) -> None:
             with pytest.raises(AlreadyExistsError) as raised:
                 await client.generate("AB", request_id="taken")
         assert (raised.value.reason, raised.value.request_id) == ("DUPLICATE_REQUEST_ID", "taken")
-    assert len(engine.asked) == 1
+    assert len(engine.requests) == 1
 
 
 async def test_an_aborted_call_is_cancelled(kind: Any) -> None:
@@ -385,7 +385,7 @@ async def test_an_unknown_keyword_is_a_type_error_before_anything_is_sent(kind: 
             client.stream("AB", max_token=3)
         with pytest.raises(TypeError, match="`max_token` is no keyword"):
             await _all(client.generate_many(["AB"], max_token=3))
-    assert engine.asked == []
+    assert engine.requests == []
 
 
 async def _all(items: Any) -> list[Any]:
@@ -611,7 +611,7 @@ async def test_waiting_ends_when_the_server_serves(kind: Any) -> None:
         with pytest.raises(DeadlineError, match=r"within 0.2 s: its health was NOT_SERVING"):
             await client.wait_until_ready(timeout=0.2)
         assert not waiting.done()
-        await health.serving()
+        await health.set_serving()
         await waiting
 
 
@@ -627,7 +627,7 @@ async def test_a_server_may_come_while_it_is_waited_for(kind: Any) -> None:
         health = Health(NAME)
         server, _ = await build(YuanService(GenerationService(FakeEngine(last()))), health, f"127.0.0.1:{port}")
         await server.start()
-        await health.serving()
+        await health.set_serving()
         await waiting
         assert (await client.generate("A")).text == "!"
         await server.stop(None)

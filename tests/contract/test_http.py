@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from fakes import FakeEngine, last, more
+from fake_engine import FakeEngine, last, more
 from http_server import ORIGINAL, events, post, served
 
-from yuan_grpc.server.core.limits import IN_FLIGHT
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError
 from yuan_grpc.server.http.call import MAX_BODY
@@ -48,7 +48,7 @@ async def test_the_original_call_is_answered_as_it_was() -> None:
     response = await post(engine, GENERATE, ORIGINAL)
     assert response.json() == {"text": ["AByes"]}
     assert response.headers["content-type"] == "application/json"
-    sampling = engine.asked[0].sampling
+    sampling = engine.requests[0].sampling
     assert (sampling.max_tokens, sampling.top_p, sampling.top_k, sampling.stop) == (256, 0, 1, ("<eod>",))
 
 
@@ -97,7 +97,7 @@ async def test_a_choice_of_which_nothing_has_come_is_the_prompt_however_that_was
 async def test_max_tokens_and_the_rest_are_what_they_were_in_the_original() -> None:
     engine = FakeEngine(last())
     await post(engine, GENERATE, {"prompt": "AB"})
-    sampling = engine.asked[0].sampling
+    sampling = engine.requests[0].sampling
     assert (sampling.n, sampling.max_tokens, sampling.temperature, sampling.top_p) == (1, 16, 1, 1)
 
 
@@ -115,7 +115,7 @@ async def test_generate_takes_every_field_of_the_contract() -> None:
     response = await post(engine, GENERATE, body)
     assert response.json() == {"text": ["!"]}
     assert response.headers["x-request-id"] == "mine"
-    [request] = engine.asked
+    [request] = engine.requests
     assert (request.request_id, list(request.prompt), request.sampling.seed) == (
         "mine",
         [65, 66],
@@ -166,7 +166,7 @@ async def test_an_answer_in_chat_has_openais_shape() -> None:
         {"role": "user", "content": "D", "name": "me"},
     ]
     content = (await post(engine, CHAT, {"messages": turns})).json()
-    assert "".join(map(chr, engine.asked[0].prompt)) == "S|A\nB|C|D>"
+    assert "".join(map(chr, engine.requests[0].prompt)) == "S|A\nB|C|D>"
     assert (content["object"], content["id"][:9]) == ("chat.completion", "chatcmpl-")
     [choice] = content["choices"]
     assert choice["message"] == {"role": "assistant", "content": "yes", "refusal": None}
@@ -194,7 +194,7 @@ async def test_chat_goes_on_to_the_end_of_the_context_unless_told() -> None:
     async with served(engine) as client:
         for more_fields in ({}, {"max_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 4}):
             await client.post(CHAT, json={"messages": TURNS, **more_fields})
-    assert [request.sampling.max_tokens for request in engine.asked] == [64, 3, 4]
+    assert [request.sampling.max_tokens for request in engine.requests] == [64, 3, 4]
 
 
 async def test_many_prompts_are_answered_in_their_order() -> None:
@@ -207,14 +207,14 @@ async def test_many_prompts_are_answered_in_their_order() -> None:
         (3, "b"),
     ]
     assert (content["usage"]["prompt_tokens"], content["usage"]["completion_tokens"]) == (3, 4)
-    assert [request.request_id for request in engine.asked] == ["mine-0", "mine-1"]
+    assert [request.request_id for request in engine.requests] == ["mine-0", "mine-1"]
 
 
 @pytest.mark.parametrize("prompt", [[65, 66], [[65], [66, 67]], ["A", [66]]])
 async def test_prompts_may_be_token_ids(prompt: list[Any]) -> None:
     engine = FakeEngine(last())
     assert (await post(engine, TEXT, {"prompt": prompt})).status_code == 200
-    asked = [list(request.prompt) for request in engine.asked]
+    asked = [list(request.prompt) for request in engine.requests]
     assert asked == {65: [[65, 66]], "A": [[65], [66]]}.get(prompt[0] if prompt[0] != [65] else 0, [[65], [66, 67]])
 
 
@@ -231,9 +231,9 @@ async def test_a_stream_of_many_prompts_has_all_of_each() -> None:
 async def test_no_more_prompts_run_at_a_time_than_in_a_batch() -> None:
     engine = FakeEngine(hangs=True)
     async with served(engine) as client:
-        async with client.stream("POST", TEXT, json={"prompt": ["A"] * (2 * IN_FLIGHT), "stream": True}):
+        async with client.stream("POST", TEXT, json={"prompt": ["A"] * (2 * MAX_IN_FLIGHT), "stream": True}):
             await client.get("/v1/models")  # while they have all the time to begin
-            assert engine.running == IN_FLIGHT
+            assert engine.running == MAX_IN_FLIGHT
         await engine.freed.wait()
 
 
@@ -275,13 +275,13 @@ async def test_an_echo_has_the_log_probabilities_of_the_prompt_too() -> None:
     assert choice["logprobs"]["token_logprobs"] == [None, -2, -0.5]
     assert choice["logprobs"]["top_logprobs"][:2] == [None, {"B": -2}]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]
-    assert engine.asked[0].sampling.prompt_logprobs == 1
+    assert engine.requests[0].sampling.prompt_logprobs == 1
 
 
 async def test_log_probabilities_in_chat() -> None:
     engine = FakeEngine(with_logprobs("é", FinishReason.STOP))
     [choice] = (await post(engine, CHAT, {"messages": TURNS, "logprobs": True, "top_logprobs": 2})).json()["choices"]
-    assert engine.asked[0].sampling.logprobs == 2
+    assert engine.requests[0].sampling.logprobs == 2
     [token] = choice["logprobs"]["content"]
     assert (token["token"], token["logprob"], token["bytes"]) == ("é", -0.5, [195, 169])
     assert [other["token"] for other in token["top_logprobs"]] == ["x", "é"]
@@ -317,7 +317,7 @@ async def test_a_response_format_is_a_constraint(
 ) -> None:
     engine = FakeEngine(last("{}"))
     assert (await post(engine, CHAT, {"messages": TURNS, "response_format": response_format})).status_code == 200
-    constraint = engine.asked[0].sampling.structured_outputs
+    constraint = engine.requests[0].sampling.structured_outputs
     assert constraint is not None
     assert (constraint.kind, constraint.specification) == (kind, specification or '{"type": "object"}')
 
@@ -522,7 +522,7 @@ async def test_the_served_model_goes_by_what_the_server_was_started_with(path: s
 @pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engine_that_is_not_ready_is_unavailable(path: str, stream: bool) -> None:
-    response = await post(FakeEngine(ready=False), path, BODIES[path] | {"stream": stream})
+    response = await post(FakeEngine(is_ready=False), path, BODIES[path] | {"stream": stream})
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["type"] == "server_error"
 
@@ -568,10 +568,10 @@ async def test_a_request_id_that_is_taken_conflicts() -> None:
 
 
 async def test_health_is_true_and_speaks_to_get_and_head() -> None:
-    engine = FakeEngine(ready=False)
+    engine = FakeEngine(is_ready=False)
     async with served(engine) as client:
         assert (await client.get("/health")).status_code == 503
-        engine.ready = True
+        engine.is_ready = True
         assert (await client.get("/health")).status_code == 200
         assert (await client.head("/health")).status_code == 200
 
@@ -593,7 +593,7 @@ async def test_models_are_the_served_one_and_the_loaded_adapters() -> None:
 
 
 async def test_an_engine_that_is_not_ready_has_no_models_to_tell_of() -> None:
-    async with served(FakeEngine(ready=False)) as client:
+    async with served(FakeEngine(is_ready=False)) as client:
         assert (await client.get("/v1/models")).status_code == 503
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from fakes import FakeEngine, last, more
+from fake_engine import FakeEngine, last, more
 from http_server import client_of, connected, events, listening, served, written
 
 from yuan_grpc.server.core.generation_service import GenerationService
@@ -123,7 +123,7 @@ async def test_abort_ends_a_call_of_http() -> None:
     async with listening(engine) as listener, client_of(listener) as client:
         call = asyncio.ensure_future(client.post("/generate", json={"prompt": "A", "request_id": "mine"}))
         await engine.began.wait()
-        await listener._state.service.calls.abort("mine")
+        await listener._state.service.inflight.abort("mine")
         response = await call
     assert (response.status_code, response.json()["error"]["message"]) == (499, "the call was ended by Abort")
 
@@ -291,7 +291,7 @@ async def test_calls_that_outlast_the_grace_are_told_and_freed(settings: Setting
     assert error["message"] == "the server is stopping"
     assert response.status_code == (200 if stream else 503)
     assert await running.ended() == 0
-    assert engine.freed_before_it_stopped
+    assert engine.freed_before_stop
 
 
 async def test_told_twice_it_waits_for_nobody(settings: Settings) -> None:

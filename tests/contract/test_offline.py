@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fakes import FakeEngine, last
+from fake_engine import FakeEngine, last
 
 from yuan_grpc import offline
 from yuan_grpc.client import Client
@@ -31,7 +31,7 @@ def test_it_ends_when_the_block_fails() -> None:
 
 def test_an_engine_that_cannot_be_started_says_why() -> None:
     engine = FakeEngine()
-    engine.failure = MemoryError("too large")
+    engine.start_error = MemoryError("too large")
     with pytest.raises(MemoryError, match="too large"), offline.running(engine):
         pass
     assert engine.stopped

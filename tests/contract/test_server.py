@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 import serving
-from fakes import FakeEngine, last, more
+from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
 
@@ -167,7 +167,7 @@ def test_the_process_ends_for_its_supervisor_when_grpcs_server_does(settings: Se
     """As grpcio's own does at a path that is not UTF-8."""
     program = f"""
 import asyncio, os
-from fakes import FakeEngine
+from fake_engine import FakeEngine
 from yuan_grpc.server.grpc import unknown_methods
 unknown_methods._NEEDED = ("nothing that it has",), ()
 from yuan_grpc.server.server import serve
@@ -209,7 +209,7 @@ async def test_calls_that_outlast_the_grace_are_ended_and_freed(settings: Settin
     await running.tell_to_stop()
     assert await call.code() is grpc.StatusCode.UNAVAILABLE
     assert await running.ended() == 0
-    assert engine.freed_before_it_stopped
+    assert engine.freed_before_stop
 
 
 async def test_it_can_be_stopped_while_the_engine_starts(settings: Settings) -> None:
@@ -223,7 +223,7 @@ async def test_it_can_be_stopped_while_the_engine_starts(settings: Settings) -> 
 
 async def test_an_engine_that_does_not_start_ends_it(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine()
-    engine.failure = RuntimeError("no such weights")
+    engine.start_error = RuntimeError("no such weights")
     assert await serve(settings, engine) == 1
     assert engine.stopped
     assert "no such weights" in caplog.text
@@ -235,7 +235,7 @@ async def test_an_engine_that_dies_ends_it(settings: Settings) -> None:
     running = Running(settings, engine)
     while await running.health() != STATUS.SERVING:
         pass
-    engine.dies.set()
+    engine.died.set()
     assert await running.health() == STATUS.NOT_SERVING
     assert await running.ended() == 1
     assert engine.stopped

@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import pytest
 import serving
-from fakes import FakeEngine, last, more
+from fake_engine import FakeEngine, last, more
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
 
-from yuan_grpc.server.core.limits import IN_FLIGHT
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, ServiceError, UnavailableError
 from yuan_grpc.server.grpc.health import Health
@@ -91,7 +91,7 @@ async def test_a_bad_request_never_reaches_the_engine() -> None:
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error.details() == "`temperature` must be between 0 and 2, not -1.0"
     assert details == ["google.rpc.ErrorInfo", "google.rpc.BadRequest"]
-    assert engine.asked == []
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no UTF-8"])
@@ -126,7 +126,7 @@ async def test_a_lost_engine_is_unavailable() -> None:
 
 
 async def test_an_engine_that_is_not_ready_is_unavailable() -> None:
-    error, _ = await status_from(FakeEngine(last(), ready=False))
+    error, _ = await status_from(FakeEngine(last(), is_ready=False))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -164,7 +164,7 @@ async def test_a_live_request_id_is_not_given_twice() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub_of(channel).Generate(request)
         assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS
-        assert len(engine.asked) == 1
+        assert len(engine.requests) == 1
         running.cancel()
 
 
@@ -241,9 +241,9 @@ async def test_health_is_true_from_start_to_stop() -> None:
     async with served(FakeEngine(), health) as channel:
         watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest(service=NAME))
         seen = [(await watch.read()).status]
-        await health.serving()
+        await health.set_serving()
         seen.append((await watch.read()).status)
-        await health.stopping()
+        await health.set_stopping()
         seen.append((await watch.read()).status)
         watch.cancel()
     status = health_pb2.HealthCheckResponse
@@ -292,7 +292,7 @@ async def test_the_seed_that_was_used_comes_back() -> None:
         first = await stub.GenerateStream(REQUEST).read()
         greedy = await stub.Generate(pb.GenerateRequest(prompt="AB", temperature=0, seed=5))
     assert (own.HasField("seed"), own.seed) == (True, 0)
-    assert [engine_request.sampling.seed for engine_request in engine.asked] == [0, drawn.seed, first.seed, None]
+    assert [engine_request.sampling.seed for engine_request in engine.requests] == [0, drawn.seed, first.seed, None]
     assert drawn.seed != first.seed
     assert not greedy.HasField("seed")
 
@@ -332,7 +332,7 @@ async def test_a_conversation_is_a_prompt_in_the_models_format() -> None:
         response = await stub_of(channel).Generate(pb.GenerateRequest(messages=messages, echo=True))
         tokens = await stub_of(channel).Tokenize(pb.TokenizeRequest(messages=messages))
     assert response.choices[0].text == "A|B|C>d"
-    assert (tokens.text, [token.id for token in tokens.tokens]) == ("A|B|C>", list(engine.asked[0].prompt))
+    assert (tokens.text, [token.id for token in tokens.tokens]) == ("A|B|C>", list(engine.requests[0].prompt))
 
 
 async def test_a_cut_prompt_is_what_is_echoed_and_counted() -> None:
@@ -447,14 +447,14 @@ async def test_a_batch_answers_each_request_with_a_result_or_a_status() -> None:
 
 
 async def test_a_batch_runs_a_bounded_number_at_a_time() -> None:
-    items = batch_of(*[pb.GenerateRequest(prompt="AB", request_id=str(i)) for i in range(IN_FLIGHT + 10)])
+    items = batch_of(*[pb.GenerateRequest(prompt="AB", request_id=str(i)) for i in range(MAX_IN_FLIGHT + 10)])
     async with served(engine := FakeEngine(hangs=True)) as channel:
         stub = stub_of(channel)
         call = stub.GenerateBatch(iter(items))
         for ended in range(3):
-            await until(lambda: len(engine.asked) >= IN_FLIGHT + ended)  # noqa: B023 - awaited in the loop
+            await until(lambda: len(engine.requests) >= MAX_IN_FLIGHT + ended)  # noqa: B023 - awaited in the loop
             await stub.Abort(pb.AbortRequest(request_id=str(ended)))
-            assert len(engine.asked) <= IN_FLIGHT + ended + 1
+            assert len(engine.requests) <= MAX_IN_FLIGHT + ended + 1
             assert (await call.read()).request_id == str(ended)
         call.cancel()
         await until(lambda: not engine.running)
@@ -465,7 +465,9 @@ async def test_an_answer_that_is_too_large_harms_no_other_of_its_batch() -> None
     async with served(FakeEngine(large)) as channel:
         (answer,) = [answer async for answer in stub_of(channel).GenerateBatch(iter(batch_of(REQUEST)))]
     assert answer.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-    assert answer.error.message.startswith("a request's answer must be at most 4190208 bytes in a batch, not 41943")
+    assert answer.error.message.startswith(
+        "the response to a request of a batch must be at most 4190208 bytes, not 41943"
+    )
 
 
 async def test_one_request_of_a_batch_can_be_aborted() -> None:

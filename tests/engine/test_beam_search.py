@@ -83,7 +83,7 @@ async def test_what_is_said_of_a_choice_is_what_the_engine_says_of_it_as_a_promp
         ranks = [position.chosen.rank for position in positions]
         assert [position.chosen.rank for position in delta.logprobs] == ranks
         assert [[token.rank for token in position.top] for position in delta.logprobs] == [[1, 2, 3]] * len(ranks)
-        text, stop_reason = engine.continuation(request, delta.token_ids, ended=False)
+        text, stop_reason = engine.decode_continuation(request, delta.token_ids, ended=False)
         assert (delta.text, delta.stop_reason) == (text, stop_reason)
         assert delta.finish_reason is (FinishReason.STOP if stop_reason else FinishReason.LENGTH)
     assert {delta.stop_reason for delta in last.deltas} == {"以", None}

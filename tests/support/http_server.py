@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from fakes import FakeEngine
+from fake_engine import FakeEngine
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.http import Listener

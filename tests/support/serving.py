@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fakes import FakeEngine
+from fake_engine import FakeEngine
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.grpc.health import Health

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytest
-from fakes import INFO, FakeEngine
+from fake_engine import INFO, FakeEngine
 from hf_search import HfYuan, Search, hf_answers, our_answers, rare_tokens
 from reference import ReferenceYuan
 
@@ -62,7 +62,7 @@ class TableEngine(FakeEngine):
         self.most_running = 0
         self.before: Callable[[EngineRequest], Awaitable[None]] | None = None
 
-    def continuation(
+    def decode_continuation(
         self, search_request: EngineRequest, token_ids: Sequence[int], *, ended: bool
     ) -> tuple[str, str | None]:
         text, keeps_end = "", search_request.sampling.include_stop_str_in_output
@@ -83,8 +83,8 @@ class TableEngine(FakeEngine):
     async def generate(
         self, search_request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        assert search_request.request_id not in {other.request_id for other in self.asked}
-        self.asked.append(search_request)
+        assert search_request.request_id not in {other.request_id for other in self.requests}
+        self.requests.append(search_request)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -133,7 +133,7 @@ def longer(engine: TableEngine, search_request: EngineRequest, before: Found) ->
 def found(engine: TableEngine, search_request: EngineRequest, token_ids: tuple[int, ...], logprob: float) -> Found:
     sampling, last = search_request.sampling, token_ids[-1]
     by_token = last in sampling.stop_token_ids or (last == 0 and not sampling.ignore_eos)
-    stop = engine.continuation(search_request, token_ids, ended=by_token)[1]
+    stop = engine.decode_continuation(search_request, token_ids, ended=by_token)[1]
     if stop or by_token:
         return Found(token_ids, logprob, FinishReason.STOP, stop or last)
     at_an_end = len(token_ids) == min(sampling.max_tokens, engine.info.max_model_len - len(search_request.prompt))
@@ -198,7 +198,8 @@ def assert_best(
     )
     ended = [delta.stop_reason in (0, *search_request.sampling.stop_token_ids) for delta in deltas]
     texts = [
-        engine.continuation(search_request, one.token_ids, ended=end)[0] for one, end in zip(best, ended, strict=True)
+        engine.decode_continuation(search_request, one.token_ids, ended=end)[0]
+        for one, end in zip(best, ended, strict=True)
     ]
     assert [delta.text for delta in deltas] == texts
 
@@ -267,7 +268,7 @@ async def test_many_likely_ending_tokens_leave_enough_that_go_on() -> None:
         await choices_of(engine, search_request, beam),
         searched_to_the_end(engine, search_request, beam),
     )
-    assert [len(asked.prompt) for asked in engine.asked] == [2, 3, 3, 4, 4, 5, 5]
+    assert [len(asked.prompt) for asked in engine.requests] == [2, 3, 3, 4, 4, 5, 5]
 
 
 async def test_the_context_ends_a_choice_as_max_tokens_does() -> None:
@@ -328,9 +329,9 @@ async def test_each_beam_is_one_job_of_one_token_and_a_steps_beams_run_together(
     await all_steps(BeamSearch(engine, search_request, BeamSearchParams(1, 3)))
     child = Sampling(max_tokens=1, temperature=0, logprobs=6, ignore_eos=True)
     first = replace(child, prompt_logprobs=1, skip_reading_prefix_cache=True)
-    assert [asked.sampling for asked in engine.asked] == [first] + [child] * 6
-    assert [len(asked.prompt) for asked in engine.asked] == [2, 3, 3, 3, 4, 4, 4]
-    assert {(asked.priority, asked.cache_salt, asked.lora) for asked in engine.asked} == {(5, "salt", "style")}
+    assert [asked.sampling for asked in engine.requests] == [first] + [child] * 6
+    assert [len(asked.prompt) for asked in engine.requests] == [2, 3, 3, 3, 4, 4, 4]
+    assert {(asked.priority, asked.cache_salt, asked.lora) for asked in engine.requests} == {(5, "salt", "style")}
     assert engine.most_running == 3
 
 

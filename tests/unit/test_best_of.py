@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
-from fakes import FakeEngine, last, more
+from fake_engine import FakeEngine, last, more
 
 from yuan_grpc.server.core.best_of import OutputAccumulator, best_of, replicate_choices
 from yuan_grpc.server.engine.types import (
@@ -63,7 +63,7 @@ async def test_the_best_of_several_come_in_order_at_the_end() -> None:
     assert end.discarded_tokens == 3
     assert [output.progress for output in progress] == [None, Progress(3, 1), Progress(7, 2), Progress(11, 3)]
     assert not any(output.deltas for output in progress)
-    assert (engine.asked[0].sampling.n, engine.asked[0].sampling.logprobs) == (3, 0)
+    assert (engine.requests[0].sampling.n, engine.requests[0].sampling.logprobs) == (3, 0)
 
 
 @pytest.mark.parametrize(("logprobs", "kept"), [(None, 0), (0, 1)])

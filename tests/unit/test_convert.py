@@ -1,7 +1,7 @@
 """Messages to plain values."""
 
 import pytest
-from fakes import INFO
+from fake_engine import INFO
 from google.protobuf.struct_pb2 import Value
 
 from yuan_grpc.server.core.convert import plan_request, sampling_of, truncated

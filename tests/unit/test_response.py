@@ -20,7 +20,7 @@ def test_choices_come_in_the_order_of_their_indices() -> None:
     output = StepOutput(
         [ChoiceDelta(1, "b", [2], finish_reason=FinishReason.STOP), ChoiceDelta(0, "a", [1])], cached_tokens=3
     )
-    response = reply().whole(output)
+    response = reply().build_response(output)
     assert [(choice.index, choice.text) for choice in response.choices] == [(0, "a"), (1, "b")]
     assert response.usage == pb.Usage(prompt_tokens=5, completion_tokens=2, cached_tokens=3)
 
@@ -33,7 +33,7 @@ def test_a_stream_echoes_once_a_choice_and_counts_where_one_ends() -> None:
         StepOutput([ChoiceDelta(0, "c", [3, 4])]),
         StepOutput([ChoiceDelta(1, "", [5], finish_reason=FinishReason.LENGTH)]),
     ]
-    _, *parts = [part for output in outputs for part in built.parts(output)]
+    _, *parts = [part for output in outputs for part in built.build_stream_messages(output)]
     assert [[choice.text for choice in part.choices] for part in parts] == [["Qa", "Qb"], ["c"], [""]]
     assert [part.HasField("usage") for part in parts] == [False, False, True]
     assert parts[-1].usage.completion_tokens == 5
@@ -42,14 +42,14 @@ def test_a_stream_echoes_once_a_choice_and_counts_where_one_ends() -> None:
 @pytest.mark.parametrize(("stop_reason", "field"), [("。", "stop_string"), (7, "stop_token_id"), (None, None)])
 def test_what_stopped_a_choice_is_a_string_or_a_token(stop_reason: str | int | None, field: str | None) -> None:
     delta = ChoiceDelta(0, "", [], finish_reason=FinishReason.STOP, stop_reason=stop_reason)
-    (choice,) = reply().whole(StepOutput([delta])).choices
+    (choice,) = reply().build_response(StepOutput([delta])).choices
     assert choice.WhichOneof("stopped_by") == field
 
 
 def test_logprobs_keep_their_order_and_ranks() -> None:
     chosen, first = RankedToken(4, "d", -2.5, 9), RankedToken(1, "a", -0.5, 1)
     delta = ChoiceDelta(0, "d", [4], logprobs=[TokenLogprobs(chosen, [first])], cumulative_logprob=-2.5)
-    (choice,) = reply().whole(StepOutput([delta])).choices
+    (choice,) = reply().build_response(StepOutput([delta])).choices
     assert choice.logprobs[0] == pb.TokenLogprob(
         token_id=4, token="d", logprob=-2.5, rank=9, top=[pb.TopLogprob(token_id=1, token="a", logprob=-0.5, rank=1)]
     )
@@ -58,7 +58,7 @@ def test_logprobs_keep_their_order_and_ranks() -> None:
 
 def test_flat_logprobs_say_where_each_position_begins() -> None:
     delta = ChoiceDelta(0, "ad", [1, 4], logprobs=[FIRST, SECOND])
-    (choice,) = reply(flat_logprobs=True).whole(StepOutput([delta])).choices
+    (choice,) = reply(flat_logprobs=True).build_response(StepOutput([delta])).choices
     assert not choice.logprobs
     assert choice.flat_logprobs == pb.FlatLogprobs(
         token_ids=[1, 4, 1], logprobs=[0.0, -2.5, -0.5], ranks=[0, 9, 1], starts=[0, 1]
@@ -67,8 +67,10 @@ def test_flat_logprobs_say_where_each_position_begins() -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_prompts_logprobs_come_whole_or_first(flat: bool) -> None:
-    response = reply(flat_logprobs=flat).whole(StepOutput(prompt_logprobs=[FIRST, SECOND]))
-    (first,) = reply(flat_logprobs=flat, prompt_logprobs=1).parts(StepOutput(prompt_logprobs=[FIRST, SECOND]))
+    response = reply(flat_logprobs=flat).build_response(StepOutput(prompt_logprobs=[FIRST, SECOND]))
+    (first,) = reply(flat_logprobs=flat, prompt_logprobs=1).build_stream_messages(
+        StepOutput(prompt_logprobs=[FIRST, SECOND])
+    )
     assert (response.prompt_logprobs, response.flat_prompt_logprobs) == (
         first.prompt_logprobs,
         first.flat_prompt_logprobs,
@@ -79,7 +81,7 @@ def test_the_prompts_logprobs_come_whole_or_first(flat: bool) -> None:
 
 def test_a_long_prompts_logprobs_are_cut_into_messages() -> None:
     positions = [SECOND] * (MAX_ENTRIES_IN_A_MESSAGE + 1)
-    messages = list(reply(prompt_logprobs=1).parts(StepOutput(prompt_logprobs=positions)))
+    messages = list(reply(prompt_logprobs=1).build_stream_messages(StepOutput(prompt_logprobs=positions)))
     assert [len(message.prompt_logprobs) for message in messages] == [MAX_ENTRIES_IN_A_MESSAGE // 2] * 2 + [1]
     assert [message.HasField("usage") for message in messages] == [True, False, False]
 
@@ -91,7 +93,7 @@ def test_what_is_too_large_for_a_message_of_a_stream_comes_in_several(flat: bool
     output = StepOutput(
         [ChoiceDelta(0, "a", [1], [FIRST]), long, ChoiceDelta(2, "b", [2], [FIRST], -1.0)], progress=Progress(1, 1)
     )
-    begun, *messages = reply(echo="Q", flat_logprobs=flat).parts(output)
+    begun, *messages = reply(echo="Q", flat_logprobs=flat).build_stream_messages(output)
     assert not begun.choices
     assert max(message.ByteSize() for message in messages) < 2 << 20
     assert all(message.HasField("progress") for message in messages)
@@ -107,29 +109,29 @@ def test_what_is_too_large_for_a_message_of_a_stream_comes_in_several(flat: bool
 
 
 def test_the_first_message_tells_prompt_tokens_and_seed() -> None:
-    (first,) = reply(seed=0, return_prompt_token_ids=True).parts(StepOutput())
+    (first,) = reply(seed=0, return_prompt_token_ids=True).build_stream_messages(StepOutput())
     assert first.usage == pb.Usage(prompt_tokens=5)
     assert (first.HasField("seed"), first.seed, list(first.prompt_token_ids)) == (True, 0, PROMPT)
-    (first,) = reply().parts(StepOutput())
+    (first,) = reply().build_stream_messages(StepOutput())
     assert (first.HasField("seed"), list(first.prompt_token_ids)) == (False, [])
 
 
 def test_discarded_tokens_are_counted() -> None:
-    response = reply().whole(StepOutput([ChoiceDelta(0, "a", [1])], discarded_tokens=7))
+    response = reply().build_response(StepOutput([ChoiceDelta(0, "a", [1])], discarded_tokens=7))
     assert response.usage.completion_tokens == 8
 
 
 def test_progress_is_told() -> None:
-    _, part = reply().parts(StepOutput(progress=Progress(3, 1, "best", -1.5)))
+    _, part = reply().build_stream_messages(StepOutput(progress=Progress(3, 1, "best", -1.5)))
     assert part.progress == pb.Progress(tokens=3, finished=1, best_text="best", best_cumulative_logprob=-1.5)
     assert not part.HasField("usage")
 
 
 def test_the_first_message_waits_for_the_prompts_logprobs_unless_a_heartbeat_is_due() -> None:
     patient, hurried = reply(prompt_logprobs=1), reply(prompt_logprobs=1)
-    assert list(patient.parts(StepOutput())) == []
+    assert list(patient.build_stream_messages(StepOutput())) == []
     (first,) = hurried.heartbeat()
     (second,) = hurried.heartbeat()
-    (third,) = hurried.parts(StepOutput(prompt_logprobs=[FIRST]))
+    (third,) = hurried.build_stream_messages(StepOutput(prompt_logprobs=[FIRST]))
     assert [message.HasField("usage") for message in (first, second, third)] == [True, False, False]
     assert len(third.prompt_logprobs) == 1

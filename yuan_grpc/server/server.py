@@ -85,7 +85,7 @@ async def serve(settings: Settings, engine: Engine) -> int:
             _end(engine)
         died.cancel()
         logger.info("stopping: calls in flight have %g seconds", settings.grace_seconds)
-        await health.stopping()
+        await health.set_stopping()
         await _stop(server, http, answers, settings.grace_seconds, hurried)
         engine.stop()
         logger.info("stopped")
@@ -129,13 +129,13 @@ async def _stop(
         http.stop()
         stopping.append(asyncio.ensure_future(http.ended()))
     # Not for those who watch health, which they do for ever: once our own calls have ended, all others are.
-    await _first(answers.calls.idle(), asyncio.sleep(grace_seconds), hurried.wait())
+    await _first(answers.inflight.wait_idle(), asyncio.sleep(grace_seconds), hurried.wait())
     await _first(asyncio.wait(stopping), hurried.wait(), asyncio.sleep(FLUSH_SECONDS))
     await server.stop(None)
     if http:
         await http.end()
     await asyncio.wait(stopping)
-    await answers.calls.idle()
+    await answers.inflight.wait_idle()
 
 
 def _end(engine: Engine) -> NoReturn:
@@ -176,9 +176,9 @@ async def _work(engine: Engine, health: Health, told: asyncio.Event, died: async
         except Exception:
             logger.exception("the engine did not start")
             return 1
-        await health.serving()
+        await health.set_serving()
         logger.info("ready after %.1f s", time.monotonic() - began)
-        lost = asyncio.ensure_future(engine.lost())
+        lost = asyncio.ensure_future(engine.wait_until_dead())
         if lost in await _first(lost, told.wait(), asyncio.shield(died)):
             logger.error("the engine was lost")
             return 1

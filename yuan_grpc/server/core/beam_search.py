@@ -310,7 +310,7 @@ class BeamSearch:
 
     def _text(self, request: EngineRequest, token_ids: Sequence[int]) -> str:
         ended = bool(token_ids) and token_ids[-1] in self._ends
-        text, _ = self._engine.continuation(request, token_ids, ended=ended)
+        text, _ = self._engine.decode_continuation(request, token_ids, ended=ended)
         return text
 
 

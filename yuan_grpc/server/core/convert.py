@@ -89,7 +89,7 @@ def sampling_of(request: pb.GenerateRequest) -> Sampling:
 
 def width_of(request: pb.GenerateRequest) -> int:
     """How many choices are generated, of which `n` are returned."""
-    return request.best_of if request.HasField("best_of") else n_of(request)
+    return request.best_of if request.HasField("best_of") else num_choices(request)
 
 
 def jobs_of(request: pb.GenerateRequest) -> int:
@@ -105,7 +105,7 @@ def logprobs_beside(request: pb.GenerateRequest) -> int | None:
     return len(request.logprob_token_ids) or None
 
 
-def n_of(request: pb.GenerateRequest) -> int:
+def num_choices(request: pb.GenerateRequest) -> int:
     """How many choices are returned."""
     return request.n if request.HasField("n") else Sampling.n
 

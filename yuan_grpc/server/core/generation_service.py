@@ -31,7 +31,7 @@ class GenerationService:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.calls = InflightRequests()
+        self.inflight = InflightRequests()
 
     @property
     def engine(self) -> Engine:
@@ -40,18 +40,18 @@ class GenerationService:
         Raises:
             UnavailableError: it is not.
         """
-        if not self._engine.ready:
+        if not self._engine.is_ready:
             raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
         return self._engine
 
-    async def whole(self, request: pb.GenerateRequest, seconds: float | None = None) -> pb.GenerateResponse:
+    async def generate(self, request: pb.GenerateRequest, seconds: float | None = None) -> pb.GenerateResponse:
         """All choices, when they are finished. Cancelled, it frees what it held in the engine.
 
         Args:
             request: is given a name where it has none.
             seconds: how many are left until the caller's deadline, which matters to `partial_on_deadline` alone.
         """
-        with self.calls.running(_named(request)), deadline_event(_until(request, seconds)) as deadline:
+        with self.inflight.track(_named(request)), deadline_event(_until(request, seconds)) as deadline:
             reply, outputs, choices = await self._begin(request, stream=False, deadline=deadline)
             gathering = OutputAccumulator(choices)
             async with aclosing(outputs):
@@ -59,16 +59,16 @@ class GenerationService:
                     gathering.add(output)
             whole = gathering.whole()
             if whole.entries > INLINE_ENTRIES:
-                return await asyncio.to_thread(reply.whole, whole)
-            return reply.whole(whole)
+                return await asyncio.to_thread(reply.build_response, whole)
+            return reply.build_response(whole)
 
     @asynccontextmanager
-    async def in_parts(
+    async def stream(
         self, request: pb.GenerateRequest, seconds: float | None = None
     ) -> AsyncGenerator[AsyncGenerator[pb.GenerateStreamResponse, None], None]:
         """The parts of an answer as they come. Leaving the block frees what they held in the engine; for the arguments
         see `whole`."""
-        with self.calls.running(_named(request)):
+        with self.inflight.track(_named(request)):
             parts = self._parts(request, seconds)
             async with aclosing(parts):
                 yield parts
@@ -81,7 +81,7 @@ class GenerationService:
             paced = with_heartbeats(outputs, convert.heartbeat_seconds(request))
             async with aclosing(paced):
                 async for output in paced:
-                    for part in reply.heartbeat() if output is None else reply.parts(output):
+                    for part in reply.heartbeat() if output is None else reply.build_stream_messages(output):
                         yield part
 
     async def _begin(

@@ -26,7 +26,7 @@ class InflightRequests:
         self._idle.set()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def track_unnamed(self) -> Iterator[None]:
         """Counts a call as running, though it has no name."""
         self._open += 1
         self._idle.clear()
@@ -38,7 +38,7 @@ class InflightRequests:
                 self._idle.set()
 
     @contextmanager
-    def running(self, request_id: str) -> Iterator[None]:
+    def track(self, request_id: str) -> Iterator[None]:
         """Holds a name for the current task, which `abort` can end from outside.
 
         Raises:
@@ -51,7 +51,7 @@ class InflightRequests:
         assert task is not None
         call = self._running[request_id] = _Call(task)
         try:
-            with self.open():
+            with self.track_unnamed():
                 yield
         except asyncio.CancelledError:
             if not call.aborted or task.uncancel() > 0:  # the caller may have gone at the same time
@@ -75,6 +75,6 @@ class InflightRequests:
             call.task.cancel()
         await call.ended.wait()
 
-    async def idle(self) -> None:
+    async def wait_idle(self) -> None:
         """Returns when no call is running, and every one that ran has freed its request."""
         await self._idle.wait()

@@ -1,6 +1,6 @@
 """Limits on requests that gRPC and HTTP share."""
 
-IN_FLIGHT = 64
+MAX_IN_FLIGHT = 64
 MAX_REQUEST_ID = 256
 MAX_CHOICES = 128
 MAX_MESSAGES = 1024

@@ -55,7 +55,7 @@ class ResponseBuilder:
         self._wants_prompt = request.HasField("prompt_logprobs")
         self._has_begun = False
 
-    def whole(self, output: StepOutput) -> pb.GenerateResponse:
+    def build_response(self, output: StepOutput) -> pb.GenerateResponse:
         """The response of Generate, of a step that has all of every choice."""
         response = pb.GenerateResponse(
             request_id=self._request_id,
@@ -68,7 +68,7 @@ class ResponseBuilder:
         self._add_prompt_logprobs(response, output.prompt_logprobs)
         return response
 
-    def parts(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
+    def build_stream_messages(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
         """The responses of GenerateStream that a step makes: none, one, or more where one would be too large.
 
         The first of all waits for the prompt's log-probabilities, where they are asked for. Usage comes with it, and
@@ -153,7 +153,7 @@ class ResponseBuilder:
             response.prompt_logprobs.extend(map(_token_logprob, logprobs))
 
 
-def tokenized(text: str, tokens: Sequence[tuple[int, str, int, int]]) -> pb.TokenizeResponse:
+def tokenize_response(text: str, tokens: Sequence[tuple[int, str, int, int]]) -> pb.TokenizeResponse:
     """The response of Tokenize."""
     return pb.TokenizeResponse(
         tokens=[pb.Token(id=i, piece=piece, start=start, end=end) for i, piece, start, end in tokens],

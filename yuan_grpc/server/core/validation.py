@@ -12,7 +12,7 @@ from yuan_grpc.server.core.convert import (
     jobs_of,
     logprobs_beside,
     max_tokens_of,
-    n_of,
+    num_choices,
     sampling_of,
     width_of,
 )
@@ -348,7 +348,7 @@ _NOT_IN_BEAM_SEARCH = (
 
 
 def _search_violations(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelInfo) -> Iterator[Violation]:
-    n, best_of, early_stopping = n_of(request), width_of(request), early_stopping_of(request)
+    n, best_of, early_stopping = num_choices(request), width_of(request), early_stopping_of(request)
     if 1 <= best_of < n:  # below, it has been said already
         yield _violation("best_of", f"be at least `n`, {n}", best_of)
     if early_stopping is None:

@@ -18,7 +18,7 @@ class Engine(Protocol):
             Exception: it cannot be started.
         """
 
-    async def lost(self) -> None:
+    async def wait_until_dead(self) -> None:
         """Returns when the started engine has died."""
 
     def stop(self) -> None:
@@ -29,7 +29,7 @@ class Engine(Protocol):
         """What is served. Known once the engine is ready."""
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether a request can be accepted now."""
 
     async def tokenize(self, text: str) -> list[int]:
@@ -44,7 +44,9 @@ class Engine(Protocol):
     def apply_chat_template(self, turns: Sequence[str]) -> str:
         """The turns of a conversation as the model was trained to see them, up to where its answer begins."""
 
-    def continuation(self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
+    def decode_continuation(
+        self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool
+    ) -> tuple[str, str | None]:
         """The text that tokens add behind a job's prompt, just as `generate` would give it.
 
         Args:

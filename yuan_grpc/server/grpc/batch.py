@@ -1,4 +1,4 @@
-"""Many requests over one call, a bounded number of them at a time."""
+"""Bounded concurrent execution of the requests of a batch call."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -6,45 +6,48 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from grpc import StatusCode
 
 from yuan_grpc.server.core.access_log import log_call, log_error
-from yuan_grpc.server.core.limits import IN_FLIGHT
-from yuan_grpc.server.errors import AnswerTooLargeError, status_of
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
+from yuan_grpc.server.errors import AnswerTooLargeError, to_status
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-MAX_ANSWER = (4 << 20) - 4096  # beside which a batch has the request's place and name
+MAX_RESPONSE_BYTES = (4 << 20) - 4096  # leaves space in the 4 MiB message for the index and the request id
 
-Answer = Callable[[pb.GenerateRequest], Awaitable[pb.GenerateResponse]]
+Generate = Callable[[pb.GenerateRequest], Awaitable[pb.GenerateResponse]]
 Write = Callable[[pb.GenerateBatchResponse], Awaitable[None]]
 
 
-async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], answer: Answer, write: Write) -> None:
-    """Answers each request as soon as it is finished; one that fails is told so, and harms no other.
+async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], generate: Generate, write: Write) -> None:
+    """Run the requests concurrently and write each result when it is finished.
 
-    Returns when all are answered. Cancelled, or when the items themselves fail, it ends all that run.
+    A failed request is reported in its own result and does not affect the others. Returns after the last result. If the
+    call is cancelled, or the items cannot be read, all running requests are cancelled.
     """
-    places, writing = asyncio.Semaphore(IN_FLIGHT), asyncio.Lock()
+    slots, writing = asyncio.Semaphore(MAX_IN_FLIGHT), asyncio.Lock()
 
     async def run(index: int, request: pb.GenerateRequest) -> None:
         try:
-            response = await _one(index, request, answer)
-            async with writing:  # a place is taken until the caller has read so far: nothing piles up here
-                await write(response)
+            result = await _run_one(index, request, generate)
+            async with writing:  # the slot stays taken until the client has read the result, so none pile up here
+                await write(result)
         finally:
-            places.release()
+            slots.release()
 
     running: set[asyncio.Task[None]] = set()
 
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and not task.exception():  # an answer that could not be written stays, to end the call
+    def forget(task: asyncio.Task[None]) -> None:
+        if (
+            not task.cancelled() and not task.exception()
+        ):  # a failed write is kept: `gather` raises it and ends the call
             running.discard(task)
 
     try:
         index = 0
-        await places.acquire()
+        await slots.acquire()
         async for item in items:
             running.add(task := asyncio.create_task(run(index, item.request)))
-            task.add_done_callback(ended)
+            task.add_done_callback(forget)
             index += 1
-            await places.acquire()
+            await slots.acquire()
         await asyncio.gather(*running)
     finally:
         for task in running:
@@ -53,22 +56,24 @@ async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], answer: Answe
 
 
 def _check_size(response: pb.GenerateResponse) -> None:
-    """Most clients take no message of more, and would lose the call with all its other requests."""
-    if (size := response.ByteSize()) > MAX_ANSWER:
-        raise AnswerTooLargeError(f"a request's answer must be at most {MAX_ANSWER} bytes in a batch, not {size}")
+    """Raise if the response is too large: most clients reject larger messages and would lose the whole batch."""
+    if (size := response.ByteSize()) > MAX_RESPONSE_BYTES:
+        raise AnswerTooLargeError(
+            f"the response to a request of a batch must be at most {MAX_RESPONSE_BYTES} bytes, not {size}"
+        )
 
 
-async def _one(index: int, request: pb.GenerateRequest, answer: Answer) -> pb.GenerateBatchResponse:
+async def _run_one(index: int, request: pb.GenerateRequest, generate: Generate) -> pb.GenerateBatchResponse:
     with log_call("GenerateBatch") as outcome:
-        reply = pb.GenerateBatchResponse(index=index)
+        result = pb.GenerateBatchResponse(index=index)
         try:
-            reply.response.CopyFrom(await answer(request))
-            _check_size(reply.response)
+            result.response.CopyFrom(await generate(request))
+            _check_size(result.response)
             outcome.code = StatusCode.OK
         except Exception as error:
-            outcome.code, status = status_of(error)
+            outcome.code, status = to_status(error)
             log_error(error, outcome.code, request.request_id)
-            reply.error.MergeFromString(status.SerializeToString())  # the same fields
+            result.error.MergeFromString(status.SerializeToString())  # yuan.v1's status has google.rpc.Status's fields
         finally:
-            outcome.subject = reply.request_id = request.request_id
-        return reply
+            outcome.subject = result.request_id = request.request_id
+        return result

@@ -28,12 +28,12 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Answers once, when all choices are finished."""
-        return await self._answers.whole(request, context.time_remaining())
+        return await self._answers.generate(request, context.time_remaining())
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Answers piece by piece. Writes instead of yielding, so that a cancelled write ends this very frame."""
         writer = StreamWriter(context)
-        async with self._answers.in_parts(request, context.time_remaining()) as parts:
+        async with self._answers.stream(request, context.time_remaining()) as parts:
             async for part in parts:
                 await writer.write(part)
 
@@ -41,15 +41,15 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Answers each of many requests as soon as it is finished."""
 
         async def answer(request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._answers.whole(request, context.time_remaining())
+            return await self._answers.generate(request, context.time_remaining())
 
-        with self._answers.calls.open():
+        with self._answers.inflight.track_unnamed():
             await run_batch(items, answer, StreamWriter(context).write)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
         """Ends a running call by its name."""
         validation.validate_abort(request)
-        await self._answers.calls.abort(request.request_id)
+        await self._answers.inflight.abort(request.request_id)
         return pb.AbortResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: "Context") -> pb.TokenizeResponse:
@@ -60,7 +60,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         if request.messages:
             validation.validate_messages(request.messages)
             text = engine.apply_chat_template([message.content for message in request.messages])
-        return await asyncio.to_thread(response.tokenized, text, await engine.tokenize_with_offsets(text))
+        return await asyncio.to_thread(response.tokenize_response, text, await engine.tokenize_with_offsets(text))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: "Context") -> pb.DetokenizeResponse:
         """Token ids to text."""

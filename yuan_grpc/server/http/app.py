@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from yuan_grpc.server.core.access_log import log_call, log_error
-from yuan_grpc.server.errors import ModelNotFoundError, ServiceError, status_of
+from yuan_grpc.server.errors import ModelNotFoundError, ServiceError, to_status
 from yuan_grpc.server.http import generate
 from yuan_grpc.server.http.call import AppState, ClientDisconnectedError, HttpCall
 from yuan_grpc.server.http.errors import StoppingError, error_body, error_response
@@ -41,7 +41,7 @@ class _Guarded:
             except ClientDisconnectedError:
                 pass  # there is nobody to tell
             except Exception as error:
-                outcome.code, _ = status_of(error)
+                outcome.code, _ = to_status(error)
                 log_error(error, outcome.code, call.name)
                 await call.fail(error)
             finally:
@@ -86,7 +86,7 @@ def create_app(state: AppState) -> Starlette:
 
 def _is_ready(state: AppState) -> bool:
     try:
-        return state.service.engine.ready
+        return state.service.engine.is_ready
     except ServiceError:
         return False
 

@@ -115,7 +115,9 @@ class HttpCall:
         """
         working = asyncio.ensure_future(work)
         gone, shutdown = asyncio.ensure_future(self._gone()), asyncio.ensure_future(self.state.shutdown.wait())
-        with self.state.service.calls.open():  # until the answer is written: the server waits for that when it stops
+        with (
+            self.state.service.inflight.track_unnamed()
+        ):  # until the answer is written: the server waits for that when it stops
             try:
                 await asyncio.wait([working, gone, shutdown], return_when=asyncio.FIRST_COMPLETED)
                 if not working.done():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from yuan_grpc.server.core.convert import n_of
+from yuan_grpc.server.core.convert import num_choices
 from yuan_grpc.server.http.call import ENDED_BY_ZERO, HttpCall
 from yuan_grpc.server.http.json_body import fill, token_ids, written_as_ours
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -29,18 +29,18 @@ def _request(body: dict[str, Any], call: HttpCall) -> pb.GenerateRequest:
 
 
 async def _whole(call: HttpCall, request: pb.GenerateRequest) -> None:
-    response = await call.state.service.whole(request)
+    response = await call.state.service.generate(request)
     await call.answer({"text": [choice.text for choice in response.choices]})
 
 
 async def _streamed(call: HttpCall, request: pb.GenerateRequest) -> None:
     texts: dict[int, str] = {}
     request.return_prompt_token_ids = request.echo  # of which it is made
-    async with call.state.service.in_parts(request) as parts:
+    async with call.state.service.stream(request) as parts:
         async for part in parts:
             if not texts:  # a choice of which nothing has come yet is the prompt
                 echo = await call.state.service.echo(request, part.prompt_token_ids)
-                texts = dict.fromkeys(range(n_of(request)), echo)
+                texts = dict.fromkeys(range(num_choices(request)), echo)
                 begun: set[int] = set()
                 await call.begin(ENDED_BY_ZERO)
             for choice in part.choices:

@@ -91,10 +91,10 @@ def ban(sampling: Sampling, params: SamplingParams, tokenizer: TokenizerLike) ->
         raise InvalidRequestError([Violation("allowed_token_ids", sentence)])
 
 
-def continuation(
+def decode_continuation(
     request: EngineRequest, token_ids: Sequence[int], ended: bool, tokenizer: TokenizerLike
 ) -> tuple[str, str | None]:
-    """See `Engine.continuation`: vLLM's own detokenizer, so that no text can differ from a sampled one's."""
+    """See `Engine.decode_continuation`: vLLM's own detokenizer, so that no text can differ from a sampled one's."""
     core_request = EngineCoreRequest(
         request_id=request.request_id,
         prompt_token_ids=list(request.prompt[-CONTEXT_TOKENS:]),

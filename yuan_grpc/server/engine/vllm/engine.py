@@ -67,7 +67,7 @@ class VllmEngine:
         gc.freeze()
         self._warm = True
 
-    async def lost(self) -> None:
+    async def wait_until_dead(self) -> None:
         """Returns when the started engine has died."""
         handler = self._llm.output_handler  # ends when the engine's processes do
         assert handler is not None
@@ -98,7 +98,7 @@ class VllmEngine:
         return self._info
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the engine has answered its warm-up and lives."""
         return self._warm and not self._llm.errored
 
@@ -125,9 +125,11 @@ class VllmEngine:
         text: str = self._llm.get_tokenizer().apply_chat_template([{"content": turn} for turn in turns])
         return text
 
-    def continuation(self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
+    def decode_continuation(
+        self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool
+    ) -> tuple[str, str | None]:
         """The text that tokens add behind a job's prompt, and the stop string that came up in it."""
-        return convert.continuation(request, token_ids, ended, self._llm.get_tokenizer())
+        return convert.decode_continuation(request, token_ids, ended, self._llm.get_tokenizer())
 
     @property
     def loras(self) -> Sequence[str]:

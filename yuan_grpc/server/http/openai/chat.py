@@ -8,7 +8,7 @@ from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.http.call import HttpCall
 from yuan_grpc.server.http.json_body import flag
 from yuan_grpc.server.http.openai.params import filled, take_shared
-from yuan_grpc.server.http.openai.streaming import ParsedRequest, finish_reason, logprob_of, respond
+from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, logprob_of, respond
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 _NAMES = {"logprobs": "top_logprobs"}
@@ -21,7 +21,7 @@ async def answer(call: HttpCall) -> None:
     await respond(call, _parsed(await call.json(), call), _Turn())
 
 
-def _parsed(body: dict[str, Any], call: HttpCall) -> ParsedRequest:
+def _parsed(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     fields = dict(body)
     stream, has_usage = take_shared(fields)
     for name in ("prompt", "echo"):
@@ -39,7 +39,7 @@ def _parsed(body: dict[str, Any], call: HttpCall) -> ParsedRequest:
         reject("top_logprobs", "`top_logprobs` must be absent without `logprobs`")
     request, model = filled(fields | {"max_tokens": most}, call, names)
     request.messages.extend(messages)
-    return ParsedRequest([request], model, stream, has_usage, names)
+    return OpenAIRequest([request], model, stream, has_usage, names)
 
 
 def _messages(given: Any) -> list[pb.Message]:

@@ -7,7 +7,7 @@ from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.http.call import HttpCall
 from yuan_grpc.server.http.json_body import token_ids
 from yuan_grpc.server.http.openai.params import filled, take_shared
-from yuan_grpc.server.http.openai.streaming import ParsedRequest, finish_reason, logprob_of, respond
+from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, logprob_of, respond
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_PROMPTS = 1024
@@ -19,7 +19,7 @@ async def answer(call: HttpCall) -> None:
     await respond(call, _parsed(await call.json(), call), _Text())
 
 
-def _parsed(body: dict[str, Any], call: HttpCall) -> ParsedRequest:
+def _parsed(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     fields = dict(body)
     stream, has_usage = take_shared(fields)
     if "messages" in fields:
@@ -38,7 +38,7 @@ def _parsed(body: dict[str, Any], call: HttpCall) -> ParsedRequest:
             request.prompt = prompt
         else:
             request.prompt_token_ids.CopyFrom(prompt)
-    return ParsedRequest(requests, model, stream, has_usage, _NAMES)
+    return OpenAIRequest(requests, model, stream, has_usage, _NAMES)
 
 
 def _prompts(given: Any) -> Sequence[str | pb.TokenIds]:

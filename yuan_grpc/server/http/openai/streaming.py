@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from yuan_grpc.server.core.convert import n_of
-from yuan_grpc.server.core.limits import IN_FLIGHT
+from yuan_grpc.server.core.convert import num_choices
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.errors import InvalidRequestError
 from yuan_grpc.server.http.call import EVENTS, HttpCall
 from yuan_grpc.server.http.errors import renamed
@@ -18,7 +18,7 @@ LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
-class ParsedRequest:
+class OpenAIRequest:
     """What a body asks for.
 
     Attributes:
@@ -56,7 +56,7 @@ class ChoiceFormat(Protocol):
         """A piece of a choice; `prompt` is empty but for the first."""
 
 
-async def respond(call: HttpCall, parsed: ParsedRequest, shape: ChoiceFormat) -> None:
+async def respond(call: HttpCall, parsed: OpenAIRequest, shape: ChoiceFormat) -> None:
     """Answers, whole or in chunks."""
     answer = _Answer(call, parsed, shape)
     try:
@@ -68,7 +68,7 @@ async def respond(call: HttpCall, parsed: ParsedRequest, shape: ChoiceFormat) ->
 class _Answer:
     """One answer on its way. Choices are numbered through all prompts."""
 
-    def __init__(self, call: HttpCall, parsed: ParsedRequest, shape: ChoiceFormat) -> None:
+    def __init__(self, call: HttpCall, parsed: OpenAIRequest, shape: ChoiceFormat) -> None:
         self._call = call
         self._parsed = parsed
         self._shape = shape
@@ -85,13 +85,13 @@ class _Answer:
 
     async def whole(self) -> None:
         async def one(_: int, request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._service.whole(request)
+            return await self._service.generate(request)
 
         responses = await gather_bounded(self._parsed.requests, one)
         choices = []
         for place, (request, response) in enumerate(zip(self._parsed.requests, responses, strict=True)):
             for choice in response.choices:
-                index = place * n_of(request) + choice.index
+                index = place * num_choices(request) + choice.index
                 choices.append(self._shape.whole(index, choice, response.prompt_logprobs))
                 if request.return_prompt_token_ids:
                     choices[-1] |= _ids(choice) | {"prompt_token_ids": list(response.prompt_token_ids)}
@@ -106,8 +106,8 @@ class _Answer:
         await self._call.end()
 
     async def _stream(self, place: int, request: pb.GenerateRequest) -> None:
-        chunks = _Chunks(self._shape, request, place * n_of(request))
-        async with self._service.in_parts(request) as parts:
+        chunks = _Chunks(self._shape, request, place * num_choices(request))
+        async with self._service.stream(request) as parts:
             async for part in parts:
                 if part.HasField("usage"):
                     self._usages[place] = part.usage
@@ -136,7 +136,7 @@ class _Chunks:
         self._shape = shape
         self._first = first
         self._wants_ids = request.return_prompt_token_ids
-        self._unopened = list(range(n_of(request)))
+        self._unopened = list(range(num_choices(request)))
         self._unseen = set(self._unopened)
         self._prompt_token_ids: list[int] = []
         self._prompt_logprobs: list[pb.TokenLogprob] = []
@@ -197,7 +197,7 @@ async def gather_bounded(
     """
     if len(requests) == 1:
         return [await work(0, requests[0])]
-    places = asyncio.Semaphore(IN_FLIGHT)
+    places = asyncio.Semaphore(MAX_IN_FLIGHT)
 
     async def one(place: int, request: pb.GenerateRequest) -> Result:
         async with places:

@@ -33,36 +33,36 @@ class FakeEngine:
     """Plays a script to every request: acceptance, steps to yield, exceptions to raise, and then, if told so, nothing
     until it is cut short.
 
-    A token is a character. Its start fails with `failure`, or lasts until `may_start` is set; `dies` loses it.
+    A token is a character. Its start fails with `start_error`, or lasts until `may_start` is set; `died` ends it.
     """
 
-    def __init__(self, *script: StepOutput | Exception, hangs: bool = False, ready: bool = True) -> None:
+    def __init__(self, *script: StepOutput | Exception, hangs: bool = False, is_ready: bool = True) -> None:
         self.script = script
         self.hangs = hangs
-        self.ready = ready
+        self.is_ready = is_ready
         self.info = INFO
-        self.asked: list[EngineRequest] = []
+        self.requests: list[EngineRequest] = []
         self.loras: list[str] = []
         self.available_loras = ["style"]
-        self.failure: Exception | None = None
+        self.start_error: Exception | None = None
         self.may_start = asyncio.Event()
-        self.dies = asyncio.Event()
-        self.stopped = self.freed_before_it_stopped = False
+        self.died = asyncio.Event()
+        self.stopped = self.freed_before_stop = False
         self.running = 0
         self.began = asyncio.Event()
         self.freed = asyncio.Event()
 
     async def start(self) -> None:
-        if self.failure:
-            raise self.failure
+        if self.start_error:
+            raise self.start_error
         await self.may_start.wait()
 
-    async def lost(self) -> None:
-        await self.dies.wait()
+    async def wait_until_dead(self) -> None:
+        await self.died.wait()
 
     def stop(self) -> None:
         self.stopped = True
-        self.freed_before_it_stopped = self.freed.is_set()
+        self.freed_before_stop = self.freed.is_set()
 
     async def tokenize(self, text: str) -> list[int]:
         return [ord(character) for character in text]
@@ -76,7 +76,7 @@ class FakeEngine:
     def apply_chat_template(self, turns: Sequence[str]) -> str:
         return "|".join(turns) + ">"
 
-    def continuation(self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
+    def decode_continuation(self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
         return self.detokenize(token_ids, skip_special_tokens=True), None
 
     async def load_lora(self, name: str) -> None:
@@ -94,7 +94,7 @@ class FakeEngine:
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        self.asked.append(request)
+        self.requests.append(request)
         self.running += 1
         self.began.set()
         ended = {
