@@ -1,0 +1,1 @@
+"""The fields of `GenerateRequest`, as the client, the command line and the server share them."""
