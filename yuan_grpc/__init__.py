@@ -1,4 +1,4 @@
-"""Yuan 2.0 over gRPC: the stubs for callers, the server, and the vLLM plugin with the model."""
+"""Yuan 2.0 over gRPC: the client, the generated stubs, the server, and the vLLM plugin with the model."""
 
 from importlib.metadata import version
 

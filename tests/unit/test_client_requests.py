@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from yuan_grpc.client import InvalidRequestError, MessageLike, Parameters
-from yuan_grpc.client.requests import OF_THE_CALL, detokenize_request, generate_request, tokenize_request
+from yuan_grpc.client.requests import CALL_OPTIONS, detokenize_request, generate_request, tokenize_request
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 VALUES: dict[str, Any] = {
@@ -47,10 +47,10 @@ def made(**keywords: Any) -> pb.GenerateRequest:
 def test_keywords_are_all_fields_of_the_request() -> None:
     fields = set(pb.GenerateRequest.DESCRIPTOR.fields_by_name) - {"prompt", "prompt_token_ids", "messages"}
     constraints = set(pb.StructuredOutputs.DESCRIPTOR.fields_by_name)
-    assert set(Parameters.__annotations__) == fields | constraints | set(OF_THE_CALL)
+    assert set(Parameters.__annotations__) == fields | constraints | set(CALL_OPTIONS)
 
 
-@pytest.mark.parametrize("name", sorted(set(Parameters.__annotations__) - set(OF_THE_CALL)))
+@pytest.mark.parametrize("name", sorted(set(Parameters.__annotations__) - set(CALL_OPTIONS)))
 def test_every_keyword_sets_its_field_and_none_leaves_it(name: str) -> None:
     flag = pb.GenerateRequest.DESCRIPTOR.fields_by_name.get(name)
     value = VALUES.get(name, True if flag and flag.type == flag.TYPE_BOOL else 3)

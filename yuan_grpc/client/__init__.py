@@ -1,4 +1,4 @@
-"""What Python programs call a Yuan server with; needs grpcio and protobuf alone."""
+"""The Python client for a Yuan server; it needs only grpcio and protobuf."""
 
 from yuan_grpc.client.aio import AsyncClient, AsyncStream
 from yuan_grpc.client.errors import (

@@ -1,4 +1,4 @@
-"""The client for asyncio."""
+"""The asyncio client."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from yuan_grpc.client import requests, types
-from yuan_grpc.client.base import Call, Caller, Readiness, Streaming, checked_many, deadline
+from yuan_grpc.client.base import (
+    BaseClient,
+    BaseStream,
+    PreparedCall,
+    Readiness,
+    check_many_arguments,
+    grpc_timeout,
+)
 from yuan_grpc.client.channel import SERVICE
-from yuan_grpc.client.errors import CancelledCallError, YuanError, error_of, translated
+from yuan_grpc.client.errors import CancelledCallError, YuanError, error_from_rpc, translate_errors
 from yuan_grpc.client.google_rpc import HEALTH_WATCH, SERVING, HealthCheckResponse
 from yuan_grpc.client.types import Completion, Loras, Model, Result, Token
 from yuan_grpc.client.window import Window
@@ -29,17 +36,17 @@ if TYPE_CHECKING:
 _END = object()
 
 
-class AsyncClient(Caller):
-    """A connection to a Yuan server, of the event loop in which it is first used.
+class AsyncClient(BaseClient):
+    """An asyncio client of a Yuan server, bound to the event loop in which it is first used.
 
-    Every call raises `YuanError` when it does not end well, TypeError for a keyword or a value that no request has, and
-    RuntimeError when the client is closed. A task that is cancelled cancels its call.
+    A failed call raises `YuanError`, an unknown parameter or a value of the wrong type TypeError, and a closed client
+    RuntimeError. Cancelling a task cancels its call.
     """
 
     _channel: grpc.aio.Channel | None = None
 
     async def close(self) -> None:
-        """Ends the connection, and all calls that run over it. May be called twice."""
+        """Close the connection and cancel all its calls. Closing twice is harmless."""
         self._closed = True
         if self._channel is not None:
             await self._channel.close()
@@ -53,38 +60,38 @@ class AsyncClient(Caller):
         await self.close()
 
     async def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Returns when the server's health says that it serves: also one that is not there yet, or is loading.
+        """Wait until the server reports that it is serving. It may still be unreachable or loading the model.
 
-        Where the target has several addresses, one of them is asked.
+        If the target has several addresses, only one is checked.
 
         Raises:
-            DeadlineError: it does not, after `timeout` seconds.
+            DeadlineError: the server was not ready within `timeout` seconds.
         """
         self._check_open()
         ready = Readiness(SERVICE, timeout)
-        while ready.seconds:
+        while ready.remaining_seconds:
             try:
-                if await self._serves(ready):
+                if await self._is_serving(ready):
                     return
             except grpc.RpcError as error:
-                if not ready.refused(error):
-                    raise error_of(error) from error
+                if not ready.can_retry_after(error):
+                    raise error_from_rpc(error) from error
             self._check_open()
-            await asyncio.sleep(ready.pause)
-        raise ready.too_late()
+            await asyncio.sleep(ready.poll_delay)
+        raise ready.timeout_error()
 
     async def generate(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Completion:
-        """Generates, and returns when all choices are finished.
+        """Generate a completion and return it when all choices are finished.
 
         Args:
-            prompt: text, token ids, a conversation, or a ready request, over which the keywords then stand.
-            parameters: see `Parameters`; `timeout` in seconds and `metadata` are of the call.
+            prompt: text, token IDs, a conversation, or a GenerateRequest, whose fields the parameters override.
+            parameters: see `Parameters`. `timeout` (seconds) and `metadata` apply to the call.
         """
-        return types.answer_of(await self._ask(self._generation("Generate", prompt, parameters)))
+        return types.completion_from_proto(await self._invoke(self._prepare_generation("Generate", prompt, parameters)))
 
     def stream(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> AsyncStream:
-        """Generates, and returns an iterator of the first choice's text, piece by piece. Arguments: as `generate`."""
-        call = self._generation("GenerateStream", prompt, parameters)
+        """Start generating and return an iterator over the first choice's text. Takes the arguments of `generate`."""
+        call = self._prepare_generation("GenerateStream", prompt, parameters)
         return AsyncStream(self, self._start(call), call.request_id)
 
     def generate_many(
@@ -95,56 +102,60 @@ class AsyncClient(Caller):
         ordered: bool = True,
         **parameters: Unpack[Parameters],
     ) -> AsyncGenerator[Result, None]:
-        """Generates for each of many prompts, and yields how each ended; one that fails harms no other.
+        """Generate a completion for each prompt and yield the results; a failed request does not affect the others.
 
-        Nothing is sent before the first result is asked for. What runs is cancelled when the generator is closed, for
-        which a loop that may be left early wants `contextlib.aclosing`.
+        The first requests are sent when the first result is requested. Closing the generator cancels all running
+        requests; use `contextlib.aclosing` around a loop that may exit early.
 
         Args:
-            prompts: any iterable, also an async one or one without end: it is read as there is room.
-            concurrency: how many may run, results that nobody has read yet included.
-            ordered: yields in the order of the prompts; otherwise as they are finished.
-            parameters: for all of them, as `generate`; the deadline is each one's own.
+            prompts: any iterable, also async, even an endless one; it is read as capacity becomes free.
+            concurrency: maximum number of running requests plus unread results.
+            ordered: yield results in the order of the prompts, otherwise as they finish.
+            parameters: as for `generate`, applied to every request; the timeout counts for each request separately.
         """
         self._check_open()
-        checked_many(parameters, concurrency)
-        return self._many(_each(prompts), Window(concurrency, ordered=ordered), parameters)
+        check_many_arguments(parameters, concurrency)
+        return self._many(_iterate(prompts), Window(concurrency, ordered=ordered), parameters)
 
     async def tokenize(self, prompt: str | Iterable[MessageLike], *, timeout: float | None = None) -> list[Token]:
-        """The tokens that a model would see of a text or a conversation."""
+        """Return the tokens the model would receive for a text or a conversation."""
         request = requests.tokenize_request(prompt)
-        return types.tokens_of(await self._ask(self._quick("Tokenize", request, timeout)))
+        return types.tokens_from_proto(await self._invoke(self._prepare_short("Tokenize", request, timeout)))
 
     async def detokenize(
         self, token_ids: Iterable[int], *, skip_special_tokens: bool = False, timeout: float | None = None
     ) -> str:
-        """The text of tokens."""
+        """Return the text of token IDs."""
         request = requests.detokenize_request(token_ids, skip_special_tokens)
-        text: str = (await self._ask(self._quick("Detokenize", request, timeout))).text
+        text: str = (await self._invoke(self._prepare_short("Detokenize", request, timeout))).text
         return text
 
     async def model(self, *, timeout: float | None = None) -> Model:
-        """What is served, and its limits."""
-        return types.model_of(await self._ask(self._quick("GetModel", pb.GetModelRequest(), timeout)))
+        """Return the served model and its limits."""
+        return types.model_from_proto(
+            await self._invoke(self._prepare_short("GetModel", pb.GetModelRequest(), timeout))
+        )
 
     async def abort(self, request_id: str, *, timeout: float | None = None) -> None:
-        """Ends a running call by its name; that call ends with `CancelledCallError`."""
-        await self._ask(self._quick("Abort", pb.AbortRequest(request_id=request_id), timeout))
+        """Abort a running call by its request ID; that call raises `CancelledCallError`."""
+        await self._invoke(self._prepare_short("Abort", pb.AbortRequest(request_id=request_id), timeout))
 
     async def loras(self, *, timeout: float | None = None) -> Loras:
-        """The names of the LoRA adapters that are loaded, and of those that could be."""
-        return types.loras_of(await self._ask(self._quick("ListLoras", pb.ListLorasRequest(), timeout)))
+        """Return the names of the loaded LoRA adapters and of those the server can load."""
+        return types.loras_from_proto(
+            await self._invoke(self._prepare_short("ListLoras", pb.ListLorasRequest(), timeout))
+        )
 
     async def load_lora(self, name: str, *, timeout: float | None = None) -> None:
-        """Loads an adapter out of the server's folder."""
-        await self._ask(self._quick("LoadLora", pb.LoadLoraRequest(name=name), timeout))
+        """Load an adapter from the server's LoRA folder."""
+        await self._invoke(self._prepare_short("LoadLora", pb.LoadLoraRequest(name=name), timeout))
 
     async def unload_lora(self, name: str, *, timeout: float | None = None) -> None:
-        """Unloads an adapter; calls that run with it go on."""
-        await self._ask(self._quick("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
+        """Unload an adapter; running calls that use it continue."""
+        await self._invoke(self._prepare_short("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
 
-    def _connected(self) -> grpc.aio.Channel:
-        """The channel, made at its first use: it belongs to the loop that then runs."""
+    def _connect(self) -> grpc.aio.Channel:
+        """Return the channel. It is created on first use, because it belongs to the running event loop."""
         if self._channel is None:
             target, options = self._settings.uri, self._settings.channel_options()
             if self._credentials is None:
@@ -154,55 +165,55 @@ class AsyncClient(Caller):
             self._channel, self._stub = channel, yuan_pb2_grpc.YuanServiceStub(channel)
         return self._channel
 
-    def _start(self, call: Call) -> Any:
-        self._connected()
+    def _start(self, call: PreparedCall) -> Any:
+        self._connect()
         return getattr(self._stub, call.rpc)(call.request, timeout=call.timeout, metadata=call.metadata)
 
-    async def _ask(self, call: Call) -> Any:
+    async def _invoke(self, call: PreparedCall) -> Any:
         started = self._start(call)
-        with translated(call.request_id):
+        with translate_errors(call.request_id):
             try:
                 return await started
             except asyncio.CancelledError:
-                self._check_own_end(call.request_id)
+                self._raise_if_closed(call.request_id)
                 raise
 
-    def _check_own_end(self, request_id: str = "") -> None:
-        """Tells a call that ended because its client was closed from a task that was cancelled.
+    def _raise_if_closed(self, request_id: str = "") -> None:
+        """Raise `CancelledCallError` if the client was closed and the current task was not cancelled.
 
-        gRPC raises CancelledError for both, which would end a task that nobody wanted to end.
+        gRPC raises CancelledError in both cases, which would otherwise end a task that was never cancelled.
         """
-        if self._closed and not _is_told_to_end():
+        if self._closed and not _is_task_cancelled():
             raise CancelledCallError(grpc.StatusCode.CANCELLED, "the client was closed", request_id=request_id)
 
     async def _many(
         self, prompts: AsyncGenerator[Prompt, None], window: Window, parameters: Parameters
     ) -> AsyncGenerator[Result, None]:
         running: set[asyncio.Task[None]] = set()
-        coming: asyncio.Task[Any] | None = None
-        is_over = False
+        next_prompt: asyncio.Task[Any] | None = None
+        exhausted = False
         try:
             while True:
-                if window.has_room and not is_over and coming is None:
-                    coming = asyncio.ensure_future(anext(prompts, _END))
+                if window.has_capacity and not exhausted and next_prompt is None:
+                    next_prompt = asyncio.ensure_future(anext(prompts, _END))
                 if window.is_ready:
-                    yield window.take()
+                    yield window.pop()
                     continue
-                if window.is_empty and coming is None:
+                if window.is_empty and next_prompt is None:
                     return
-                # A source may be slow, or wait for the very results that come meanwhile.
-                tasks = [*running, coming] if coming else running
+                # The source may be slow, or wait for results of running requests.
+                tasks = [*running, next_prompt] if next_prompt else running
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in running & done:
                     running.discard(task)
-                    task.result()  # raises what is a mistake of the program
-                if coming in done:
-                    prompt, coming = coming.result(), None
-                    is_over = prompt is _END
-                    if not is_over:
-                        running.add(asyncio.ensure_future(self._run(window, window.launch(), prompt, parameters)))
+                    task.result()  # re-raise programming errors
+                if next_prompt in done:
+                    prompt, next_prompt = next_prompt.result(), None
+                    exhausted = prompt is _END
+                    if not exhausted:
+                        running.add(asyncio.ensure_future(self._run(window, window.start(), prompt, parameters)))
         finally:
-            await _cancel([*running, *([coming] if coming else [])])
+            await _cancel([*running, *([next_prompt] if next_prompt else [])])
             await prompts.aclose()
 
     async def _run(self, window: Window, index: int, prompt: Prompt, parameters: Parameters) -> None:
@@ -212,31 +223,31 @@ class AsyncClient(Caller):
             result = Result(index, prompt, None, error)
         window.finish(result)
 
-    async def _serves(self, ready: Readiness) -> bool:
-        """Watches a server's health until it serves, which is True, or the watch ends by itself."""
-        watch: Any = self._connected().unary_stream(
+    async def _is_serving(self, ready: Readiness) -> bool:
+        """Watch the server's health; return True once it is serving, False if the watch ends first."""
+        watch: Any = self._connect().unary_stream(
             HEALTH_WATCH, lambda request: request.SerializeToString(), HealthCheckResponse.FromString
         )
-        metadata = self._metadata(())
-        healths = watch(ready.request, timeout=deadline(ready.seconds), metadata=metadata, wait_for_ready=True)
+        timeout, metadata = grpc_timeout(ready.remaining_seconds), self._metadata(())
+        updates = watch(ready.request, timeout=timeout, metadata=metadata, wait_for_ready=True)
         try:
-            async for health in healths:
+            async for health in updates:
                 if health.status == SERVING:
                     return True
-                ready.saw(health.status)
+                ready.record_status(health.status)
             return False
         except asyncio.CancelledError:
-            self._check_own_end()
+            self._raise_if_closed()
             raise
         finally:
-            healths.cancel()
+            updates.cancel()
 
 
-class AsyncStream(Streaming):
-    """An async iterator of the first choice's text, piece by piece, as it is generated.
+class AsyncStream(BaseStream):
+    """An async iterator over the first choice's text, as it is generated.
 
-    The call runs from the start; it is cancelled when the stream is closed, its `async with` block left, or nobody
-    holds it any more.
+    The call starts immediately. It is cancelled when the stream is closed or garbage-collected, or when its `async
+    with` block ends.
     """
 
     def __init__(self, client: AsyncClient, call: Any, request_id: str) -> None:
@@ -248,19 +259,19 @@ class AsyncStream(Streaming):
         return self
 
     async def __anext__(self) -> str:
-        while (part := await self._read()) is not grpc.aio.EOF:
-            if delta := self._gathering.add(part):
+        while (message := await self._read()) is not grpc.aio.EOF:
+            if delta := self._builder.add(message):
                 return delta
         raise StopAsyncIteration
 
     async def _read(self) -> Any:
         try:
-            with translated(self._name):
+            with translate_errors(self._request_id):
                 return await self._call.read()
         except asyncio.CancelledError:
-            if self._closed and not _is_told_to_end():
+            if self._closed and not _is_task_cancelled():
                 return grpc.aio.EOF
-            self._client._check_own_end(self._name)
+            self._client._raise_if_closed(self._request_id)
             raise
 
     async def __aenter__(self) -> Self:
@@ -273,10 +284,10 @@ class AsyncStream(Streaming):
 
     def __del__(self) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._call.cancel)  # whichever thread collects it
+            self._loop.call_soon_threadsafe(self._call.cancel)  # any thread may collect it
 
 
-async def _each(prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> AsyncGenerator[Prompt, None]:
+async def _iterate(prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> AsyncGenerator[Prompt, None]:
     if isinstance(prompts, AsyncIterable):
         async for prompt in prompts:
             yield prompt
@@ -291,7 +302,7 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _is_told_to_end() -> bool:
-    """Whether somebody has cancelled the current task, as far as this Python tells (3.11 does)."""
+def _is_task_cancelled() -> bool:
+    """Return whether the current task was cancelled; always False before Python 3.11, which cannot say."""
     task = asyncio.current_task()
     return task is not None and hasattr(task, "cancelling") and task.cancelling() > 0

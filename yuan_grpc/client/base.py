@@ -1,4 +1,4 @@
-"""Calls as they are before they are made: RPC, request, deadline and metadata. What both clients share."""
+"""The code both clients share: arguments, prepared calls, streams, and waiting for readiness."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from yuan_grpc.client.channel import AUTHORIZATION, AuthToken, MetadataLike, Pem
 from yuan_grpc.client.errors import DeadlineError
 from yuan_grpc.client.google_rpc import HEALTH_STATUSES, HealthCheckRequest
 from yuan_grpc.client.tracing import trace_metadata
-from yuan_grpc.client.types import Completion, Gathering
+from yuan_grpc.client.types import Completion, CompletionBuilder
 
-QUICK_SECONDS = 30.0
-"""The deadline of a call that does not generate, unless the client's own is shorter."""
+SHORT_TIMEOUT_SECONDS = 30.0
+"""Timeout of calls that do not generate, unless the client's own is shorter."""
 
-LIMITLESS_SECONDS = 1e8
-"""Some three years: what is much longer gRPC takes for a time that is over."""
+UNLIMITED_SECONDS = 1e8
+"""Timeout from which a call has no deadline, about three years. gRPC treats much longer ones as already expired."""
 
-READY_PAUSE_SECONDS = 0.2
-"""Between two questions after a server's health, where it has not let itself be watched."""
+READY_POLL_SECONDS = 0.2
+"""Delay before watching the server's health again, in seconds."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call to be made. A `timeout` of None is no deadline."""
+class PreparedCall:
+    """An RPC that is ready to send. A `timeout` of None means no deadline."""
 
     rpc: str
     request: Any
@@ -37,8 +37,8 @@ class Call:
     request_id: str = ""
 
 
-class Caller:
-    """A client's settings, and the calls that it makes by them. Each client adds how a call is made."""
+class BaseClient:
+    """A client's settings and the calls prepared from them. Subclasses send the calls."""
 
     def __init__(
         self,
@@ -55,32 +55,32 @@ class Caller:
         options: Sequence[tuple[str, object]] = (),
         interceptors: Sequence[Any] = (),
     ) -> None:
-        """Checks the arguments and reads the certificates; the connection is made when it is needed.
+        """Check the arguments and read the certificates; the client connects on first use.
 
         Args:
             target: `host:port`, which becomes `dns:///host:port`, or any gRPC target (`dns:`, `ipv4:`, `unix:`). Calls
-                go in turn to all addresses that it has.
-            tls: True for TLS with the usual authorities; a path or bytes of the authority's certificate for one's own.
-            identity: certificate and key, paths or bytes, where the server asks for them (mTLS). Needs `tls`.
-            token: is sent with each call as `authorization: Bearer`; a function is asked for it anew each time. Needs
-                `tls` unless the target is a loopback address or a unix socket.
-            timeout: seconds that a call which generates may take, `math.inf` for no limit; all others have 30, or this
-                where it is less. Each call can be given its own.
-            retries: how often gRPC tries a call again that was refused as UNAVAILABLE or RESOURCE_EXHAUSTED before its
-                first answer; at most 4 count, as gRPC has it. LoadLora, UnloadLora and Abort are not tried again.
-            keepalive: seconds after which a connection with calls in flight is probed when nothing comes, from 10, for
-                servers take more pings for an attack, to 86,400; None: never.
-            proxy: `http://host:port` of a proxy to go through with CONNECT. None: gRPC looks at `grpc_proxy`,
-                `https_proxy`, `http_proxy` and their `no_` forms in the environment.
-            metadata: is sent with each call; `authorization` in it needs what `token` needs.
-            options: of the gRPC channel; they stand above those that this client sets.
-            interceptors: gRPC's, for the kind of client that this is.
+                are balanced round-robin over all its addresses.
+            tls: True for TLS with the system's certificate authorities; a path or bytes for a custom CA certificate.
+            client_cert: certificate and key for mTLS, as paths or bytes. Needs `tls`.
+            token: sent with each call as `authorization: Bearer`; a function is called for each call. Needs `tls`
+                unless the target is a loopback address or a unix socket.
+            timeout: timeout of calls that generate, in seconds; `math.inf` for none. Other calls have 30 seconds, or
+                this timeout if it is shorter. Each call can override it.
+            retries: maximum number of retries by gRPC after UNAVAILABLE or RESOURCE_EXHAUSTED, as long as no response
+                has arrived; gRPC allows at most 4. LoadLora, UnloadLora and Abort are never retried.
+            keepalive: interval of keepalive pings while calls are in flight, in seconds, from 10 (servers reject more
+                frequent pings) to 86,400; None to disable them.
+            proxy: `http://host:port` of an HTTP CONNECT proxy. If None, gRPC reads `grpc_proxy`, `https_proxy`,
+                `http_proxy` and their `no_` variants from the environment.
+            metadata: sent with each call; `authorization` has the same requirements as `token`.
+            options: gRPC channel options; they override those set by this client.
+            interceptors: gRPC client interceptors, sync or async like the client.
 
         Raises:
-            ValueError: an argument is outside its range, or some do not go together.
-            OSError: a file cannot be read.
+            ValueError: an argument is out of range, or arguments exclude each other.
+            OSError: a certificate or key file cannot be read.
         """
-        self._closed = True  # until it is open: what follows may raise
+        self._closed = True  # until all steps that can fail are done
         self._settings = Settings(
             target, tls, client_cert, token, timeout, retries, keepalive, proxy, _pairs(metadata), options
         )
@@ -93,33 +93,33 @@ class Caller:
         return f"<{type(self).__name__} of {self._settings.uri}{', closed' if self._closed else ''}>"
 
     def _open(self) -> None:
-        """Makes what the client needs as soon as it is there."""
+        """Create the resources needed from the start."""
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the client is closed")
 
-    def _generation(self, rpc: str, prompt: requests.Prompt, parameters: Mapping[str, Any]) -> Call:
+    def _prepare_generation(self, rpc: str, prompt: requests.Prompt, parameters: Mapping[str, Any]) -> PreparedCall:
         request = requests.generate_request(prompt, parameters)
         timeout = parameters.get("timeout")
         seconds = self._settings.timeout if timeout is None else timeout
-        return self._call(rpc, request, seconds, parameters.get("metadata") or ())
+        return self._prepare(rpc, request, seconds, parameters.get("metadata") or ())
 
-    def _quick(self, rpc: str, request: Any, timeout: float | None) -> Call:
-        seconds = min(QUICK_SECONDS, self._settings.timeout) if timeout is None else timeout
-        return self._call(rpc, request, seconds, ())
+    def _prepare_short(self, rpc: str, request: Any, timeout: float | None) -> PreparedCall:
+        seconds = min(SHORT_TIMEOUT_SECONDS, self._settings.timeout) if timeout is None else timeout
+        return self._prepare(rpc, request, seconds, ())
 
-    def _call(self, rpc: str, request: Any, seconds: float, metadata: MetadataLike) -> Call:
+    def _prepare(self, rpc: str, request: Any, seconds: float, metadata: MetadataLike) -> PreparedCall:
         self._check_open()
-        name = getattr(request, "request_id", "")
-        return Call(rpc, request, deadline(seconds), self._metadata(_pairs(metadata)), name)
+        request_id = getattr(request, "request_id", "")
+        return PreparedCall(rpc, request, grpc_timeout(seconds), self._metadata(_pairs(metadata)), request_id)
 
-    def _metadata(self, own: Sequence[tuple[str, str | bytes]]) -> Sequence[tuple[str, str | bytes]]:
-        """The caller's metadata, the call's own first to count, and the trace where neither says another."""
-        keys = {key for key, _ in own}
+    def _metadata(self, call_metadata: Sequence[tuple[str, str | bytes]]) -> Sequence[tuple[str, str | bytes]]:
+        """Merge the metadata of the call, of the client and of the current trace, in this order of precedence."""
+        keys = {key for key, _ in call_metadata}
         if AUTHORIZATION in keys:
-            self._settings.check_secret(f"`{AUTHORIZATION}` in `metadata`")
-        merged = [*own, *(pair for pair in _pairs(self._settings.metadata) if pair[0] not in keys)]
+            self._settings.check_token_is_safe(f"`{AUTHORIZATION}` in `metadata`")
+        merged = [*call_metadata, *(pair for pair in _pairs(self._settings.metadata) if pair[0] not in keys)]
         keys = {key for key, _ in merged}
         merged += [pair for pair in trace_metadata() if pair[0] not in keys]
         if self._settings.token is not None and AUTHORIZATION not in keys:
@@ -128,96 +128,96 @@ class Caller:
         return tuple(merged)
 
 
-class Streaming:
-    """A call whose answer comes in parts, and what has come of it."""
+class BaseStream:
+    """A streaming call and the completion built from its messages."""
 
     def __init__(self, call: Any, request_id: str) -> None:
         self._call = call
-        self._request_id = request_id
-        self._gathering = Gathering()
+        self._requested_id = request_id
+        self._builder = CompletionBuilder()
         self._closed = False
 
     @property
     def text(self) -> str:
         """The first choice's text so far."""
-        return self._gathering.text
+        return self._builder.text
 
     @property
-    def answer(self) -> Completion:
-        """All there is so far, of all choices; whole once the iterator has ended."""
-        return self._gathering.answer()
+    def completion(self) -> Completion:
+        """The completion so far, with all choices; complete once the iterator is exhausted."""
+        return self._builder.build()
 
     def close(self) -> None:
-        """Cancels the call unless it has ended. The iterator then ends too."""
+        """Cancel the call unless it has ended; the iterator then stops."""
         self._closed = True
         self._call.cancel()
 
     @property
-    def _name(self) -> str:
-        """The request's, the caller's own or as the server told it."""
-        return self._request_id or self._gathering.request_id
+    def _request_id(self) -> str:
+        """The request ID set by the caller, or else the one received from the server."""
+        return self._requested_id or self._builder.request_id
 
 
 class Readiness:
-    """What is known of a server's health while someone waits for it to serve."""
+    """The state of waiting for a server to become healthy."""
 
     def __init__(self, service: str, timeout: float) -> None:
         self.request = HealthCheckRequest(service=service)
         self._timeout = timeout
-        self._end = time.monotonic() + timeout
+        self._deadline = time.monotonic() + timeout
         self._status = ""
-        self._refusal: BaseException | None = None
+        self._error: BaseException | None = None
 
     @property
-    def seconds(self) -> float:
-        """How many are left; 0 when the time is up."""
-        return max(0.0, self._end - time.monotonic())
+    def remaining_seconds(self) -> float:
+        """The time left until the deadline; 0 after it."""
+        return max(0.0, self._deadline - time.monotonic())
 
     @property
-    def pause(self) -> float:
-        """How many seconds to wait before the server is asked again."""
-        return min(READY_PAUSE_SECONDS, self.seconds)
+    def poll_delay(self) -> float:
+        """The delay before watching the server's health again, in seconds."""
+        return min(READY_POLL_SECONDS, self.remaining_seconds)
 
-    def saw(self, status: int) -> None:
-        """The server has told its health."""
+    def record_status(self, status: int) -> None:
+        """Remember the last health status."""
         self._status = HEALTH_STATUSES[status] if 0 <= status < len(HEALTH_STATUSES) else str(status)
 
-    def refused(self, error: Any) -> bool:
-        """The server could not be asked, or is gone; returns whether there is sense in asking on."""
-        self._refusal = error
+    def can_retry_after(self, error: Any) -> bool:
+        """Remember a failed health check and return whether another attempt may succeed."""
+        self._error = error
         return error.code() in (
             grpc.StatusCode.UNAVAILABLE,
             grpc.StatusCode.CANCELLED,
             grpc.StatusCode.DEADLINE_EXCEEDED,
         )
 
-    def too_late(self) -> DeadlineError:
-        """The error of a wait whose time is up."""
-        known = f"its health was {self._status}" if self._status else "it has not told its health"
+    def timeout_error(self) -> DeadlineError:
+        """Return the error to raise once the deadline has passed."""
+        status = f"its health was {self._status}" if self._status else "no health status was received"
         error = DeadlineError(
-            grpc.StatusCode.DEADLINE_EXCEEDED, f"the server was not ready within {self._timeout:g} s: {known}"
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"the server was not ready within {self._timeout:g} s: {status}"
         )
-        error.__cause__ = self._refusal
+        error.__cause__ = self._error
         return error
 
 
-def deadline(seconds: float) -> float | None:
-    """Seconds as gRPC takes them, for which None is no limit."""
-    return None if seconds >= LIMITLESS_SECONDS else seconds
+def grpc_timeout(seconds: float) -> float | None:
+    """Convert a timeout to gRPC's form, where None means no deadline."""
+    return None if seconds >= UNLIMITED_SECONDS else seconds
 
 
-def checked_many(parameters: Mapping[str, Any], concurrency: int) -> None:
-    """Refuses keywords that no request of many can have.
+def check_many_arguments(parameters: Mapping[str, Any], concurrency: int) -> None:
+    """Check the arguments of `generate_many`.
 
     Raises:
-        TypeError: one is unknown.
-        ValueError: `concurrency` is below 1, or all requests would have the same name.
+        TypeError: a parameter is unknown.
+        ValueError: `concurrency` is below 1, or all requests would share one request ID.
     """
-    requests.check_keywords(parameters)
+    requests.check_parameter_names(parameters)
     if concurrency < 1:
         raise ValueError(f"`concurrency` must be at least 1, not {concurrency}")
     if parameters.get("request_id"):
-        raise ValueError("`request_id` names one call; give each of many its own in a pb.GenerateRequest")
+        raise ValueError("`request_id` must be unique per request; set it in a GenerateRequest for each prompt")
 
 
 def _pairs(metadata: MetadataLike) -> tuple[tuple[str, str | bytes], ...]:

@@ -1,4 +1,4 @@
-"""Errors of calls: one exception for each kind, with fields for programs."""
+"""Client exceptions: one class per kind of failure, with fields for programs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 @dataclass(frozen=True)
 class Violation:
-    """A field that is wrong, and a sentence that names field, rule and value."""
+    """An invalid field, and a sentence that names the field, the rule and the value."""
 
     field: str
     description: str
 
 
 class YuanError(Exception):
-    """A call that did not end well. Its `__cause__` is gRPC's own error, where there is one.
+    """A failed call. `__cause__` is the gRPC error, if there is one.
 
     Attributes:
-        code: the status.
-        message: a sentence for people.
-        reason: the name of an `ErrorReason` of `yuan.v1`, such as `OVERLOADED`; empty where gRPC itself answered.
-        violations: with INVALID_ARGUMENT, all that is wrong with the request.
-        retry_after: seconds after which the server suggests to try again; None where it says nothing of it.
-        request_id: the request's name, where the caller gave one or the server had told it; empty otherwise.
+        code: the gRPC status code.
+        message: a human-readable message.
+        reason: the name of an `ErrorReason` of `yuan.v1`, such as `OVERLOADED`; empty if gRPC itself failed the call.
+        violations: all invalid fields of the request, with INVALID_ARGUMENT.
+        retry_after: the delay before a retry that the server suggests, in seconds; None if it suggests none.
+        request_id: the request ID set by the caller or received from the server; empty otherwise.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class YuanError(Exception):
         self.violations = tuple(violations)
         self.retry_after = retry_after
         self.request_id = request_id
-        # All of them, so that a copy or a pickle has them too.
+        # All arguments, so that copies and pickles keep every field.
         super().__init__(code, message, reason, self.violations, retry_after, request_id)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class YuanError(Exception):
 
 
 class InvalidRequestError(YuanError):
-    """INVALID_ARGUMENT: the request cannot be served as it is; `violations` say why."""
+    """INVALID_ARGUMENT: the request is invalid; `violations` lists the fields."""
 
 
 class NotFoundError(YuanError):
@@ -65,39 +65,39 @@ class NotFoundError(YuanError):
 
 
 class AlreadyExistsError(YuanError):
-    """ALREADY_EXISTS: a call of this `request_id` is running, or an adapter of this name is loaded."""
+    """ALREADY_EXISTS: a call with this `request_id` is running, or the adapter is already loaded."""
 
 
 class FailedPreconditionError(YuanError):
-    """FAILED_PRECONDITION: the server was not started with what the request needs."""
+    """FAILED_PRECONDITION: the server was started without an option that the request needs."""
 
 
 class ResourceExhaustedError(YuanError):
-    """RESOURCE_EXHAUSTED: the engine has as many requests as it may; see `retry_after`. Or a message is too large."""
+    """RESOURCE_EXHAUSTED: the request queue is full (see `retry_after`), or a message is too large."""
 
 
 class CancelledCallError(YuanError):
-    """CANCELLED: Abort has ended the call, or its client was closed."""
+    """CANCELLED: the call was aborted, or its client was closed."""
 
 
 class DeadlineError(YuanError, TimeoutError):
-    """DEADLINE_EXCEEDED: the call's time was up."""
+    """DEADLINE_EXCEEDED: the call did not finish within its timeout."""
 
 
 class UnavailableError(YuanError):
-    """UNAVAILABLE: no server is there, it is loading or stopping, or has lost its engine."""
+    """UNAVAILABLE: the server is unreachable, loading, stopping, or has lost its engine."""
 
 
 class UnauthenticatedError(YuanError):
-    """UNAUTHENTICATED: the token is missing, or is not a good one."""
+    """UNAUTHENTICATED: the token is missing or invalid."""
 
 
 class PermissionDeniedError(YuanError):
-    """PERMISSION_DENIED: the caller is known, and may not do this."""
+    """PERMISSION_DENIED: the authenticated caller lacks the permission."""
 
 
 class InternalError(YuanError):
-    """INTERNAL, UNKNOWN or DATA_LOSS: an error of the server's own, of which its log has more."""
+    """INTERNAL, UNKNOWN or DATA_LOSS: the server failed; its log has the details."""
 
 
 _CLASSES: dict[grpc.StatusCode, type[YuanError]] = {
@@ -117,25 +117,25 @@ _CLASSES: dict[grpc.StatusCode, type[YuanError]] = {
 }
 
 
-def error_with(code: grpc.StatusCode, message: str, **fields: Any) -> YuanError:
-    """The error of a status: of the class that stands for its code."""
+def error_from_code(code: grpc.StatusCode, message: str, **fields: Any) -> YuanError:
+    """Return the exception for a status code."""
     return _CLASSES.get(code, YuanError)(code, message, **fields)
 
 
-def error_of(error: Any, request_id: str = "") -> YuanError:
-    """What gRPC raised as an error of ours; `error` is any `grpc.RpcError`, of a sync or an async call."""
-    # Pair by pair: older grpcio has a kind of metadata that `dict` takes for a mapping, and fails.
+def error_from_rpc(error: Any, request_id: str = "") -> YuanError:
+    """Convert a `grpc.RpcError` of a sync or async call."""
+    # Not `dict(...)`: the metadata class of older grpcio looks like a mapping to `dict`, which then fails.
     trailers = {key: value for key, value in error.trailing_metadata() or ()}
     fields = _details(trailers.get("grpc-status-details-bin", b""))
     pushback = _text(trailers.get("grpc-retry-pushback-ms", ""))
     if "retry_after" not in fields and pushback.isdecimal():
         fields["retry_after"] = int(pushback) / 1000
-    return error_with(error.code(), error.details() or "", request_id=request_id, **fields)
+    return error_from_code(error.code(), error.details() or "", request_id=request_id, **fields)
 
 
-def bad_value(field: str, problem: ValueError, request_id: str = "") -> InvalidRequestError:
-    """The error of a value that no message can hold, which is found before anything is sent."""
-    sentence = f"`{field}` has a value that cannot be sent: {problem}"
+def unencodable_value_error(field: str, problem: ValueError, request_id: str = "") -> InvalidRequestError:
+    """Return the error for a value that no message can encode; it is raised before anything is sent."""
+    sentence = f"`{field}` cannot be encoded: {problem}"
     return InvalidRequestError(
         grpc.StatusCode.INVALID_ARGUMENT,
         sentence,
@@ -146,25 +146,25 @@ def bad_value(field: str, problem: ValueError, request_id: str = "") -> InvalidR
 
 
 @contextmanager
-def translated(request_id: str = "") -> Iterator[None]:
-    """Raises as `YuanError` what gRPC raises inside."""
+def translate_errors(request_id: str = "") -> Iterator[None]:
+    """Re-raise any `grpc.RpcError` of the block as a `YuanError`."""
     try:
         yield
     except grpc.RpcError as error:
-        raise error_of(error, request_id) from error
+        raise error_from_rpc(error, request_id) from error
 
 
 def _details(raw: bytes) -> dict[str, Any]:
-    """The fields that `google.rpc` details have; none where they are not there or cannot be read."""
+    """Return the fields found in `google.rpc` details; none if the details are missing or malformed."""
     fields: dict[str, Any] = {}
-    info, bad, retry = ErrorInfo(), BadRequest(), RetryInfo()
+    info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
     try:
-        # Field by field a google.rpc.Status.
+        # yuan.v1.Status has the same wire format as google.rpc.Status.
         for detail in pb.Status.FromString(raw).details:
             if detail.Unpack(info):
                 fields["reason"] = info.reason
-            elif detail.Unpack(bad):
-                fields["violations"] = tuple(Violation(v.field, v.description) for v in bad.field_violations)
+            elif detail.Unpack(bad_request):
+                fields["violations"] = tuple(Violation(v.field, v.description) for v in bad_request.field_violations)
             elif detail.Unpack(retry):
                 fields["retry_after"] = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
     except DecodeError:

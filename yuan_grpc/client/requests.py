@@ -1,4 +1,4 @@
-"""Requests: Python values to messages."""
+"""Request conversion: Python values to protobuf messages."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Value
 
 from yuan_grpc.client.channel import MetadataLike
-from yuan_grpc.client.errors import bad_value
+from yuan_grpc.client.errors import unencodable_value_error
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MessageLike = pb.Message | tuple[str, str] | Mapping[str, str]
-"""What somebody says in a conversation: a message, a pair of role and content, or a dict of these two."""
+"""A message of a conversation: a `Message`, a (role, content) pair, or a dict with both keys."""
 
 Prompt = str | Sequence[int] | Sequence[MessageLike] | pb.GenerateRequest
-"""What to continue: text, token ids, a conversation, or a ready request."""
+"""A prompt: text, token IDs, a conversation, or a complete request."""
 
 
 class Parameters(TypedDict, total=False):
-    """The keywords of a call that generates: the fields of `GenerateRequest`, whose comments say what each means.
+    """Generation parameters: the fields of `GenerateRequest`, documented in docs/api.md, and the call options.
 
-    None stands for a keyword that is not given.
+    None is the same as leaving the parameter out.
     """
 
     request_id: str | None
@@ -69,117 +69,117 @@ class Parameters(TypedDict, total=False):
     partial_on_deadline: bool | None
     heartbeat_interval: float | None
     return_prompt_token_ids: bool | None
-    # The constraints of `structured_outputs`, by their own names.
+    # The fields of `structured_outputs`.
     json: str | Mapping[str, Any] | None
     json_object: bool | None
     regex: str | None
     choice: Sequence[str] | None
     grammar: str | None
     structural_tag: str | Mapping[str, Any] | None
-    # Of the call, and not of the request.
+    # Call options, not sent in the request.
     timeout: float | None
     metadata: MetadataLike | None
 
 
-OF_THE_CALL = ("timeout", "metadata")
+CALL_OPTIONS = ("timeout", "metadata")
+"""Parameters that configure the call instead of the request."""
 
 _CONSTRAINTS = tuple(pb.StructuredOutputs.DESCRIPTOR.fields_by_name)
-_PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
 def generate_request(prompt: Prompt, parameters: Mapping[str, Any]) -> pb.GenerateRequest:
-    """The message of a prompt and keywords, those of the call left out.
+    """Convert a prompt and generation parameters; call options are ignored.
 
     Raises:
-        TypeError: a keyword is unknown, or a value is of a type that its field does not have.
-        InvalidRequestError: a value cannot be sent: a number does not fit, or a text is not Unicode.
+        TypeError: a parameter is unknown, or a value has the wrong type.
+        InvalidRequestError: a value cannot be encoded: a number is out of range, or a text is not valid Unicode.
     """
-    check_keywords(parameters)
+    check_parameter_names(parameters)
     request = pb.GenerateRequest()
-    with_prompt(request, prompt)
+    set_prompt(request, prompt)
     for name, value in parameters.items():
-        if value is not None and name not in OF_THE_CALL:
-            _guarded(name, _set, request, name, value)
+        if value is not None and name not in CALL_OPTIONS:
+            _fill(name, _set_field, request, name, value)
     return request
 
 
 def tokenize_request(prompt: str | Iterable[MessageLike]) -> pb.TokenizeRequest:
-    """The message of a text, or of a conversation.
+    """Convert a text or a conversation.
 
     Raises:
-        TypeError, InvalidRequestError: as `generate_request`.
+        TypeError, InvalidRequestError: as for `generate_request`.
     """
     request = pb.TokenizeRequest()
     if isinstance(prompt, str):
-        _guarded("prompt", setattr, request, "prompt", prompt)
+        _fill("prompt", setattr, request, "prompt", prompt)
     else:
-        _guarded("messages", request.messages.extend, map(_turn, prompt))
+        _fill("messages", request.messages.extend, map(_message, prompt))
     return request
 
 
 def detokenize_request(token_ids: Iterable[int], skip_special_tokens: bool) -> pb.DetokenizeRequest:
-    """The message of token ids.
+    """Convert token IDs.
 
     Raises:
-        TypeError, InvalidRequestError: as `generate_request`.
+        TypeError, InvalidRequestError: as for `generate_request`.
     """
     request = pb.DetokenizeRequest(skip_special_tokens=skip_special_tokens)
-    _guarded("token_ids", request.token_ids.extend, token_ids)
+    _fill("token_ids", request.token_ids.extend, token_ids)
     return request
 
 
-def check_keywords(names: Iterable[str]) -> None:
-    """Raises TypeError for a keyword that is none of `Parameters`."""
+def check_parameter_names(names: Iterable[str]) -> None:
+    """Raise TypeError for a name that is not in `Parameters`."""
     for name in names:
         if name not in Parameters.__annotations__:
-            raise TypeError(f"`{name}` is no keyword of a call that generates; see yuan_grpc.client.Parameters")
+            raise TypeError(f"`{name}` is not a generation parameter; see yuan_grpc.client.Parameters")
 
 
-def with_prompt(request: pb.GenerateRequest, prompt: Any) -> None:
-    """Puts a prompt of any kind into a request."""
+def set_prompt(request: pb.GenerateRequest, prompt: Any) -> None:
+    """Set the prompt of a request, in whichever form it is given."""
     if isinstance(prompt, pb.GenerateRequest):
         request.CopyFrom(prompt)
     elif isinstance(prompt, str):
-        _guarded("prompt", setattr, request, "prompt", prompt)
+        _fill("prompt", setattr, request, "prompt", prompt)
     elif isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
-        raise TypeError(f"`prompt` must be text, token ids, a conversation or a request, not {type(prompt).__name__}")
+        raise TypeError(f"`prompt` must be text, token IDs, a conversation or a request, not {type(prompt).__name__}")
     elif _is_conversation(items := list(prompt)):
-        _guarded("messages", request.messages.extend, map(_turn, items))
+        _fill("messages", request.messages.extend, map(_message, items))
     else:
         request.prompt_token_ids.SetInParent()
-        _guarded("prompt_token_ids", request.prompt_token_ids.ids.extend, items)
+        _fill("prompt_token_ids", request.prompt_token_ids.ids.extend, items)
 
 
 def _is_conversation(items: list[Any]) -> bool:
     return any(isinstance(item, (str, pb.Message, Mapping, tuple, list)) for item in items)
 
 
-def _turn(turn: Any) -> pb.Message:
-    if isinstance(turn, pb.Message):
-        return turn
-    if isinstance(turn, Mapping):
-        return pb.Message(**turn)
-    if isinstance(turn, (tuple, list)) and len(turn) == 2:
-        return pb.Message(role=turn[0], content=turn[1])
-    raise TypeError(f"a turn must be a Message, a pair of role and content or a dict of them, not {turn!r:.80}")
+def _message(value: Any) -> pb.Message:
+    if isinstance(value, pb.Message):
+        return value
+    if isinstance(value, Mapping):
+        return pb.Message(**value)
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return pb.Message(role=value[0], content=value[1])
+    raise TypeError(f"a message must be a Message, a (role, content) pair or a dict with both, not {value!r:.80}")
 
 
-def _guarded(field: str, do: Callable[..., Any], *arguments: Any) -> Any:
-    """Does what fills a field, and names the field where that fails."""
+def _fill(field: str, setter: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a setter; name the field in the error if it fails."""
     try:
-        return do(*arguments)
+        return setter(*arguments)
     except TypeError as error:
         raise TypeError(f"`{field}`: {error}") from error
     except ValueError as error:
-        raise bad_value(field, error) from error
+        raise unencodable_value_error(field, error) from error
 
 
-def _set(request: pb.GenerateRequest, name: str, value: Any) -> None:
+def _set_field(request: pb.GenerateRequest, name: str, value: Any) -> None:
     if name in _CONSTRAINTS:
         _set_constraint(request.structured_outputs, name, value)
         return
     field: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_name[name]
-    value = _CONVERSIONS.get(name, _same)(value)
+    value = _CONVERSIONS[name](value) if name in _CONVERSIONS else value
     request.ClearField(name)
     if name == "logit_bias":
         request.logit_bias.update(value)
@@ -194,18 +194,14 @@ def _set(request: pb.GenerateRequest, name: str, value: Any) -> None:
 def _set_constraint(constraint: pb.StructuredOutputs, name: str, value: Any) -> None:
     if name == "choice":
         constraint.choice.ClearField("values")
-        constraint.choice.values.extend(_texts(value))
+        constraint.choice.values.extend(_as_list(value))
     elif isinstance(value, Mapping):
         setattr(constraint, name, json.dumps(value, ensure_ascii=False))
     else:
         setattr(constraint, name, value)
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-def _texts(value: str | Iterable[str]) -> list[str]:
+def _as_list(value: str | Iterable[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
@@ -219,7 +215,7 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def _side(side: str | int) -> int:
+def _truncation_side(side: str | int) -> int:
     return pb.TruncationSide.Value(f"TRUNCATION_SIDE_{side.upper()}") if isinstance(side, str) else side
 
 
@@ -228,10 +224,10 @@ def _repetition_detection(value: pb.RepetitionDetection | Mapping[str, int]) -> 
 
 
 _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "stop": _texts,
-    "bad_words": _texts,
+    "stop": _as_list,
+    "bad_words": _as_list,
     "early_stopping": _early_stopping,
     "heartbeat_interval": _duration,
-    "truncation_side": _side,
+    "truncation_side": _truncation_side,
     "repetition_detection": _repetition_detection,
 }

@@ -1,4 +1,4 @@
-"""The client for threads."""
+"""The synchronous client."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from yuan_grpc.client import requests, types
-from yuan_grpc.client.base import Call, Caller, Readiness, Streaming, checked_many, deadline
+from yuan_grpc.client.base import (
+    BaseClient,
+    BaseStream,
+    PreparedCall,
+    Readiness,
+    check_many_arguments,
+    grpc_timeout,
+)
 from yuan_grpc.client.channel import SERVICE
-from yuan_grpc.client.errors import InvalidRequestError, YuanError, error_of, translated
+from yuan_grpc.client.errors import InvalidRequestError, YuanError, error_from_rpc, translate_errors
 from yuan_grpc.client.google_rpc import HEALTH_WATCH, SERVING, HealthCheckResponse
 from yuan_grpc.client.types import Completion, Loras, Model, Result, Token
 from yuan_grpc.client.window import Window
@@ -28,14 +35,15 @@ if TYPE_CHECKING:
     from yuan_grpc.client.requests import MessageLike, Parameters, Prompt
 
 
-CLOSE_SECONDS = 5.0
+CLOSE_TIMEOUT_SECONDS = 5.0
+"""Maximum time to wait for the channel to close."""
 
 
-class Client(Caller):
-    """A connection to a Yuan server. Threads may share it; a process that forks makes its own after the fork.
+class Client(BaseClient):
+    """A synchronous client of a Yuan server. Threads may share it; a forked process must create its own after the fork.
 
-    Every call raises `YuanError` when it does not end well, TypeError for a keyword or a value that no request has, and
-    RuntimeError when the client is closed.
+    A failed call raises `YuanError`, an unknown parameter or a value of the wrong type TypeError, and a closed client
+    RuntimeError.
     """
 
     def _open(self) -> None:
@@ -44,18 +52,18 @@ class Client(Caller):
             channel = grpc.insecure_channel(target, options)
         else:
             channel = grpc.secure_channel(target, self._credentials, options)
-        self._bare_channel = channel
+        self._base_channel = channel
         self._channel = grpc.intercept_channel(channel, *self._interceptors)
         self._stub = yuan_pb2_grpc.YuanServiceStub(self._channel)
 
     def close(self) -> None:
-        """Ends the connection, and all calls that run over it. May be called twice."""
+        """Close the connection and cancel all its calls. Closing twice is harmless."""
         if not self._closed:
             self._closed = True
-            # A call that Ctrl-C met while it was being started is never counted out, and gRPC waits for it for ever.
-            closing = Thread(target=self._bare_channel.close, name="yuan-grpc-close", daemon=True)
+            # gRPC waits forever for a call that KeyboardInterrupt hit while it was starting.
+            closing = Thread(target=self._base_channel.close, name="yuan-grpc-close", daemon=True)
             closing.start()
-            closing.join(CLOSE_SECONDS)
+            closing.join(CLOSE_TIMEOUT_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -66,38 +74,38 @@ class Client(Caller):
         self.close()
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Returns when the server's health says that it serves: also one that is not there yet, or is loading.
+        """Wait until the server reports that it is serving. It may still be unreachable or loading the model.
 
-        Where the target has several addresses, one of them is asked.
+        If the target has several addresses, only one is checked.
 
         Raises:
-            DeadlineError: it does not, after `timeout` seconds.
+            DeadlineError: the server was not ready within `timeout` seconds.
         """
         self._check_open()
         ready = Readiness(SERVICE, timeout)
-        while ready.seconds:
+        while ready.remaining_seconds:
             try:
-                if self._serves(ready):
+                if self._is_serving(ready):
                     return
             except grpc.RpcError as error:
-                if not ready.refused(error):
-                    raise error_of(error) from error
+                if not ready.can_retry_after(error):
+                    raise error_from_rpc(error) from error
             self._check_open()
-            time.sleep(ready.pause)
-        raise ready.too_late()
+            time.sleep(ready.poll_delay)
+        raise ready.timeout_error()
 
     def generate(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Completion:
-        """Generates, and returns when all choices are finished.
+        """Generate a completion and return it when all choices are finished.
 
         Args:
-            prompt: text, token ids, a conversation, or a ready request, over which the keywords then stand.
-            parameters: see `Parameters`; `timeout` in seconds and `metadata` are of the call.
+            prompt: text, token IDs, a conversation, or a GenerateRequest, whose fields the parameters override.
+            parameters: see `Parameters`. `timeout` (seconds) and `metadata` apply to the call.
         """
-        return types.answer_of(self._ask(self._generation("Generate", prompt, parameters)))
+        return types.completion_from_proto(self._invoke(self._prepare_generation("Generate", prompt, parameters)))
 
     def stream(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Stream:
-        """Generates, and returns an iterator of the first choice's text, piece by piece. Arguments: as `generate`."""
-        call = self._generation("GenerateStream", prompt, parameters)
+        """Start generating and return an iterator over the first choice's text. Takes the arguments of `generate`."""
+        call = self._prepare_generation("GenerateStream", prompt, parameters)
         started = self._stub.GenerateStream(call.request, timeout=call.timeout, metadata=call.metadata)
         return Stream(started, call.request_id)
 
@@ -109,120 +117,126 @@ class Client(Caller):
         ordered: bool = True,
         **parameters: Unpack[Parameters],
     ) -> Generator[Result, None, None]:
-        """Generates for each of many prompts, and yields how each ended; one that fails harms no other.
+        """Generate a completion for each prompt and yield the results; a failed request does not affect the others.
 
-        Nothing is sent before the first result is asked for, and what runs is cancelled when the generator is closed.
+        The first requests are sent when the first result is requested. Closing the generator cancels all running
+        requests.
 
         Args:
-            prompts: any iterable, also one without end: it is read as there is room.
-            concurrency: how many may run, results that nobody has read yet included.
-            ordered: yields in the order of the prompts; otherwise as they are finished.
-            parameters: for all of them, as `generate`; the deadline is each one's own.
+            prompts: any iterable, even an endless one; it is read as capacity becomes free.
+            concurrency: maximum number of running requests plus unread results.
+            ordered: yield results in the order of the prompts, otherwise as they finish.
+            parameters: as for `generate`, applied to every request; the timeout counts for each request separately.
         """
         self._check_open()
-        checked_many(parameters, concurrency)
+        check_many_arguments(parameters, concurrency)
         return self._many(iter(prompts), Window(concurrency, ordered=ordered), parameters)
 
     def tokenize(self, prompt: str | Iterable[MessageLike], *, timeout: float | None = None) -> list[Token]:
-        """The tokens that a model would see of a text or a conversation."""
+        """Return the tokens the model would receive for a text or a conversation."""
         request = requests.tokenize_request(prompt)
-        return types.tokens_of(self._ask(self._quick("Tokenize", request, timeout)))
+        return types.tokens_from_proto(self._invoke(self._prepare_short("Tokenize", request, timeout)))
 
     def detokenize(
         self, token_ids: Iterable[int], *, skip_special_tokens: bool = False, timeout: float | None = None
     ) -> str:
-        """The text of tokens."""
+        """Return the text of token IDs."""
         request = requests.detokenize_request(token_ids, skip_special_tokens)
-        text: str = self._ask(self._quick("Detokenize", request, timeout)).text
+        text: str = self._invoke(self._prepare_short("Detokenize", request, timeout)).text
         return text
 
     def model(self, *, timeout: float | None = None) -> Model:
-        """What is served, and its limits."""
-        return types.model_of(self._ask(self._quick("GetModel", pb.GetModelRequest(), timeout)))
+        """Return the served model and its limits."""
+        return types.model_from_proto(self._invoke(self._prepare_short("GetModel", pb.GetModelRequest(), timeout)))
 
     def abort(self, request_id: str, *, timeout: float | None = None) -> None:
-        """Ends a running call by its name; that call ends with `CancelledCallError`."""
-        self._ask(self._quick("Abort", pb.AbortRequest(request_id=request_id), timeout))
+        """Abort a running call by its request ID; that call raises `CancelledCallError`."""
+        self._invoke(self._prepare_short("Abort", pb.AbortRequest(request_id=request_id), timeout))
 
     def loras(self, *, timeout: float | None = None) -> Loras:
-        """The names of the LoRA adapters that are loaded, and of those that could be."""
-        return types.loras_of(self._ask(self._quick("ListLoras", pb.ListLorasRequest(), timeout)))
+        """Return the names of the loaded LoRA adapters and of those the server can load."""
+        return types.loras_from_proto(self._invoke(self._prepare_short("ListLoras", pb.ListLorasRequest(), timeout)))
 
     def load_lora(self, name: str, *, timeout: float | None = None) -> None:
-        """Loads an adapter out of the server's folder."""
-        self._ask(self._quick("LoadLora", pb.LoadLoraRequest(name=name), timeout))
+        """Load an adapter from the server's LoRA folder."""
+        self._invoke(self._prepare_short("LoadLora", pb.LoadLoraRequest(name=name), timeout))
 
     def unload_lora(self, name: str, *, timeout: float | None = None) -> None:
-        """Unloads an adapter; calls that run with it go on."""
-        self._ask(self._quick("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
+        """Unload an adapter; running calls that use it continue."""
+        self._invoke(self._prepare_short("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
 
-    def _future(self, call: Call) -> Any:
+    def _start_future(self, call: PreparedCall) -> Any:
         return getattr(self._stub, call.rpc).future(call.request, timeout=call.timeout, metadata=call.metadata)
 
-    def _ask(self, call: Call) -> Any:
-        with translated(call.request_id):
+    def _invoke(self, call: PreparedCall) -> Any:
+        with translate_errors(call.request_id):
             return getattr(self._stub, call.rpc)(call.request, timeout=call.timeout, metadata=call.metadata)
 
     def _many(self, prompts: Iterator[Prompt], window: Window, parameters: Parameters) -> Generator[Result, None, None]:
         running: dict[int, tuple[Prompt, Any]] = {}
-        ended: SimpleQueue[int] = SimpleQueue()
-        is_over = False
+        finished: SimpleQueue[int] = SimpleQueue()
+        exhausted = False
         try:
             while True:
-                while window.has_room and not is_over:
+                while window.has_capacity and not exhausted:
                     try:
                         prompt = next(prompts)
                     except StopIteration:
-                        is_over = True
+                        exhausted = True
                         break
-                    self._launch(prompt, parameters, window, running, ended)
-                    while not ended.empty():
-                        _finish(ended.get(), running, window)
+                    self._submit(prompt, parameters, window, running, finished)
+                    while not finished.empty():
+                        _finish(finished.get(), running, window)
                     if window.is_ready:
-                        break  # a source may be slow, or wait for this very result
+                        break  # the source may be slow, or wait for this result
                 if window.is_empty:
                     return
                 while not window.is_ready:
-                    _finish(ended.get(), running, window)
-                yield window.take()
+                    _finish(finished.get(), running, window)
+                yield window.pop()
         finally:
             for _, future in running.values():
                 future.cancel()
 
-    def _launch(
-        self, prompt: Prompt, parameters: Parameters, window: Window, running: dict[int, Any], ended: SimpleQueue[int]
+    def _submit(
+        self,
+        prompt: Prompt,
+        parameters: Parameters,
+        window: Window,
+        running: dict[int, Any],
+        finished: SimpleQueue[int],
     ) -> None:
         try:
-            future = self._future(self._generation("Generate", prompt, parameters))
+            future = self._start_future(self._prepare_generation("Generate", prompt, parameters))
         except InvalidRequestError as error:
-            window.finish(Result(window.launch(), prompt, None, error))
+            window.finish(Result(window.start(), prompt, None, error))
             return
-        index = window.launch()
+        index = window.start()
         running[index] = prompt, future
-        future.add_done_callback(lambda _: ended.put(index))
+        future.add_done_callback(lambda _: finished.put(index))
 
-    def _serves(self, ready: Readiness) -> bool:
-        """Watches a server's health until it serves, which is True, or the watch ends by itself."""
+    def _is_serving(self, ready: Readiness) -> bool:
+        """Watch the server's health; return True once it is serving, False if the watch ends first."""
         watch: Any = self._channel.unary_stream(
             HEALTH_WATCH, lambda request: request.SerializeToString(), HealthCheckResponse.FromString
         )
-        metadata = self._metadata(())
-        healths = watch(ready.request, timeout=deadline(ready.seconds), metadata=metadata, wait_for_ready=True)
+        timeout, metadata = grpc_timeout(ready.remaining_seconds), self._metadata(())
+        updates = watch(ready.request, timeout=timeout, metadata=metadata, wait_for_ready=True)
         try:
-            for health in healths:
+            for health in updates:
                 if health.status == SERVING:
                     return True
-                ready.saw(health.status)
+                ready.record_status(health.status)
             return False
         finally:
-            healths.cancel()
+            updates.cancel()
 
 
-class Stream(Streaming):
-    """An iterator of the first choice's text, piece by piece, as it is generated.
+class Stream(BaseStream):
+    """An iterator over the first choice's text, as it is generated.
 
-    The call runs from the start; it is cancelled when the stream is closed, its `with` block left, or nobody holds
-    it any more.
+    The call starts immediately. It is cancelled when the stream is closed or garbage-collected, or when its `with`
+    block ends.
     """
 
     def __iter__(self) -> Self:
@@ -231,12 +245,12 @@ class Stream(Streaming):
     def __next__(self) -> str:
         while True:
             try:
-                part = next(self._call)
+                message = next(self._call)
             except grpc.RpcError as error:
                 if self._closed:
                     raise StopIteration from None
-                raise error_of(error, self._name) from error
-            if delta := self._gathering.add(part):
+                raise error_from_rpc(error, self._request_id) from error
+            if delta := self._builder.add(message):
                 return delta
 
     def __enter__(self) -> Self:
@@ -257,10 +271,10 @@ def _finish(index: int, running: dict[int, tuple[Prompt, Any]], window: Window) 
 
 
 def _result(index: int, prompt: Prompt, future: Any) -> Result:
-    """How a call ended that has."""
+    """Return the result of a finished call."""
     request_id = prompt.request_id if isinstance(prompt, pb.GenerateRequest) else ""
     try:
-        with translated(request_id):
-            return Result(index, prompt, types.answer_of(future.result()), None)
+        with translate_errors(request_id):
+            return Result(index, prompt, types.completion_from_proto(future.result()), None)
     except YuanError as error:
         return Result(index, prompt, None, error)

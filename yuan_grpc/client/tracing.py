@@ -1,4 +1,4 @@
-"""The trace that a call belongs to, where the program keeps one with OpenTelemetry."""
+"""OpenTelemetry trace propagation, used only if the program itself uses OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
-    """Metadata that names the current span: `traceparent` and `tracestate`, or what else the program's propagator says.
+    """Return the current span as metadata: `traceparent` and `tracestate`, or the keys of the program's propagator.
 
-    OpenTelemetry is not looked for before the program itself has imported it: until then there is no span.
+    OpenTelemetry is never imported here first: before the program has imported it there is no span.
     """
     if "opentelemetry" not in sys.modules:
         return ()
     try:
         from opentelemetry.propagate import inject
-    except ImportError:  # the name is a namespace's, which others have parts of
+    except ImportError:  # `opentelemetry` is a namespace package; the API may be missing
         return ()
     carrier: dict[str, str] = {}
     inject(carrier)

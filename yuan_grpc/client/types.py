@@ -1,4 +1,4 @@
-"""Answers: messages to frozen Python values, and the pieces of a stream to one of them."""
+"""Response types: frozen Python values, built from protobuf messages or from the deltas of a stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TopLogprob:
-    """The log-probability of a token that could have been chosen."""
+    """The log-probability of a candidate token."""
 
     token_id: int
     token: str
@@ -24,7 +24,7 @@ class TopLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability of a token, and of the most likely ones at its place."""
+    """The log-probability of a token, with the most likely tokens at its position."""
 
     token_id: int
     token: str
@@ -35,17 +35,17 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the continuations.
+    """One of the `n` continuations.
 
     Attributes:
-        index: which one, from 0.
-        text: what was generated, with the prompt in front where `echo` asked for it.
-        token_ids: the generated tokens, the one that ended the choice included.
-        finish_reason: `stop`, `length`, `repetition` or `deadline`; None for as long as it goes on.
-        stop_string: the stop string that ended it; None if something else did.
-        stop_token_id: the stop token, or the end-of-text token, that ended it; None if something else did.
-        cumulative_logprob: the sum of its log-probabilities, where they were asked for or it was ranked by them.
-        logprobs: of each token, where asked for. Those of `flat_logprobs` are in the answer's `message`.
+        index: 0-based index.
+        text: the generated text, preceded by the prompt if `echo` was set.
+        token_ids: the generated tokens, including the one that ended the choice.
+        finish_reason: `stop`, `length`, `repetition` or `deadline`; None while the choice is unfinished.
+        stop_string: the stop string that ended the choice; None if something else did.
+        stop_token_id: the stop token or end-of-text token that ended the choice; None if something else did.
+        cumulative_logprob: the sum of the log-probabilities, if they were requested or used for ranking.
+        logprobs: one entry per token, if requested. With `flat_logprobs` they are in `Completion.message` instead.
     """
 
     index: int
@@ -60,7 +60,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens counted: of the prompt, generated over all choices, and of the prompt those that a cache had."""
+    """Token counts: the prompt, the completion over all choices, and the prompt tokens found in the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -69,17 +69,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for one request.
+    """The response to one request.
 
     Attributes:
-        choices: the continuations, in the order of their indices.
-        usage: tokens counted.
-        seed: what was sampled with; None where nothing was left to chance.
-        request_id: the request's name.
-        model: the served model's name, or the adapter's.
-        prompt_token_ids: the prompt as the model saw it, where asked for.
-        prompt_logprobs: of each token of the prompt, where asked for.
-        message: the message that all this is of.
+        choices: the continuations, ordered by index.
+        usage: token counts.
+        seed: the sampling seed; None for deterministic requests.
+        request_id: the request ID.
+        model: the name of the served model or LoRA adapter.
+        prompt_token_ids: the prompt as the model received it, if requested.
+        prompt_logprobs: one entry per prompt token, if requested.
+        message: the protobuf message with all fields.
     """
 
     choices: tuple[Choice, ...]
@@ -99,18 +99,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Result:
-    """How one of many requests ended: with an answer or with an error.
+    """The outcome of one request of `generate_many`: either a completion or an error.
 
     Attributes:
-        index: the prompt's place among those given, from 0.
-        prompt: what was given.
-        answer: None if it failed.
-        error: None if it did not.
+        index: 0-based position of the prompt in the input.
+        prompt: the prompt from the input.
+        completion: None if the request failed.
+        error: None if the request succeeded.
     """
 
     index: int
     prompt: Prompt
-    answer: Completion | None
+    completion: Completion | None
     error: YuanError | None
 
     @property
@@ -120,15 +120,15 @@ class Result:
         Raises:
             YuanError: the request failed.
         """
-        if self.answer is None:
+        if self.completion is None:
             assert self.error is not None
             raise self.error
-        return self.answer.text
+        return self.completion.text
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token, its piece in the vocabulary, and the stretch of text it stands for, in characters, the end exclusive."""
+    """A token, its piece in the vocabulary, and its character offsets in the text, the end exclusive."""
 
     id: int
     piece: str
@@ -138,7 +138,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model."""
+    """The dimensions of a model."""
 
     layers: int
     hidden: int
@@ -149,7 +149,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests are held to; `max_num_queued_reqs` is None where any number may wait."""
+    """The server's limits on requests; `max_num_queued_reqs` is None if the queue is unbounded."""
 
     max_model_len: int
     max_logprobs: int
@@ -162,7 +162,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a model is spread over devices."""
+    """The model's parallel sizes."""
 
     tensor: int
     pipeline: int
@@ -171,7 +171,7 @@ class Parallelism:
 
 @dataclass(frozen=True)
 class LoraSupport:
-    """LoRA, where it is enabled: its limits, and the names of the loaded adapters."""
+    """The LoRA limits of the server and the names of the loaded adapters."""
 
     max_loras: int
     max_lora_rank: int
@@ -181,7 +181,7 @@ class LoraSupport:
 
 @dataclass(frozen=True)
 class Model:
-    """What is served: on what, in which numbers, and its limits. `lora` is None where LoRA is not enabled."""
+    """The served model, its configuration and its limits. `lora` is None if LoRA is disabled."""
 
     name: str
     revision: str
@@ -197,18 +197,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Loras:
-    """Names of adapters: those that are loaded, and those that the server could load."""
+    """The names of the loaded adapters and of those the server can load."""
 
     loaded: tuple[str, ...]
     available: tuple[str, ...]
 
 
-def answer_of(message: pb.GenerateResponse) -> Completion:
-    """The answer that a message is."""
+def completion_from_proto(message: pb.GenerateResponse) -> Completion:
+    """Convert a `GenerateResponse`."""
     return Completion(
         choices=tuple(_choice(choice) for choice in message.choices),
-        usage=_plain(Usage, message.usage),
-        seed=_given(message, "seed"),
+        usage=_from_fields(Usage, message.usage),
+        seed=_optional(message, "seed"),
         request_id=message.request_id,
         model=message.model,
         prompt_token_ids=tuple(message.prompt_token_ids),
@@ -217,90 +217,93 @@ def answer_of(message: pb.GenerateResponse) -> Completion:
     )
 
 
-def tokens_of(message: pb.TokenizeResponse) -> list[Token]:
-    """The tokens that a message has."""
-    return [_plain(Token, token) for token in message.tokens]
+def tokens_from_proto(message: pb.TokenizeResponse) -> list[Token]:
+    """Convert a `TokenizeResponse`."""
+    return [_from_fields(Token, token) for token in message.tokens]
 
 
-def model_of(message: pb.GetModelResponse) -> Model:
-    """The model that a message describes."""
-    model: Model = _plain(
+def model_from_proto(message: pb.GetModelResponse) -> Model:
+    """Convert a `GetModelResponse`."""
+    has_lora = message.HasField("lora")
+    model: Model = _from_fields(
         Model,
         message,
-        sizes=_plain(Sizes, message.sizes),
-        limits=_plain(Limits, message.limits, max_num_queued_reqs=_given(message.limits, "max_num_queued_reqs")),
-        parallelism=_plain(Parallelism, message.parallelism),
-        lora=_plain(LoraSupport, message.lora, loaded=tuple(message.lora.loaded)) if message.HasField("lora") else None,
+        sizes=_from_fields(Sizes, message.sizes),
+        limits=_from_fields(
+            Limits, message.limits, max_num_queued_reqs=_optional(message.limits, "max_num_queued_reqs")
+        ),
+        parallelism=_from_fields(Parallelism, message.parallelism),
+        lora=_from_fields(LoraSupport, message.lora, loaded=tuple(message.lora.loaded)) if has_lora else None,
     )
     return model
 
 
-def loras_of(message: pb.ListLorasResponse) -> Loras:
-    """The adapters that a message lists."""
+def loras_from_proto(message: pb.ListLorasResponse) -> Loras:
+    """Convert a `ListLorasResponse`."""
     return Loras(tuple(lora.name for lora in message.loras), tuple(message.available))
 
 
-class Gathering:
-    """Puts the pieces of a stream together, into what Generate would have answered."""
+class CompletionBuilder:
+    """An accumulator that merges the messages of a stream into the response Generate would return."""
 
     def __init__(self) -> None:
-        self._whole = pb.GenerateResponse()
+        self._response = pb.GenerateResponse()
         self._choices: dict[int, pb.Choice] = {}
         self._texts: dict[int, list[str]] = {}
 
     @property
     def request_id(self) -> str:
-        """The request's name, once the first piece has told it; empty until then."""
-        return self._whole.request_id
+        """The request ID; empty until the first message has arrived."""
+        return self._response.request_id
 
     @property
     def text(self) -> str:
         """The first choice's text so far."""
         return "".join(self._texts.get(0, ()))
 
-    def add(self, part: pb.GenerateStreamResponse) -> str:
-        """Takes a piece in, and returns what it adds to the first choice's text."""
-        whole = self._whole
-        whole.request_id, whole.model = part.request_id, part.model
-        if part.HasField("usage"):
-            whole.usage.CopyFrom(part.usage)
-        if part.HasField("seed"):
-            whole.seed = part.seed
-        whole.prompt_token_ids.extend(part.prompt_token_ids)
-        whole.prompt_logprobs.extend(part.prompt_logprobs)
-        if part.HasField("flat_prompt_logprobs"):
-            _extend_flat(whole.flat_prompt_logprobs, part.flat_prompt_logprobs)
-        for choice in part.choices:
-            self._add(choice)
-        return "".join(choice.text for choice in part.choices if choice.index == 0)
+    def add(self, message: pb.GenerateStreamResponse) -> str:
+        """Merge a message and return the text it adds to the first choice."""
+        response = self._response
+        response.request_id, response.model = message.request_id, message.model
+        if message.HasField("usage"):
+            response.usage.CopyFrom(message.usage)
+        if message.HasField("seed"):
+            response.seed = message.seed
+        response.prompt_token_ids.extend(message.prompt_token_ids)
+        response.prompt_logprobs.extend(message.prompt_logprobs)
+        if message.HasField("flat_prompt_logprobs"):
+            _extend_flat(response.flat_prompt_logprobs, message.flat_prompt_logprobs)
+        for choice in message.choices:
+            self._add_choice(choice)
+        return "".join(choice.text for choice in message.choices if choice.index == 0)
 
-    def answer(self) -> Completion:
-        """All there is so far. Each call puts it together anew."""
-        whole = pb.GenerateResponse()
-        whole.CopyFrom(self._whole)
+    def build(self) -> Completion:
+        """Return the completion so far, as a new object on each call."""
+        response = pb.GenerateResponse()
+        response.CopyFrom(self._response)
         for index in sorted(self._choices):
-            whole.choices.add().CopyFrom(self._choices[index])
-            whole.choices[-1].text = "".join(self._texts[index])
-        return answer_of(whole)
+            response.choices.add().CopyFrom(self._choices[index])
+            response.choices[-1].text = "".join(self._texts[index])
+        return completion_from_proto(response)
 
-    def _add(self, piece: pb.Choice) -> None:
-        grown = self._choices.setdefault(piece.index, pb.Choice(index=piece.index))
-        self._texts.setdefault(piece.index, []).append(piece.text)
-        if piece.HasField("flat_logprobs"):
-            _extend_flat(grown.flat_logprobs, piece.flat_logprobs)
-        rest = pb.Choice()
-        rest.CopyFrom(piece)
-        rest.ClearField("text")
-        rest.ClearField("flat_logprobs")
-        grown.MergeFrom(rest)  # which appends to what is a list, and replaces what is not
+    def _add_choice(self, delta: pb.Choice) -> None:
+        choice = self._choices.setdefault(delta.index, pb.Choice(index=delta.index))
+        self._texts.setdefault(delta.index, []).append(delta.text)
+        if delta.HasField("flat_logprobs"):
+            _extend_flat(choice.flat_logprobs, delta.flat_logprobs)
+        mergeable = pb.Choice()
+        mergeable.CopyFrom(delta)
+        mergeable.ClearField("text")
+        mergeable.ClearField("flat_logprobs")
+        choice.MergeFrom(mergeable)  # appends to repeated fields, replaces the others
 
 
-def _extend_flat(grown: pb.FlatLogprobs, more: pb.FlatLogprobs) -> None:
-    before = len(grown.token_ids)
-    grown.token_ids.extend(more.token_ids)
-    grown.logprobs.extend(more.logprobs)
-    grown.ranks.extend(more.ranks)
-    grown.starts.extend(before + start for start in more.starts)
+def _extend_flat(target: pb.FlatLogprobs, delta: pb.FlatLogprobs) -> None:
+    offset = len(target.token_ids)
+    target.token_ids.extend(delta.token_ids)
+    target.logprobs.extend(delta.logprobs)
+    target.ranks.extend(delta.ranks)
+    target.starts.extend(offset + start for start in delta.starts)
 
 
 def _choice(message: pb.Choice) -> Choice:
@@ -309,9 +312,9 @@ def _choice(message: pb.Choice) -> Choice:
         text=message.text,
         token_ids=tuple(message.token_ids),
         finish_reason=_finish_reason(message.finish_reason),
-        stop_string=_given(message, "stop_string"),
-        stop_token_id=_given(message, "stop_token_id"),
-        cumulative_logprob=_given(message, "cumulative_logprob"),
+        stop_string=_optional(message, "stop_string"),
+        stop_token_id=_optional(message, "stop_token_id"),
+        cumulative_logprob=_optional(message, "cumulative_logprob"),
         logprobs=_logprobs(message.logprobs),
     )
 
@@ -325,15 +328,16 @@ def _finish_reason(number: int) -> str | None:
 
 def _logprobs(messages: Any) -> tuple[TokenLogprob, ...]:
     return tuple(
-        _plain(TokenLogprob, message, top=tuple(_plain(TopLogprob, top) for top in message.top)) for message in messages
+        _from_fields(TokenLogprob, message, top=tuple(_from_fields(TopLogprob, top) for top in message.top))
+        for message in messages
     )
 
 
-def _given(message: Any, name: str) -> Any:
+def _optional(message: Any, name: str) -> Any:
     return getattr(message, name) if message.HasField(name) else None
 
 
-def _plain(kind: Any, message: Any, **converted: Any) -> Any:
-    """A dataclass of a message's fields of the same names; `converted` has those that are not taken as they are."""
+def _from_fields(kind: Any, message: Any, **converted: Any) -> Any:
+    """Build a dataclass from the message fields of the same names; `converted` overrides single fields."""
     names = kind.__dataclass_fields__
     return kind(**{name: converted[name] if name in converted else getattr(message, name) for name in names})

@@ -1,4 +1,4 @@
-"""Which of many requests run, and which results wait to be read: never more than so many together."""
+"""A bounded window over the requests of `generate_many`: running ones plus results not yet read."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from yuan_grpc.client.types import Result
 
 
 class Window:
-    """Counts requests that run and keeps results that are not read yet, until it is their turn."""
+    """A counter of running requests and a buffer of unread results, at most `size` in total."""
 
     def __init__(self, size: int, *, ordered: bool) -> None:
         self._size = size
         self._ordered = ordered
-        self._launched = 0
-        self._taken = 0
-        self._finished: dict[int, Result] = {}
-        self._arrivals: deque[int] = deque()
+        self._num_started = 0
+        self._num_popped = 0
+        self._results: dict[int, Result] = {}
+        self._finish_order: deque[int] = deque()
 
     @property
-    def has_room(self) -> bool:
+    def has_capacity(self) -> bool:
         """Whether another request may start."""
-        return self._launched - self._taken < self._size
+        return self._num_started - self._num_popped < self._size
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        return self._launched == self._taken
+        """Whether no request runs and no result waits."""
+        return self._num_started == self._num_popped
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is a result whose turn it is."""
-        return self._taken in self._finished if self._ordered else bool(self._finished)
+        """Whether the next result is available."""
+        return self._num_popped in self._results if self._ordered else bool(self._results)
 
-    def launch(self) -> int:
-        """A request starts; returns its index."""
-        self._launched += 1
-        return self._launched - 1
+    def start(self) -> int:
+        """Register a new request and return its index."""
+        self._num_started += 1
+        return self._num_started - 1
 
     def finish(self, result: Result) -> None:
-        """A request has ended."""
-        self._finished[result.index] = result
-        self._arrivals.append(result.index)
+        """Store the result of a request."""
+        self._results[result.index] = result
+        self._finish_order.append(result.index)
 
-    def take(self) -> Result:
-        """The result whose turn it is."""
-        index = self._taken if self._ordered else self._arrivals.popleft()
-        self._taken += 1
-        return self._finished.pop(index)
+    def pop(self) -> Result:
+        """Remove and return the next result."""
+        index = self._num_popped if self._ordered else self._finish_order.popleft()
+        self._num_popped += 1
+        return self._results.pop(index)
