@@ -27,7 +27,7 @@ from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
-from yuan_grpc.server.server import build
+from yuan_grpc.server.server import create_server
 from yuan_grpc.server.settings import DEMO, Settings
 
 Result = TypeVar("Result")
@@ -73,7 +73,7 @@ def running(engine: Engine) -> Iterator[str]:
     """
     with TemporaryDirectory(prefix="yuan-grpc-", dir=_place()) as folder, _loop() as do:
         target = f"unix:{folder}/socket"
-        server, _ = do(build(YuanService(GenerationService(engine)), Health(NAME), target))
+        server, _ = do(create_server(YuanService(GenerationService(engine)), Health(NAME), target))
         try:
             do(engine.start())
             do(server.start())

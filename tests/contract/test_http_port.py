@@ -23,7 +23,7 @@ from http_server import client_of, connected, events, listening, served, written
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.http import Listener
-from yuan_grpc.server.server import greeting, serve
+from yuan_grpc.server.server import serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -371,9 +371,9 @@ async def test_answers_are_sent_at_once_and_the_vanished_are_noticed() -> None:
 
 
 def test_the_first_lines_say_where_http_is(settings: Settings) -> None:
-    assert f"http     127.0.0.1:{settings.http_port} (plaintext)" in greeting(settings)
-    assert "http     127.0.0.1, a free port (plaintext)" in greeting(replace(settings, http_port=0))
-    assert "http     " not in greeting(replace(settings, http_port=None))
+    assert f"http     127.0.0.1:{settings.http_port} (plaintext)" in startup_banner(settings)
+    assert "http     127.0.0.1, a free port (plaintext)" in startup_banner(replace(settings, http_port=0))
+    assert "http     " not in startup_banner(replace(settings, http_port=None))
 
 
 def test_nothing_of_http_is_imported_where_it_is_not_served() -> None:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
-from yuan_grpc.server.server import greeting, serve
+from yuan_grpc.server.server import serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -252,9 +252,9 @@ async def test_a_port_that_is_taken_is_said_in_one_line(settings: Settings, capl
 
 
 async def test_the_first_lines_say_what_where_and_how(settings: Settings) -> None:
-    said = greeting(settings)
+    said = startup_banner(settings)
     assert f"on       127.0.0.1:{settings.port}" in said
     assert "demo" in said
     assert f"http://127.0.0.1:{settings.port}/yuan.v1.YuanService/Generate" in said
-    assert "a free port" in greeting(replace(settings, port=0))
-    assert "http://[::1]:1/" in greeting(replace(settings, host="::1", port=1))
+    assert "a free port" in startup_banner(replace(settings, port=0))
+    assert "http://[::1]:1/" in startup_banner(replace(settings, host="::1", port=1))

@@ -20,7 +20,7 @@ from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
-from yuan_grpc.server.server import build
+from yuan_grpc.server.server import create_server
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -100,9 +100,9 @@ async def served(session_server: Served) -> Served:
 async def address(served: Served) -> AsyncIterator[str]:
     """The address of a server whose health is good, on the session's engine."""
     health = Health(NAME)
-    server, port = await build(YuanService(GenerationService(served.engine)), health, "127.0.0.1:0")
+    server, port = await create_server(YuanService(GenerationService(served.engine)), health, "127.0.0.1:0")
     await server.start()
-    await health.serving()
+    await health.set_serving()
     yield f"127.0.0.1:{port}"
     await server.stop(None)
 
@@ -124,7 +124,7 @@ async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
 
         engine = VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)
         await engine.start()
-    server, port = await build(YuanService(GenerationService(engine)), Health(NAME), "127.0.0.1:0")
+    server, port = await create_server(YuanService(GenerationService(engine)), Health(NAME), "127.0.0.1:0")
     try:
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -8,13 +8,13 @@ from fake_engine import FakeEngine
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
-from yuan_grpc.server.server import build
+from yuan_grpc.server.server import create_server
 
 
 @asynccontextmanager
 async def served(engine: FakeEngine, health: Health | None = None) -> AsyncIterator[str]:
     """The address of a server of this engine's."""
-    server, port = await build(YuanService(GenerationService(engine)), health or Health(NAME), "127.0.0.1:0")
+    server, port = await create_server(YuanService(GenerationService(engine)), health or Health(NAME), "127.0.0.1:0")
     await server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Settings: a flag, else the environment, else the default, and what is said of a wrong one."""
+"""Settings: precedence of flag, environment and default, and the errors for invalid values."""
 
 import argparse
 from pathlib import Path
@@ -20,62 +20,65 @@ def test_without_options_the_demo_is_served_on_loopback() -> None:
     assert read().is_demo
 
 
-def test_a_flag_comes_before_the_environment() -> None:
+def test_a_flag_overrides_the_environment() -> None:
     assert read("--port", "1", YUAN_GRPC_PORT="2").port == 1
     assert read(YUAN_GRPC_PORT="2").port == 2
 
 
 @pytest.mark.parametrize("value", ["65536", "-1", "http", "", "１２"])
-def test_a_malformed_variable_stops_the_start_and_is_named(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_environment_variable_is_an_error_that_names_it(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         read(YUAN_GRPC_PORT=value)
     assert f"environment variable YUAN_GRPC_PORT: must be a port, 0 to 65535, not {value!r}" in capsys.readouterr().err
 
 
-def test_http_is_served_where_its_port_is_given() -> None:
+def test_http_is_enabled_by_its_port() -> None:
     assert read().http_port is None
     assert read(YUAN_GRPC_HTTP_PORT="").http_port is None
     assert read("--http-port", "8000").http_port == 8000
     assert read(YUAN_GRPC_HTTP_PORT="0").http_port == 0
 
 
-def test_a_malformed_port_of_http_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_http_port_is_an_error_that_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         read("--http-port=http")
     assert "argument --http-port: must be a port, 0 to 65535, not 'http'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
-def test_a_malformed_flag_stops_the_start_and_is_named(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_flag_is_an_error_that_names_it(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         read(f"--grace-seconds={value}")
     assert f"argument --grace-seconds: must be a number of seconds, 0 or more, not {value!r}" in capsys.readouterr().err
 
 
-def test_an_empty_variable_is_an_error_not_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_model_variable_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         read(YUAN_GRPC_MODEL="")
     assert "environment variable YUAN_GRPC_MODEL: must not be empty" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", ["--model", "--lora-folder"])
+def test_a_missing_folder_is_an_error_that_names_it(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        read("--model", "/nowhere")
-    assert "argument --model: there is no folder '/nowhere'" in capsys.readouterr().err
+        read(flag, "/nowhere")
+    assert f"argument {flag}: must be an existing folder, not '/nowhere'" in capsys.readouterr().err
 
 
-def test_vllms_flags_pass_through_and_win(tmp_path: Path) -> None:
-    chosen = read("--model", str(tmp_path), "--max-model-len", "4096", "--served-model-name", "mine")
-    assert chosen.engine_flags == ("--max-model-len", "4096", "--served-model-name", "mine")
-    assert chosen.vllm_flags[-4:] == list(chosen.engine_flags)
+def test_vllms_flags_are_passed_through_and_override_the_defaults(tmp_path: Path) -> None:
+    parsed = read("--model", str(tmp_path), "--max-model-len", "4096", "--served-model-name", "mine")
+    assert parsed.engine_flags == ("--max-model-len", "4096", "--served-model-name", "mine")
+    assert parsed.vllm_flags[-4:] == list(parsed.engine_flags)
 
 
-def test_a_folder_is_called_by_its_last_part(tmp_path: Path) -> None:
+def test_the_served_name_of_a_folder_is_its_last_path_component(tmp_path: Path) -> None:
     (tmp_path / "Yuan2-2B").mkdir()
     flags = read("--model", str(tmp_path / "Yuan2-2B")).vllm_flags
     assert flags[flags.index("--served-model-name") + 1] == "Yuan2-2B"
 
 
-def test_a_hub_id_is_called_as_it_is() -> None:
+def test_the_served_name_of_a_hub_model_is_its_id() -> None:
     flags = read("--model", "IEITYuan/Yuan2-2B-hf").vllm_flags
     assert flags[flags.index("--served-model-name") + 1] == "IEITYuan/Yuan2-2B-hf"

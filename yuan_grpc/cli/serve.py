@@ -24,7 +24,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         from yuan_grpc.server import server
 
-        print(server.greeting(chosen), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
+        print(server.startup_banner(chosen), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
         from yuan_grpc.server.engine.vllm.args import parse_engine_flags
         from yuan_grpc.server.engine.vllm.engine import VllmEngine
     except ModuleNotFoundError as missing:

@@ -1,4 +1,4 @@
-"""Builds the server, starts it, waits, and stops it: in that order."""
+"""Startup and shutdown of the server, in order."""
 
 import asyncio
 import logging
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 1
-"""For the last answers to be sent: gRPC does not tell when they have been."""
+"""Time for the last responses to be sent, in seconds. gRPC does not report when they are."""
 
 POLL_SECONDS = 0.5
+"""Interval between checks that the gRPC server is still running, in seconds."""
 
 CHANNEL_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, and would get every other call
-    # A caller who vanishes without a word is noticed within a minute, and frees what it held in the engine.
+    ("grpc.so_reuseport", 0),  # otherwise a second server on the same port would silently get half of the calls
+    # Keepalive notices a vanished client within a minute, which frees its engine requests.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -42,166 +43,170 @@ CHANNEL_OPTIONS = [
 ]
 
 
-def greeting(settings: Settings) -> str:
-    """The first lines a person sees: what is served, where, and one command to try."""
-    model = "the embedded demo: random weights, random answers" if settings.is_demo else settings.model
-    where = settings.address if settings.port else f"{settings.host}, a free port"
-    http = "" if settings.http_port is None else f"\n  http     {_http_address(settings)} (plaintext)"
+def startup_banner(settings: Settings) -> str:
+    """Return the first lines of output: the model, the addresses, and a command to try."""
+    model = "embedded demo model with random weights; its output is noise" if settings.is_demo else settings.model
+    http = "" if settings.http_port is None else f"\n  http     {_displayed_address(settings, settings.http_port)}"
     return f"""\
 yuan-grpc {__version__}
-  serves   {model}
-  on       {where} (plaintext){http}
+  model    {model}
+  grpc     {_displayed_address(settings, settings.port)}{http}
   try      buf curl --protocol grpc --http2-prior-knowledge \\
              -d '{{"prompt": "世界上最高的山是什么", "max_tokens": 32}}' http://{settings.address}/{NAME}/Generate
 """
 
 
-def _http_address(settings: Settings) -> str:
-    return settings.address_of(settings.http_port) if settings.http_port else f"{settings.host}, a free port"
+def _displayed_address(settings: Settings, port: int) -> str:
+    address = settings.address_of(port) if port else f"{settings.host}, any free port"
+    return f"{address} (plaintext)"
 
 
 async def serve(settings: Settings, engine: Engine) -> int:
-    """Serves until told to stop.
+    """Serve until a stop signal.
 
     Returns:
-        The process's exit status: 0 when it was told to stop, 1 when it could not start or lost its engine.
+        The exit status of the process: 0 after a stop signal, 1 if the server could not start or lost its engine.
     """
-    health, answers = Health(NAME), GenerationService(engine)
-    doors = await _open(settings, answers, health)
-    if doors is None:
+    health, generation_service = Health(NAME), GenerationService(engine)
+    servers = await _create_servers(settings, generation_service, health)
+    if servers is None:
         return 1
-    server, port, http = doors
-    told, hurried = _told_to_stop()
+    server, port, http = servers
+    stop_requested, force_stop_requested = _handle_stop_signals()
     await server.start()
-    logger.info("listening on port %d; health says NOT_SERVING until the model has answered", port)
+    logger.info("gRPC listening on port %d; health is NOT_SERVING until the engine is ready", port)
     if http:
         http.start()
-        logger.info("HTTP calls on port %d", http.port)
-    died = asyncio.ensure_future(_died(server))
+        logger.info("HTTP listening on port %d", http.port)
+    grpc_failure = asyncio.ensure_future(_wait_for_grpc_failure(server))
     try:
-        return await _work(engine, health, told, died)
+        return await _run_engine(engine, health, stop_requested, grpc_failure)
     finally:
-        if died.done():
-            _end(engine)
-        died.cancel()
-        logger.info("stopping: calls in flight have %g seconds", settings.grace_seconds)
+        if grpc_failure.done():
+            _exit_now(engine)
+        grpc_failure.cancel()
+        logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
         await health.set_stopping()
-        await _stop(server, http, answers, settings.grace_seconds, hurried)
+        await _stop_servers(server, http, generation_service, settings.grace_seconds, force_stop_requested)
         engine.stop()
         logger.info("stopped")
 
 
-async def _open(
-    settings: Settings, answers: GenerationService, health: Health
+async def _create_servers(
+    settings: Settings, generation_service: GenerationService, health: Health
 ) -> "tuple[grpc.aio.Server, int, Listener | None] | None":
-    """gRPC's server and its port, and the HTTP listener where there is to be one; None, said in the log, where an
-    address cannot be had."""
+    """Return the gRPC server, its port, and the HTTP listener if enabled; None if an address cannot be bound."""
     http, address = None, settings.address_of(settings.http_port or 0)
     try:
-        http = _http_listener(settings, answers)
+        http = _create_http_listener(settings, generation_service)
         address = settings.address
-        return *await build(YuanService(answers), health, address), http
+        return *await create_server(YuanService(generation_service), health, address), http
     except (OSError, RuntimeError):
-        logger.error("cannot listen on %s: is it taken, or not an address of this machine?", address)
+        logger.error("cannot listen on %s: the port is in use, or this machine does not have the address", address)
         if http:
-            http.stop()
+            http.stop_accepting()
         return None
 
 
-def _http_listener(settings: Settings, answers: GenerationService) -> "Listener | None":
+def _create_http_listener(settings: Settings, generation_service: GenerationService) -> "Listener | None":
     if settings.http_port is None:
         return None
-    from yuan_grpc.server.http import Listener  # of no use to those who do without
+    from yuan_grpc.server.http import Listener  # imported only if HTTP is enabled
 
-    # What the original called a model: whatever it was started with.
-    return Listener(answers, settings.host, settings.http_port, aliases=[settings.model])
+    # The original demo server accepted the value of `--model` as the model's name.
+    return Listener(generation_service, settings.host, settings.http_port, aliases=[settings.model])
 
 
-async def _stop(
+async def _stop_servers(
     server: grpc.aio.Server,
     http: "Listener | None",
-    answers: GenerationService,
+    generation_service: GenerationService,
     grace_seconds: float,
-    hurried: asyncio.Event,
+    force_stop_requested: asyncio.Event,
 ) -> None:
     stopping = [asyncio.ensure_future(server.stop(grace_seconds))]
     if http:
-        http.stop()
-        stopping.append(asyncio.ensure_future(http.ended()))
-    # Not for those who watch health, which they do for ever: once our own calls have ended, all others are.
-    await _first(answers.inflight.wait_idle(), asyncio.sleep(grace_seconds), hurried.wait())
-    await _first(asyncio.wait(stopping), hurried.wait(), asyncio.sleep(FLUSH_SECONDS))
+        http.stop_accepting()
+        stopping.append(asyncio.ensure_future(http.wait_closed()))
+    # Wait only for generation calls: health watches never end by themselves.
+    await _wait_for_first(
+        generation_service.inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait()
+    )
+    await _wait_for_first(asyncio.wait(stopping), force_stop_requested.wait(), asyncio.sleep(FLUSH_SECONDS))
     await server.stop(None)
     if http:
-        await http.end()
+        await http.close()
     await asyncio.wait(stopping)
-    await answers.inflight.wait_idle()
+    await generation_service.inflight.wait_idle()
 
 
-def _end(engine: Engine) -> NoReturn:
-    """Ends the process without a look at its calls."""
+def _exit_now(engine: Engine) -> NoReturn:
+    """Exit the process without ending its calls."""
     engine.stop()
     logging.shutdown()
     os._exit(1)
 
 
-async def _died(server: Any) -> None:
-    """Returns when gRPC's server has ended by itself, as grpcio's does at an error in its loop.
+async def _wait_for_grpc_failure(server: Any) -> None:
+    """Return when the gRPC server has stopped by itself, as grpcio's does after an exception in its main loop.
 
-    Its calls are then left hanging, and ending them hangs or crashes the process, so there is no going on with another.
+    Its calls hang from then on. Ending them, or starting another server, hangs or crashes the process.
     """
-    while server._server.is_running():  # noqa: ASYNC110 - grpcio tells of it in no other way
+    while server._server.is_running():  # noqa: ASYNC110 - grpcio has no event for it
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def build(service: YuanService, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
-    """A server with all services, bound but not started, and its port.
+async def create_server(service: YuanService, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
+    """Return a gRPC server with all services, bound but not started, and its port.
 
     Raises:
         RuntimeError: the address cannot be bound.
     """
-    server = unknown_methods.server([StatusInterceptor(NAME)], CHANNEL_OPTIONS)
+    server = unknown_methods.create_server([StatusInterceptor(NAME)], CHANNEL_OPTIONS)
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
     reflection.enable_server_reflection((NAME, HEALTH_NAME, reflection.SERVICE_NAME), server)
     return server, server.add_insecure_port(address)
 
 
-async def _work(engine: Engine, health: Health, told: asyncio.Event, died: asyncio.Future[None]) -> int:
-    began = time.monotonic()
+async def _run_engine(
+    engine: Engine, health: Health, stop_requested: asyncio.Event, grpc_failure: asyncio.Future[None]
+) -> int:
+    """Start the engine and wait for a stop signal or a failure; return the exit status."""
+    start_time = time.monotonic()
     starting = asyncio.ensure_future(engine.start())
-    if starting in await _first(starting, told.wait(), asyncio.shield(died)):
+    if starting in await _wait_for_first(starting, stop_requested.wait(), asyncio.shield(grpc_failure)):
         try:
             await starting
         except Exception:
-            logger.exception("the engine did not start")
+            logger.exception("the engine failed to start")
             return 1
         await health.set_serving()
-        logger.info("ready after %.1f s", time.monotonic() - began)
-        lost = asyncio.ensure_future(engine.wait_until_dead())
-        if lost in await _first(lost, told.wait(), asyncio.shield(died)):
+        logger.info("ready after %.1f s", time.monotonic() - start_time)
+        engine_death = asyncio.ensure_future(engine.wait_until_dead())
+        if engine_death in await _wait_for_first(engine_death, stop_requested.wait(), asyncio.shield(grpc_failure)):
             logger.error("the engine was lost")
             return 1
-    if died.done():
-        logger.error("gRPC's server has ended by itself, and all calls with it")
+    if grpc_failure.done():
+        logger.error("the gRPC server stopped unexpectedly and ended all calls")
         return 1
     return 0
 
 
-def _told_to_stop() -> tuple[asyncio.Event, asyncio.Event]:
-    """An event that SIGTERM and SIGINT set, and one that they set when they come again."""
-    told, hurried = asyncio.Event(), asyncio.Event()
+def _handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Return an event set by the first SIGTERM or SIGINT, and an event set by the second."""
+    stop_requested, force_stop_requested = asyncio.Event(), asyncio.Event()
 
-    def tell() -> None:
-        (hurried if told.is_set() else told).set()
+    def on_signal() -> None:
+        (force_stop_requested if stop_requested.is_set() else stop_requested).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, tell)
-    return told, hurried
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop_requested, force_stop_requested
 
 
-async def _first(*awaitables: Awaitable[object]) -> set[asyncio.Future[object]]:
-    """Whichever ends first; the others are cancelled."""
+async def _wait_for_first(*awaitables: Awaitable[object]) -> set[asyncio.Future[object]]:
+    """Return those that are done when the first one is; cancel the others."""
     futures: list[asyncio.Future[object]] = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
     done = {future for future in futures if future.done()}

@@ -1,4 +1,4 @@
-"""The server's settings: from a flag, else from the environment, else the default."""
+"""Server settings, read from flags, then the environment, then defaults."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -10,34 +10,36 @@ from pathlib import Path
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
 DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "128M")
-"""For a model of a megabyte: exact rather than fast, and not compiled, which would take longer than it ever runs."""
+"""vLLM flags for the 1 MB demo model: exact instead of fast, and without compilation, which would outlast any use."""
 
 PREFIX = "YUAN_GRPC_"
 
 EPILOG = """\
-Each option can also be set in the environment: --grace-seconds as YUAN_GRPC_GRACE_SECONDS, and so on.
+Each option can also be set by an environment variable, such as
+YUAN_GRPC_GRACE_SECONDS for --grace-seconds. Flags take precedence.
 
-All other options go to vLLM's engine as they are, for example:
+All other options are passed to vLLM's engine, for example:
   --tensor-parallel-size 2     shard the model over GPUs
-  --max-model-len 4096         the most tokens of prompt and answer together
-  --gpu-memory-utilization 0.9 the share of a GPU's memory to use
-  --max-num-queued-reqs 1000   refuse more, running and waiting (RESOURCE_EXHAUSTED)
-`vllm serve --help=all` lists them all.
+  --max-model-len 4096         limit prompt and output together, in tokens
+  --gpu-memory-utilization 0.9 fraction of GPU memory to use
+  --max-num-queued-reqs 1000   limit running and waiting requests; reject
+                               others with RESOURCE_EXHAUSTED
+Run `vllm serve --help=all` to list all of them.
 """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything the server is told, checked.
+    """Validated server settings.
 
     Attributes:
-        model: a checkpoint's folder, or its id on the Hugging Face hub.
+        model: a checkpoint folder, or a model id on the Hugging Face hub.
         host: the address to listen on.
-        port: 1 to 65535, or 0 for any free one.
-        grace_seconds: how long calls in flight may go on once the server is told to stop.
-        engine_flags: vLLM's own flags, unread.
-        lora_folder: has a folder for each LoRA adapter that can be loaded; None where none can.
-        http_port: of the HTTP calls, 0 for any free one; None where they are not served.
+        port: the gRPC port, 1 to 65535, or 0 for any free port.
+        grace_seconds: time for running calls to finish after a stop signal, in seconds.
+        engine_flags: vLLM flags, passed through unparsed.
+        lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
+        http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
     """
 
     model: str
@@ -50,49 +52,54 @@ class Settings:
 
     @property
     def address(self) -> str:
-        """Host and port as gRPC takes them."""
+        """The gRPC address, `host:port`."""
         return self.address_of(self.port)
 
     def address_of(self, port: int) -> str:
-        """The host with a port."""
+        """Return `host:port`, with brackets around an IPv6 address."""
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
     @property
     def is_demo(self) -> bool:
-        """Whether the embedded checkpoint is served."""
+        """Whether the embedded demo checkpoint is served."""
         return self.model == DEMO
 
     @property
     def vllm_flags(self) -> list[str]:
-        """vLLM's flags, ours first so that those given win. Responses call a folder by its last part, not its path."""
+        """All flags for vLLM. Defaults come first, so that `engine_flags` override them.
+
+        The served name of a folder is its last path component.
+        """
         name = DEMO_NAME if self.is_demo else Path(self.model).name if Path(self.model).is_dir() else self.model
         defaults = DEMO_FLAGS if self.is_demo else ()
         return ["--model", self.model, "--served-model-name", name, *defaults, *self.engine_flags]
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
-    """Declares the server's options. A default that the environment gives is checked like a flag, and where the options
-    are parsed only: it is nothing to other commands."""
-    parser.description = "Serves a Yuan 2.0 model over gRPC."
+    """Add the server's options to a parser.
+
+    Environment variables are validated like flags, but only when these options are parsed: other commands ignore them.
+    """
+    parser.description = "Serve a Yuan 2.0 model over gRPC."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add_model_options(parser, environment)
     add = partial(_add, parser, environment)
-    add("--host", "127.0.0.1", _name, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
-    add("--port", "50051", _port, "PORT", "port to listen on, 0 for any free one (default: 50051)")
-    add("--http-port", "", _optional_port, "PORT", "port of the HTTP calls, OpenAI's among them (default: none)")
-    add("--grace-seconds", "30", _seconds, "S", "time for calls in flight to finish at SIGTERM (default: 30)")
+    add("--host", "127.0.0.1", _non_empty, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    add("--port", "50051", _port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
+    add("--http-port", "", _optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
+    add("--grace-seconds", "30", _seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
 
 
 def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
-    """Declares those that say what is loaded."""
+    """Add the options that select the model and its adapters to a parser."""
     add = partial(_add, parser, environment)
-    add("--model", DEMO, _model, "PATH_OR_ID", "checkpoint folder, or id on the hub (default: a demo, random)")
-    add("--lora-folder", "", _folder, "FOLDER", "has the LoRA adapters that can be loaded (with --enable-lora)")
+    add("--model", DEMO, _model, "PATH_OR_ID", "checkpoint folder or hub id (default: embedded random demo model)")
+    add("--lora-folder", "", _optional_folder, "FOLDER", "folder of loadable LoRA adapters (needs --enable-lora)")
 
 
-class _OfTheEnvironment(str):
-    """A value that no flag gave."""
+class _EnvironmentValue(str):
+    """An option value that comes from an environment variable."""
 
 
 def _add(
@@ -100,27 +107,27 @@ def _add(
     environment: Mapping[str, str],
     flag: str,
     default: str,
-    kind: Callable[[str], object],
+    parse: Callable[[str], object],
     metavar: str,
     text: str,
 ) -> None:
     variable = PREFIX + flag.removeprefix("--").replace("-", "_").upper()
 
-    def checked(value: str) -> object:
+    def parse_value(value: str) -> object:
         try:
-            return kind(value)
+            return parse(value)
         except argparse.ArgumentTypeError as error:
-            if isinstance(value, _OfTheEnvironment):
+            if isinstance(value, _EnvironmentValue):
                 raise argparse.ArgumentTypeError(f"environment variable {variable}: {error}") from None
             raise
 
-    given = environment.get(variable)
-    value = default if given is None else _OfTheEnvironment(given)
-    parser.add_argument(flag, default=value, type=checked, metavar=metavar, help=text)
+    from_environment = environment.get(variable)
+    value = default if from_environment is None else _EnvironmentValue(from_environment)
+    parser.add_argument(flag, default=value, type=parse_value, metavar=metavar, help=text)
 
 
 def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
-    """Settings from parsed options and from the flags that were not ours."""
+    """Return the settings from parsed options and the remaining flags, which are vLLM's."""
     return Settings(
         model=options.model,
         host=options.host,
@@ -132,22 +139,28 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
     )
 
 
-def _name(text: str) -> str:
+def _non_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 def _model(text: str) -> str:
-    if text.startswith(("/", "./", "../", "~")) and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
-    return _name(text)
+    if text.startswith(("/", "./", "../", "~")):
+        _check_folder(text)
+    return _non_empty(text)
 
 
-def _folder(text: str) -> Path | None:
-    if text and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
-    return Path(text) if text else None
+def _optional_folder(text: str) -> Path | None:
+    if not text:
+        return None
+    _check_folder(text)
+    return Path(text)
+
+
+def _check_folder(text: str) -> None:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be an existing folder, not {text!r}")
 
 
 def _port(text: str) -> int:

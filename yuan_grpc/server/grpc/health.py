@@ -1,4 +1,4 @@
-"""The standard health service, true: SERVING only between the engine's warm-up and the server's end."""
+"""The standard gRPC health service: SERVING from the end of the engine's warm-up until the server stops."""
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -7,23 +7,23 @@ NAME: str = health.SERVICE_NAME
 
 
 class Health:
-    """Reports on the server as a whole ("") and on each of its services by name, all alike."""
+    """Health of the whole server (the empty name) and of each named service, always with the same status."""
 
     def __init__(self, *services: str) -> None:
         self._servicer = health.aio.HealthServicer()
         self._services = ("", *services)
 
     async def attach(self, server: grpc.aio.Server) -> None:
-        """Adds the service to a server that has not started yet; it starts with NOT_SERVING."""
+        """Register the service on a server that has not started yet, with the status NOT_SERVING."""
         await self._set_all(health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
-    async def serving(self) -> None:
-        """The engine has answered."""
+    async def set_serving(self) -> None:
+        """Report SERVING: the engine has completed its warm-up."""
         await self._set_all(health_pb2.HealthCheckResponse.SERVING)
 
-    async def stopping(self) -> None:
-        """The engine is lost, or the server is about to stop. There is no way back."""
+    async def set_stopping(self) -> None:
+        """Report NOT_SERVING for good: the engine is lost, or the server is about to stop."""
         await self._servicer.enter_graceful_shutdown()
 
     async def _set_all(self, status: int) -> None:

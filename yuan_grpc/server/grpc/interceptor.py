@@ -1,4 +1,4 @@
-"""What stands between gRPC and every handler: it parses, tells errors, and logs."""
+"""A server interceptor that parses requests, maps exceptions to statuses, and writes the access log."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -8,14 +8,14 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from yuan_grpc.server.core.access_log import log_call, log_error
-from yuan_grpc.server.errors import InvalidRequestError, Violation, status_of, trailers_of
+from yuan_grpc.server.errors import InvalidRequestError, Violation, to_status, to_trailers
 
 Method = Callable[[Any, Any], Awaitable[Any]]
-Read = Callable[[bytes], Any]
+Deserializer = Callable[[bytes], Any]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a handler raises into a status. Handlers never abort a call themselves."""
+    """An interceptor that turns handlers' exceptions into statuses. Handlers never abort a call themselves."""
 
     def __init__(self, service: str) -> None:
         self._prefix = f"/{service}/"
@@ -25,43 +25,44 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wraps the handlers of our own service; health and reflection keep theirs."""
+        """Wrap the handlers of `YuanService`; return those of health and reflection unchanged."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or not method.startswith(self._prefix):
             return handler
-        # Messages are parsed behind the guard, for grpcio answers one it cannot parse with UNKNOWN and a traceback.
-        read, write, name = handler.request_deserializer, handler.response_serializer, method.removeprefix(self._prefix)
-        assert read is not None
+        # Parse messages inside the wrapper: grpcio reports one it cannot parse as UNKNOWN, with a traceback.
+        deserialize, serialize = handler.request_deserializer, handler.response_serializer
+        name = method.removeprefix(self._prefix)
+        assert deserialize is not None
         if handler.stream_stream:
-            batch = _guarded(handler.stream_stream, _each(read), name)
-            return grpc.stream_stream_rpc_method_handler(batch, response_serializer=write)
+            batch = _wrap(handler.stream_stream, _parse_each(deserialize), name)
+            return grpc.stream_stream_rpc_method_handler(batch, response_serializer=serialize)
         if handler.unary_stream:
-            stream = _guarded(handler.unary_stream, _one(read), name)
-            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=write)
-        unary = _guarded(handler.unary_unary, _one(read), name)
-        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=write)
+            stream = _wrap(handler.unary_stream, _parse_one(deserialize), name)
+            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=serialize)
+        unary = _wrap(handler.unary_unary, _parse_one(deserialize), name)
+        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=serialize)
 
 
-def _guarded(handler: Any, read: Callable[[Any], Any], name: str) -> Method:
-    async def guarded(raw: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
+    async def wrapped(raw: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         with log_call(name) as outcome:
             request = None
             try:
-                request = read(raw)
+                request = parse(raw)
                 response = await handler(request, context)
                 outcome.code = grpc.StatusCode.OK
                 return response
             except asyncio.CancelledError:
-                raise  # the caller is gone: there is nobody to tell
+                raise  # the client has cancelled or disconnected and receives no status
             except Exception as error:
-                outcome.code, status = status_of(error)
+                outcome.code, status = to_status(error)
                 log_error(error, outcome.code, _subject(request))
-                await context.abort(outcome.code, status.message, trailers_of(error, status))
+                await context.abort(outcome.code, status.message, to_trailers(error, status))
             finally:
                 outcome.subject = _subject(request)
 
-    return guarded
+    return wrapped
 
 
 def _subject(request: Any) -> str:
@@ -69,22 +70,22 @@ def _subject(request: Any) -> str:
     return name
 
 
-def _one(read: Read) -> Callable[[bytes], Any]:
-    def one(raw: bytes) -> Any:
+def _parse_one(deserialize: Deserializer) -> Callable[[bytes], Any]:
+    def parse(raw: bytes) -> Any:
         try:
-            return read(raw)
+            return deserialize(raw)
         except DecodeError:
-            sentence = "the request must be a message of this service's, with all strings in UTF-8"
-            raise InvalidRequestError([Violation("", sentence)]) from None
+            description = "the request must be a valid message of this method, with all strings in UTF-8"
+            raise InvalidRequestError([Violation("", description)]) from None
 
-    return one
+    return parse
 
 
-def _each(read: Read) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
-    parse = _one(read)
+def _parse_each(deserialize: Deserializer) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
+    parse = _parse_one(deserialize)
 
-    async def each(raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async def parse_each(raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for message in raw:
             yield parse(message)
 
-    return each
+    return parse_each

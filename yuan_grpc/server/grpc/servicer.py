@@ -1,4 +1,4 @@
-"""The RPCs of `yuan.v1.YuanService`, one short method each."""
+"""The servicer of `yuan.v1.YuanService`, with one short method per RPC."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,41 +21,46 @@ if TYPE_CHECKING:
 
 
 class YuanService(yuan_pb2_grpc.YuanServiceServicer):
-    """Handlers raise; `StatusInterceptor` turns that into statuses. A handler that is cancelled frees its request."""
+    """The RPC handlers. They raise errors, which `StatusInterceptor` turns into statuses, and free their engine
+    requests when cancelled.
+    """
 
-    def __init__(self, answers: GenerationService) -> None:
-        self._answers = answers
+    def __init__(self, generation_service: GenerationService) -> None:
+        self._service = generation_service
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
-        """Answers once, when all choices are finished."""
-        return await self._answers.generate(request, context.time_remaining())
+        """Return one response when all choices are finished."""
+        return await self._service.generate(request, context.time_remaining())
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
-        """Answers piece by piece. Writes instead of yielding, so that a cancelled write ends this very frame."""
+        """Write the response incrementally.
+
+        Messages are written, not yielded, so that a cancelled write raises in this method and frees the request.
+        """
         writer = StreamWriter(context)
-        async with self._answers.stream(request, context.time_remaining()) as parts:
-            async for part in parts:
-                await writer.write(part)
+        async with self._service.stream(request, context.time_remaining()) as messages:
+            async for message in messages:
+                await writer.write(message)
 
     async def GenerateBatch(self, items: AsyncIterator[pb.GenerateBatchRequest], context: "Context") -> None:
-        """Answers each of many requests as soon as it is finished."""
+        """Write the result of each request of the batch when it is finished."""
 
-        async def answer(request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._answers.generate(request, context.time_remaining())
+        async def generate(request: pb.GenerateRequest) -> pb.GenerateResponse:
+            return await self._service.generate(request, context.time_remaining())
 
-        with self._answers.inflight.track_unnamed():
-            await run_batch(items, answer, StreamWriter(context).write)
+        with self._service.inflight.track_unnamed():
+            await run_batch(items, generate, StreamWriter(context).write)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
-        """Ends a running call by its name."""
+        """End a running call by its request id."""
         validation.validate_abort(request)
-        await self._answers.inflight.abort(request.request_id)
+        await self._service.inflight.abort(request.request_id)
         return pb.AbortResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: "Context") -> pb.TokenizeResponse:
-        """Text, or a conversation, to tokens."""
+        """Tokenize a text or a conversation."""
         validation.validate_tokenize(request)
-        engine = self._answers.engine
+        engine = self._service.engine
         text = request.prompt
         if request.messages:
             validation.validate_messages(request.messages)
@@ -63,28 +68,28 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         return await asyncio.to_thread(response.tokenize_response, text, await engine.tokenize_with_offsets(text))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: "Context") -> pb.DetokenizeResponse:
-        """Token ids to text."""
-        engine = self._answers.engine
+        """Convert token ids to text."""
+        engine = self._service.engine
         validation.validate_detokenize(request, engine.info)
         skip, ids = request.skip_special_tokens, request.token_ids
         return pb.DetokenizeResponse(text=await asyncio.to_thread(engine.detokenize, ids, skip_special_tokens=skip))
 
     async def GetModel(self, request: pb.GetModelRequest, context: "Context") -> pb.GetModelResponse:
-        """What is served, and the limits."""
-        engine = self._answers.engine
+        """Describe the served model and its limits."""
+        engine = self._service.engine
         return response.model_response(engine.info, __version__, engine.loras)
 
     async def ListLoras(self, request: pb.ListLorasRequest, context: "Context") -> pb.ListLorasResponse:
-        """The loaded adapters, and those that could be."""
-        engine = self._answers.engine
+        """List the loaded adapters and those that can be loaded."""
+        engine = self._service.engine
         return pb.ListLorasResponse(loras=[pb.Lora(name=n) for n in engine.loras], available=engine.available_loras)
 
     async def LoadLora(self, request: pb.LoadLoraRequest, context: "Context") -> pb.LoadLoraResponse:
-        """Loads an adapter by name."""
-        await self._answers.engine.load_lora(request.name)
+        """Load an adapter by name."""
+        await self._service.engine.load_lora(request.name)
         return pb.LoadLoraResponse(lora=pb.Lora(name=request.name))
 
     async def UnloadLora(self, request: pb.UnloadLoraRequest, context: "Context") -> pb.UnloadLoraResponse:
-        """Unloads an adapter by name."""
-        await self._answers.engine.unload_lora(request.name)
+        """Unload an adapter by name."""
+        await self._service.engine.unload_lora(request.name)
         return pb.UnloadLoraResponse()

@@ -1,4 +1,4 @@
-"""A stream's messages, written so that the call can be ended at any time."""
+"""Writing of stream messages such that a call can be ended at any time."""
 
 import asyncio
 from typing import TYPE_CHECKING, Any
@@ -10,31 +10,35 @@ if TYPE_CHECKING:
 
 
 class StreamWriter:
-    """Sends a call's headers before its first message, not with it.
+    """A writer that sends a call's headers before its first message instead of together with it.
 
-    grpcio takes headers for sent only when the first message is; where that write is cancelled it sends them once more
-    with the status, and the call hangs until its deadline. They wait for the first message all the same: a call that is
-    refused before has none, so that clients may try it again by themselves.
+    grpcio marks headers as sent only after the first message is sent. If that write is cancelled, grpcio sends them
+    again with the status, and the call hangs until its deadline. The headers still wait for the first message: a call
+    rejected before has none, so clients may retry it transparently.
     """
 
     def __init__(self, context: "Context") -> None:
         self._context = context
-        self._opening: asyncio.Future[None] | None = None
+        self._headers: asyncio.Future[None] | None = None
 
     async def write(self, message: Any) -> None:
-        """Returns when gRPC has taken the message. A caller who has gone ends the task, as if gRPC had known before."""
-        if self._opening is None:
-            self._opening = asyncio.ensure_future(self._context.send_initial_metadata(()))
-        if not self._opening.done():
-            await self._opened(self._opening)
+        """Write a message; return when gRPC has accepted it.
+
+        Raises:
+            asyncio.CancelledError: the client has disconnected, including when grpcio only notices it on this write.
+        """
+        if self._headers is None:
+            self._headers = asyncio.ensure_future(self._context.send_initial_metadata(()))
+        if not self._headers.done():
+            await self._wait_for_headers(self._headers)
         try:
             await self._context.write(message)
         except grpc.aio.InternalError as error:
             raise asyncio.CancelledError from error
 
-    async def _opened(self, opening: "asyncio.Future[None]") -> None:
+    async def _wait_for_headers(self, headers: "asyncio.Future[None]") -> None:
         try:
-            await asyncio.shield(opening)
+            await asyncio.shield(headers)
         except asyncio.CancelledError:
-            await asyncio.wait([opening])
+            await asyncio.wait([headers])
             raise
