@@ -1,4 +1,4 @@
-"""The client's way to a server: targets, TLS, tokens, retries, proxies, balancing, traces."""
+"""The client's connection: targets, TLS, tokens, retries, proxies, load balancing, traces."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 from callers import CLIENTS
-from little_server import CODES, LittleService, running
+from fake_service import CODES, FakeService, running
 
 from yuan_grpc.client import (
     AlreadyExistsError,
@@ -26,14 +26,14 @@ from yuan_grpc.client import (
     UnavailableError,
     YuanError,
 )
-from yuan_grpc.client.channel import MAX_ATTEMPTS, REPEATABLE, Settings, is_local, service_config
+from yuan_grpc.client.channel import MAX_ATTEMPTS, RETRYABLE_METHODS, Settings, is_local, service_config
 from yuan_grpc.client.tracing import trace_metadata
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 
 @pytest.fixture(params=CLIENTS, ids=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> Any:
-    """Either client."""
+def client_class(request: pytest.FixtureRequest) -> Any:
+    """The sync or the async client."""
     return request.param
 
 
@@ -47,36 +47,36 @@ def kind(request: pytest.FixtureRequest) -> Any:
         ("unix:/a/b", "unix:/a/b"),
     ],
 )
-def test_a_target_is_a_name_to_resolve_unless_it_says_otherwise(target: str, uri: str) -> None:
+def test_a_target_without_a_scheme_is_resolved_by_dns(target: str, uri: str) -> None:
     assert Settings(target).uri == uri
 
 
 @pytest.mark.parametrize("target", ["", "host", "http://host:1", "host:", ":1", "a b:1", "::1"])
-def test_what_is_no_target_is_refused(target: str) -> None:
+def test_an_invalid_target_is_rejected(target: str) -> None:
     with pytest.raises(ValueError, match="`target` must be host:port"):
         Client(target)
 
 
 @pytest.mark.parametrize(
-    ("keywords", "complaint"),
+    ("arguments", "message"),
     [
         ({"timeout": 0}, "`timeout` must be above 0"),
         ({"timeout": float("nan")}, "`timeout` must be above 0"),
         ({"retries": -1}, "`retries` must be at least 0, not -1"),
-        ({"keepalive": 9.9}, "`keepalive` must be between 10 and 86400 seconds, or None for none, not 9.9"),
+        ({"keepalive": 9.9}, "`keepalive` must be between 10 and 86400 seconds, or None to disable it, not 9.9"),
         ({"keepalive": math.inf}, "`keepalive` must be between 10 and 86400"),
-        ({"identity": (b"", b"")}, "`client_cert` needs `tls`"),
+        ({"client_cert": (b"", b"")}, "`client_cert` needs `tls`"),
     ],
 )
-def test_settings_have_ranges(keywords: Any, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        Client(**keywords)
+def test_arguments_are_validated(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Client(**arguments)
 
 
 @pytest.mark.parametrize(
     "target", ["localhost:1", "127.0.0.9:1", "[::1]:1", "ipv6:[::1]:1", "unix:/a", "dns://10.0.0.1/localhost:1"]
 )
-def test_a_token_needs_no_tls_on_this_machine(target: str) -> None:
+def test_a_token_needs_no_tls_to_a_local_target(target: str) -> None:
     assert is_local(target)
     Client(target, token="secret").close()
 
@@ -84,40 +84,40 @@ def test_a_token_needs_no_tls_on_this_machine(target: str) -> None:
 @pytest.mark.parametrize(
     "target", ["host:1", "10.0.0.1:1", "dns:///host:1", "ipv4:127.0.0.1:1,10.0.0.1:2", "localhost.evil:1", "xds:///a"]
 )
-def test_a_token_goes_nowhere_in_plain_text(target: str) -> None:
+def test_a_token_is_never_sent_to_a_remote_target_in_plaintext(target: str) -> None:
     with pytest.raises(ValueError, match="`token` needs `tls`"):
         Client(target, token="secret")
     Client(target, token="secret", tls=True).close()
 
 
-def test_a_token_goes_through_no_proxy_in_plain_text() -> None:
-    with pytest.raises(ValueError, match="through no proxy"):
+def test_a_token_is_never_sent_through_a_proxy_in_plaintext() -> None:
+    with pytest.raises(ValueError, match="never through a proxy"):
         Client("localhost:1", token="secret", proxy="http://proxy:1")
     assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1", token="secret").channel_options()
 
 
 @pytest.mark.parametrize("metadata", [{"Authorization": "Basic x"}, [("authorization", "Basic x")]])
-def test_a_token_as_metadata_is_a_token(metadata: Any) -> None:
+def test_authorization_metadata_is_treated_as_a_token(metadata: Any) -> None:
     with pytest.raises(ValueError, match="`authorization` in `metadata` needs `tls`"):
         Client("host:1", metadata=metadata)
     Client("host:1", metadata=metadata, tls=True).close()
     assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1", metadata=metadata).channel_options()
-    assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1").channel_options()  # a call's own would go that way
+    assert ("grpc.enable_http_proxy", 0) in Settings("localhost:1").channel_options()  # a call may carry its own token
     with Client("host:1") as client, pytest.raises(ValueError, match="`authorization` in `metadata` needs `tls`"):
         client.generate("a", metadata=metadata)
 
 
-def test_only_what_changes_nothing_is_sent_again() -> None:
+def test_only_methods_without_side_effects_are_retried() -> None:
     (method,) = json.loads(service_config(4))["methodConfig"]
-    assert [name["method"] for name in method["name"]] == list(REPEATABLE)
+    assert [name["method"] for name in method["name"]] == list(RETRYABLE_METHODS)
     assert {name["service"] for name in method["name"]} == {"yuan.v1.YuanService"}
     assert json.loads(service_config(99))["methodConfig"][0]["retryPolicy"]["maxAttempts"] == MAX_ATTEMPTS
     assert "methodConfig" not in json.loads(service_config(0))
-    known = {method.name for method in pb.DESCRIPTOR.services_by_name["YuanService"].methods}
-    assert known - set(REPEATABLE) == {"GenerateBatch", "Abort", "LoadLora", "UnloadLora"}
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["YuanService"].methods}
+    assert methods - set(RETRYABLE_METHODS) == {"GenerateBatch", "Abort", "LoadLora", "UnloadLora"}
 
 
-def test_own_options_stand_above() -> None:
+def test_the_callers_channel_options_override_the_defaults() -> None:
     options = dict(Settings("a:1", options=[("grpc.keepalive_time_ms", 7)]).channel_options())
     assert (options["grpc.keepalive_time_ms"], options["grpc.max_receive_message_length"]) == (7, -1)
     assert "grpc.keepalive_time_ms" not in dict(Settings("a:1", keepalive=None).channel_options())
@@ -125,111 +125,111 @@ def test_own_options_stand_above() -> None:
 
 @pytest.mark.parametrize("code", [CODES.UNAVAILABLE, CODES.RESOURCE_EXHAUSTED])
 @pytest.mark.parametrize("pushback", ["1", None])
-async def test_a_refused_generation_is_sent_again(kind: Any, code: grpc.StatusCode, pushback: str | None) -> None:
-    service = LittleService(refusals=[code, code], pushback=pushback)
+async def test_a_failed_generation_is_retried(client_class: Any, code: grpc.StatusCode, pushback: str | None) -> None:
+    service = FakeService(failures=[code, code], pushback=pushback)
     with running(service) as address:
-        async with kind(address) as client:
+        async with client_class(address) as client:
             assert (await client.generate("a")).text == "ok"
-            service.refusals.append(code)
+            service.failures.append(code)
             async with client.stream("a") as stream:
-                assert [piece async for piece in stream] == ["ok"]
+                assert [delta async for delta in stream] == ["ok"]
     previous = [attempt.get("grpc-previous-rpc-attempts") for attempt in service.attempts]
     assert previous == [None, "1", "2", None, "1"]
 
 
-async def test_retries_have_an_end(kind: Any) -> None:
-    service = LittleService(refusals=[CODES.UNAVAILABLE] * 9, pushback="1")
+async def test_retries_are_bounded(client_class: Any) -> None:
+    service = FakeService(failures=[CODES.UNAVAILABLE] * 9, pushback="1")
     with running(service) as address:
-        async with kind(address, retries=2) as client:
+        async with client_class(address, retries=2) as client:
             with pytest.raises(UnavailableError) as raised:
                 await client.generate("a")
     assert (len(service.attempts), raised.value.retry_after) == (3, 0.001)
 
 
-async def test_a_server_can_forbid_retries(kind: Any) -> None:
-    service = LittleService(refusals=[CODES.RESOURCE_EXHAUSTED], pushback="-1")
+async def test_a_server_can_forbid_retries(client_class: Any) -> None:
+    service = FakeService(failures=[CODES.RESOURCE_EXHAUSTED], pushback="-1")
     with running(service) as address:
-        async with kind(address) as client:
+        async with client_class(address) as client:
             with pytest.raises(ResourceExhaustedError):
                 await client.generate("a")
     assert len(service.attempts) == 1
 
 
-async def test_a_servers_pause_is_kept_to_the_deadline(kind: Any) -> None:
-    service = LittleService(refusals=[CODES.RESOURCE_EXHAUSTED], pushback="3600000")
+async def test_a_servers_retry_delay_is_kept_within_the_deadline(client_class: Any) -> None:
+    service = FakeService(failures=[CODES.RESOURCE_EXHAUSTED], pushback="3600000")
     with running(service) as address:
-        async with kind(address) as client:
+        async with client_class(address) as client:
             with pytest.raises(YuanError):
                 await client.generate("a", timeout=0.5)
     assert len(service.attempts) == 1
 
 
-async def test_a_stream_that_has_begun_is_never_sent_again(kind: Any) -> None:
-    service = LittleService(refusals=[CODES.UNAVAILABLE], pushback="1")
+async def test_a_stream_that_has_begun_is_never_retried(client_class: Any) -> None:
+    service = FakeService(failures=[CODES.UNAVAILABLE], pushback="1")
     with running(service) as address:
-        async with kind(address) as client, client.stream("late") as stream:
+        async with client_class(address) as client, client.stream("late") as stream:
             assert await anext(stream) == "ok"
             with pytest.raises(UnavailableError) as raised:
                 await anext(stream)
-    assert (len(service.attempts), raised.value.request_id, stream.text) == (1, "told", "ok")
+    assert (len(service.attempts), raised.value.request_id, stream.text) == (1, "from-server", "ok")
 
 
 @pytest.mark.parametrize(("method", "argument"), [("load_lora", "a"), ("unload_lora", "a"), ("abort", "a")])
-async def test_what_changes_the_server_is_never_sent_again(kind: Any, method: str, argument: str) -> None:
-    service = LittleService(refusals=[CODES.UNAVAILABLE], pushback="1")
+async def test_methods_with_side_effects_are_never_retried(client_class: Any, method: str, argument: str) -> None:
+    service = FakeService(failures=[CODES.UNAVAILABLE], pushback="1")
     with running(service) as address:
-        async with kind(address) as client:
+        async with client_class(address) as client:
             with pytest.raises(UnavailableError):
                 await getattr(client, method)(argument)
     assert len(service.attempts) == 1
 
 
-async def test_other_refusals_are_final(kind: Any) -> None:
-    service = LittleService(refusals=[CODES.ALREADY_EXISTS], pushback="1")
+async def test_other_errors_are_not_retried(client_class: Any) -> None:
+    service = FakeService(failures=[CODES.ALREADY_EXISTS], pushback="1")
     with running(service) as address:
-        async with kind(address) as client:
+        async with client_class(address) as client:
             with pytest.raises(AlreadyExistsError):
                 await client.generate("a", request_id="mine")
     assert len(service.attempts) == 1
 
 
-async def test_a_long_prompt_is_sent_again_too(kind: Any) -> None:
-    service = LittleService(refusals=[CODES.UNAVAILABLE], pushback="1")
+async def test_a_long_prompt_is_retried_too(client_class: Any) -> None:
+    service = FakeService(failures=[CODES.UNAVAILABLE], pushback="1")
     with running(service) as address:
-        async with kind(address) as client:
+        async with client_class(address) as client:
             assert (await client.generate("长" * 131_072)).text == "ok"
     assert len(service.attempts) == 2
 
 
-async def test_calls_go_to_all_addresses_in_turn(kind: Any) -> None:
-    with running(LittleService("one")) as one, running(LittleService("two")) as two:
-        async with kind(f"ipv4:{one},{two}") as client:
+async def test_calls_are_balanced_over_all_addresses(client_class: Any) -> None:
+    with running(FakeService("one")) as one, running(FakeService("two")) as two:
+        async with client_class(f"ipv4:{one},{two}") as client:
             texts: set[str] = set()
             while len(texts) < 2:  # the second may be connected later
                 texts.add((await client.generate("a")).text)
-            in_turn = [(await client.generate("a")).text for _ in range(4)]
-    assert in_turn in (["one", "two"] * 2, ["two", "one"] * 2)
+            balanced = [(await client.generate("a")).text for _ in range(4)]
+    assert balanced in (["one", "two"] * 2, ["two", "one"] * 2)
 
 
-async def test_a_server_that_is_gone_is_left_out(kind: Any) -> None:
-    with running(LittleService("two")) as two:
-        with running(LittleService("one")) as one:
+async def test_an_unreachable_server_is_skipped(client_class: Any) -> None:
+    with running(FakeService("two")) as two:
+        with running(FakeService("one")) as one:
             pass
-        async with kind(f"ipv4:{one},{two}") as client:
+        async with client_class(f"ipv4:{one},{two}") as client:
             assert {(await client.generate("a")).text for _ in range(8)} == {"two"}
 
 
-async def test_a_unix_socket_is_a_target(kind: Any, tmp_path: Path) -> None:
+async def test_a_unix_socket_is_a_target(client_class: Any, tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/socket"
-    with running(LittleService(), address=address):
-        async with kind(address, token="secret") as client:
+    with running(FakeService(), address=address):
+        async with client_class(address, token="secret") as client:
             assert (await client.generate("a")).text == "ok"
 
 
-async def test_metadata_and_token_go_with_each_call(kind: Any) -> None:
-    service, tokens = LittleService(), iter(["first", "second"])
+async def test_metadata_and_token_are_sent_with_each_call(client_class: Any) -> None:
+    service, tokens = FakeService(), iter(["first", "second"])
     with running(service) as address:
-        async with kind(address, token=lambda: next(tokens), metadata={"X-Team": "a", "x-more": "b"}) as client:
+        async with client_class(address, token=lambda: next(tokens), metadata={"X-Team": "a", "x-more": "b"}) as client:
             await client.generate("a")
             await client.generate("a", metadata=[("x-team", "c")])
     first, second = service.attempts
@@ -239,13 +239,13 @@ async def test_metadata_and_token_go_with_each_call(kind: Any) -> None:
 
 
 class SyncInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Remembers which methods were called."""
+    """An interceptor that records the called methods."""
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.methods: list[str] = []
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        self.seen.append(details.method)
+        self.methods.append(details.method)
         return continuation(details, request)
 
     def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
@@ -253,47 +253,49 @@ class SyncInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIn
 
 
 class AsyncUnary(grpc.aio.UnaryUnaryClientInterceptor):
-    """The same for asyncio, which has a class for each kind of call."""
+    """The same for asyncio, which has one class per kind of call."""
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.methods: list[str] = []
 
     async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        self.seen.append(str(details.method, "ascii") if isinstance(details.method, bytes) else details.method)
+        self.methods.append(str(details.method, "ascii") if isinstance(details.method, bytes) else details.method)
         return await continuation(details, request)
 
 
 class AsyncUnaryStream(grpc.aio.UnaryStreamClientInterceptor):
-    """And for streams."""
+    """The same for asyncio streams."""
 
-    def __init__(self, seen: list[str]) -> None:
-        self.seen = seen
+    def __init__(self, methods: list[str]) -> None:
+        self.methods = methods
 
     async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        self.seen.append(str(details.method, "ascii") if isinstance(details.method, bytes) else details.method)
+        self.methods.append(str(details.method, "ascii") if isinstance(details.method, bytes) else details.method)
         return await continuation(details, request)
 
 
-async def test_interceptors_are_asked(kind: Any) -> None:
-    interceptor = AsyncUnary() if kind is AsyncClient else SyncInterceptor()
-    interceptors = [interceptor, AsyncUnaryStream(interceptor.seen)] if kind is AsyncClient else [interceptor]
-    with running(LittleService()) as address:
-        async with kind(address, interceptors=interceptors) as client:
+async def test_interceptors_are_called(client_class: Any) -> None:
+    interceptor = AsyncUnary() if client_class is AsyncClient else SyncInterceptor()
+    interceptors: list[Any] = [interceptor]
+    if client_class is AsyncClient:
+        interceptors.append(AsyncUnaryStream(interceptor.methods))
+    with running(FakeService()) as address:
+        async with client_class(address, interceptors=interceptors) as client:
             await client.generate("a")
             async with client.stream("late") as stream:
-                assert [piece async for piece in stream] == ["ok", "ok"]
+                assert [delta async for delta in stream] == ["ok", "ok"]
             async with client.stream("late") as stream:
                 assert await anext(stream) == "ok"
             assert [result.text async for result in client.generate_many(["a"])] == ["ok"]
-    one, stream_ = "/yuan.v1.YuanService/Generate", "/yuan.v1.YuanService/GenerateStream"
-    assert interceptor.seen == [one, stream_, stream_, one]
+    unary, streaming = "/yuan.v1.YuanService/Generate", "/yuan.v1.YuanService/GenerateStream"
+    assert interceptor.methods == [unary, streaming, streaming, unary]
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority, and a server's and a client's certificate of its."""
+    """A folder with a CA and the certificates it signed for a server and a client."""
     if which("openssl") is None:
-        pytest.skip("certificates are made with the openssl command, which is not here")
+        pytest.skip("the openssl command is needed to create certificates")
     folder = tmp_path_factory.mktemp("certificates")
 
     def openssl(*arguments: str) -> None:
@@ -309,47 +311,47 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def credentials(folder: Path, *, mutual: bool = False) -> grpc.ServerCredentials:
+def server_credentials(folder: Path, *, mutual: bool = False) -> grpc.ServerCredentials:
     pair = (folder / "server.key").read_bytes(), (folder / "server.pem").read_bytes()
     authority = (folder / "ca.pem").read_bytes() if mutual else None
     return grpc.ssl_server_credentials([pair], authority, require_client_auth=mutual)
 
 
 @pytest.mark.parametrize("as_bytes", [False, True], ids=["path", "bytes"])
-async def test_tls_takes_an_authority_and_a_token(kind: Any, certificates: Path, as_bytes: bool) -> None:
-    service, path = LittleService(), certificates / "ca.pem"
-    with running(service, credentials(certificates)) as address:
-        async with kind(address, tls=path.read_bytes() if as_bytes else path, token="secret") as client:
+async def test_tls_accepts_a_custom_ca_and_a_token(client_class: Any, certificates: Path, as_bytes: bool) -> None:
+    service, path = FakeService(), certificates / "ca.pem"
+    with running(service, server_credentials(certificates)) as address:
+        async with client_class(address, tls=path.read_bytes() if as_bytes else path, token="secret") as client:
             assert (await client.generate("a")).text == "ok"
     assert service.attempts[0]["authorization"] == "Bearer secret"
 
 
-async def test_an_unknown_authority_is_refused(kind: Any, certificates: Path) -> None:
-    with running(LittleService(), credentials(certificates)) as address:
-        async with kind(address, tls=True, retries=0) as client:
+async def test_a_certificate_of_an_unknown_ca_is_rejected(client_class: Any, certificates: Path) -> None:
+    with running(FakeService(), server_credentials(certificates)) as address:
+        async with client_class(address, tls=True, retries=0) as client:
             with pytest.raises(UnavailableError):
                 await client.generate("a")
 
 
-async def test_mutual_tls_takes_an_identity(kind: Any, certificates: Path) -> None:
+async def test_mtls_accepts_a_client_certificate(client_class: Any, certificates: Path) -> None:
     authority, client_cert = certificates / "ca.pem", (certificates / "client.pem", certificates / "client.key")
-    with running(LittleService(), credentials(certificates, mutual=True)) as address:
-        async with kind(address, tls=authority, client_cert=client_cert) as client:
+    with running(FakeService(), server_credentials(certificates, mutual=True)) as address:
+        async with client_class(address, tls=authority, client_cert=client_cert) as client:
             assert (await client.generate("a")).text == "ok"
-        async with kind(address, tls=authority, retries=0) as client:
+        async with client_class(address, tls=authority, retries=0) as client:
             with pytest.raises(UnavailableError):
                 await client.generate("a")
 
 
-def test_a_missing_certificate_is_told_at_once(tmp_path: Path) -> None:
+def test_a_missing_certificate_file_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Client(tls=tmp_path / "none.pem")
 
 
 @contextmanager
 def proxy() -> Iterator[tuple[str, list[str]]]:
-    """The address of a proxy that knows CONNECT alone, and what it was asked for."""
-    asked: list[str] = []
+    """Yield the URL of a CONNECT proxy and the list of request lines it has received."""
+    request_lines: list[str] = []
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
@@ -361,58 +363,58 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
     def serve() -> None:
         while True:
             try:
-                near, _ = listening.accept()
+                client_side, _ = listener.accept()
             except OSError:
                 return
-            ends.append(near)
+            sockets.append(client_side)
             head = b""
             while b"\r\n\r\n" not in head:
-                head += near.recv(65536)
-            asked.append(head.split(b"\r\n")[0].decode())
-            host, _, port = asked[0].split(" ")[1].rpartition(":")
-            far = socket.create_connection((host, int(port)))
-            ends.append(far)
-            near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-            pumps.submit(pump, near, far)
-            pumps.submit(pump, far, near)
+                head += client_side.recv(65536)
+            request_lines.append(head.split(b"\r\n")[0].decode())
+            host, _, port = request_lines[0].split(" ")[1].rpartition(":")
+            server_side = socket.create_connection((host, int(port)))
+            sockets.append(server_side)
+            client_side.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            pumps.submit(pump, client_side, server_side)
+            pumps.submit(pump, server_side, client_side)
 
-    ends: list[socket.socket] = []
-    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(8) as pumps:
+    sockets: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(8) as pumps:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", request_lines
         finally:
-            _shut(listening)
+            _shut(listener)
             thread.join()
-            for end in ends:
-                _shut(end)
-    for end in ends:
-        end.close()
+            for connection in sockets:
+                _shut(connection)
+    for connection in sockets:
+        connection.close()
 
 
-def _shut(end: socket.socket) -> None:
-    with suppress(OSError):  # it is already
-        end.shutdown(socket.SHUT_RDWR)
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # already shut down
+        connection.shutdown(socket.SHUT_RDWR)
 
 
-async def test_a_proxy_is_gone_through(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_is_used(client_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with running(LittleService()) as address, proxy() as (url, asked):
-        async with kind(address, proxy=url) as client:
+    with running(FakeService()) as address, proxy() as (url, request_lines):
+        async with client_class(address, proxy=url) as client:
             assert (await client.generate("a")).text == "ok"
-    assert asked == [f"CONNECT {address} HTTP/1.1"]
+    assert request_lines == [f"CONNECT {address} HTTP/1.1"]
 
 
-async def test_the_current_trace_goes_along(kind: Any) -> None:
+async def test_the_current_trace_is_sent(client_class: Any) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
     context = trace.SpanContext(
         0x11, 0x22, is_remote=False, trace_flags=trace.TraceFlags(1), trace_state=trace.TraceState([("a", "b")])
     )
-    service, parent = LittleService(), f"00-{0x11:032x}-{0x22:016x}-01"
+    service, parent = FakeService(), f"00-{0x11:032x}-{0x22:016x}-01"
     with running(service) as address:
-        async with kind(address) as client:
+        async with client_class(address) as client:
             with trace.use_span(trace.NonRecordingSpan(context)):
                 await client.generate("a")
                 await client.generate("a", metadata=[("traceparent", "mine")])
@@ -423,6 +425,6 @@ async def test_the_current_trace_goes_along(kind: Any) -> None:
     assert "traceparent" not in third
 
 
-def test_without_a_trace_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_opentelemetry_no_trace_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "opentelemetry", raising=False)
     assert trace_metadata() == ()

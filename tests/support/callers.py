@@ -1,4 +1,4 @@
-"""Both clients behind one shape, so that what is true of one is tested of the other."""
+"""Both clients with one async interface, so that each test can run against either."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,26 +6,26 @@ from typing import Any
 
 from yuan_grpc.client import AsyncClient, Client
 
-_OVER = object()
+_END = object()
 
 
-class Threaded:
-    """The client for threads, called from threads: with methods to await, and iterators to iterate asynchronously."""
+class SyncClientAdapter:
+    """The sync client with the interface of `AsyncClient`; every blocking call runs in a thread."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.client = Client(*arguments, **keywords)
 
-    async def __aenter__(self) -> "Threaded":
+    async def __aenter__(self) -> "SyncClientAdapter":
         return self
 
     async def __aexit__(self, *exit: Any) -> None:
         await asyncio.to_thread(self.client.__exit__, *exit)
 
-    def stream(self, *arguments: Any, **keywords: Any) -> "ThreadedStream":
-        return ThreadedStream(self.client.stream(*arguments, **keywords))
+    def stream(self, *arguments: Any, **keywords: Any) -> "SyncStreamAdapter":
+        return SyncStreamAdapter(self.client.stream(*arguments, **keywords))
 
     def generate_many(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
-        return _iterated(self.client.generate_many(*arguments, **keywords))
+        return _iterate(self.client.generate_many(*arguments, **keywords))
 
     def __getattr__(self, name: str) -> Any:
         async def method(*arguments: Any, **keywords: Any) -> Any:
@@ -34,13 +34,13 @@ class Threaded:
         return method
 
 
-class ThreadedStream:
-    """The stream of a `Threaded`."""
+class SyncStreamAdapter:
+    """A stream of the sync client with the interface of `AsyncStream`."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
-    async def __aenter__(self) -> "ThreadedStream":
+    async def __aenter__(self) -> "SyncStreamAdapter":
         self.stream.__enter__()
         return self
 
@@ -51,22 +51,22 @@ class ThreadedStream:
         return self
 
     async def __anext__(self) -> str:
-        piece = await asyncio.to_thread(next, self.stream, _OVER)
-        if piece is _OVER:
+        delta = await asyncio.to_thread(next, self.stream, _END)
+        if delta is _END:
             raise StopAsyncIteration
-        assert isinstance(piece, str)
-        return piece
+        assert isinstance(delta, str)
+        return delta
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-async def _iterated(generator: Any) -> AsyncIterator[Any]:
+async def _iterate(generator: Any) -> AsyncIterator[Any]:
     try:
-        while (item := await asyncio.to_thread(next, generator, _OVER)) is not _OVER:
+        while (item := await asyncio.to_thread(next, generator, _END)) is not _END:
             yield item
     finally:
         await asyncio.to_thread(generator.close)
 
 
-CLIENTS: list[Any] = [Threaded, AsyncClient]
+CLIENTS: list[Any] = [SyncClientAdapter, AsyncClient]

@@ -1,4 +1,4 @@
-"""Keywords and prompts to messages."""
+"""The conversion of prompts and parameters to protobuf messages."""
 
 from typing import Any
 
@@ -40,75 +40,75 @@ VALUES: dict[str, Any] = {
 }
 
 
-def made(**keywords: Any) -> pb.GenerateRequest:
-    return generate_request("a", keywords)
+def request_with(**parameters: Any) -> pb.GenerateRequest:
+    return generate_request("a", parameters)
 
 
-def test_keywords_are_all_fields_of_the_request() -> None:
+def test_parameters_cover_all_fields_of_the_request() -> None:
     fields = set(pb.GenerateRequest.DESCRIPTOR.fields_by_name) - {"prompt", "prompt_token_ids", "messages"}
     constraints = set(pb.StructuredOutputs.DESCRIPTOR.fields_by_name)
     assert set(Parameters.__annotations__) == fields | constraints | set(CALL_OPTIONS)
 
 
 @pytest.mark.parametrize("name", sorted(set(Parameters.__annotations__) - set(CALL_OPTIONS)))
-def test_every_keyword_sets_its_field_and_none_leaves_it(name: str) -> None:
-    flag = pb.GenerateRequest.DESCRIPTOR.fields_by_name.get(name)
-    value = VALUES.get(name, True if flag and flag.type == flag.TYPE_BOOL else 3)
-    assert made(**{name: value}) != made()
-    assert made(**{name: None}) == made()
+def test_every_parameter_sets_its_field_unless_it_is_none(name: str) -> None:
+    field = pb.GenerateRequest.DESCRIPTOR.fields_by_name.get(name)
+    value = VALUES.get(name, True if field and field.type == field.TYPE_BOOL else 3)
+    assert request_with(**{name: value}) != request_with()
+    assert request_with(**{name: None}) == request_with()
 
 
 def test_values_have_convenient_forms() -> None:
-    assert list(made(stop="<eod>").stop) == ["<eod>"]
-    assert list(made(bad_words="no").bad_words) == ["no"]
-    assert made(early_stopping=True).early_stopping.bool_value is True
-    assert made(early_stopping="never").early_stopping.string_value == "never"
-    assert made(truncation_side="left").truncation_side == pb.TRUNCATION_SIDE_LEFT
-    assert made(truncation_side=pb.TRUNCATION_SIDE_RIGHT).truncation_side == pb.TRUNCATION_SIDE_RIGHT
-    assert made(heartbeat_interval=1.5).heartbeat_interval.ToNanoseconds() == 1_500_000_000
-    assert made(logit_bias={3: -1.0}).logit_bias == {3: -1.0}
-    assert made(repetition_detection=pb.RepetitionDetection(min_count=2)).repetition_detection.min_count == 2
-    assert made(json={"a": "中"}).structured_outputs.json == '{"a": "中"}'
-    assert made(json="{}").structured_outputs.json == "{}"
-    assert list(made(choice=["a"]).structured_outputs.choice.values) == ["a"]
+    assert list(request_with(stop="<eod>").stop) == ["<eod>"]
+    assert list(request_with(bad_words="no").bad_words) == ["no"]
+    assert request_with(early_stopping=True).early_stopping.bool_value is True
+    assert request_with(early_stopping="never").early_stopping.string_value == "never"
+    assert request_with(truncation_side="left").truncation_side == pb.TRUNCATION_SIDE_LEFT
+    assert request_with(truncation_side=pb.TRUNCATION_SIDE_RIGHT).truncation_side == pb.TRUNCATION_SIDE_RIGHT
+    assert request_with(heartbeat_interval=1.5).heartbeat_interval.ToNanoseconds() == 1_500_000_000
+    assert request_with(logit_bias={3: -1.0}).logit_bias == {3: -1.0}
+    assert request_with(repetition_detection=pb.RepetitionDetection(min_count=2)).repetition_detection.min_count == 2
+    assert request_with(json={"a": "中"}).structured_outputs.json == '{"a": "中"}'
+    assert request_with(json="{}").structured_outputs.json == "{}"
+    assert list(request_with(choice=["a"]).structured_outputs.choice.values) == ["a"]
 
 
-def test_zero_is_not_absence() -> None:
-    assert made(temperature=0).HasField("temperature")
-    assert made(skip_special_tokens=False).HasField("skip_special_tokens")
-    assert not made().HasField("temperature")
+def test_zero_is_different_from_absent() -> None:
+    assert request_with(temperature=0).HasField("temperature")
+    assert request_with(skip_special_tokens=False).HasField("skip_special_tokens")
+    assert not request_with().HasField("temperature")
 
 
-def test_keywords_stand_above_a_ready_request_which_stays_as_it_is() -> None:
-    ready = pb.GenerateRequest(prompt="a", max_tokens=3, stop=["x"], seed=1)
-    made = generate_request(ready, {"max_tokens": 5, "stop": "y", "seed": None})
-    assert (made.prompt, made.max_tokens, list(made.stop), made.seed) == ("a", 5, ["y"], 1)
-    assert (ready.max_tokens, list(ready.stop)) == (3, ["x"])
+def test_parameters_override_a_complete_request_without_changing_it() -> None:
+    complete = pb.GenerateRequest(prompt="a", max_tokens=3, stop=["x"], seed=1)
+    merged = generate_request(complete, {"max_tokens": 5, "stop": "y", "seed": None})
+    assert (merged.prompt, merged.max_tokens, list(merged.stop), merged.seed) == ("a", 5, ["y"], 1)
+    assert (complete.max_tokens, list(complete.stop)) == (3, ["x"])
 
 
-def test_a_conversation_is_told_from_token_ids() -> None:
+def test_conversations_and_token_ids_are_distinguished() -> None:
     array: Any = numpy.array([1, 2])
     assert list(generate_request(array, {}).prompt_token_ids.ids) == [1, 2]
     assert generate_request([], {}).WhichOneof("input") == "prompt_token_ids"
-    turns: list[MessageLike] = [("user", "a"), {"role": "assistant", "content": "b"}]
-    messages = generate_request(turns, {}).messages
-    assert [(turn.role, turn.content) for turn in messages] == [("user", "a"), ("assistant", "b")]
+    conversation: list[MessageLike] = [("user", "a"), {"role": "assistant", "content": "b"}]
+    messages = generate_request(conversation, {}).messages
+    assert [(message.role, message.content) for message in messages] == [("user", "a"), ("assistant", "b")]
 
 
 @pytest.mark.parametrize("prompt", [b"a", 7, None, {"role": "user"}, ("user", "hello"), [("a", "b", "c")], [1.5]])
-def test_what_is_no_prompt_is_a_type_error(prompt: Any) -> None:
-    with pytest.raises(TypeError, match=r"`prompt|turn|messages"):
+def test_an_invalid_prompt_is_a_type_error(prompt: Any) -> None:
+    with pytest.raises(TypeError, match=r"`prompt|`messages"):
         generate_request(prompt, {})
 
 
-@pytest.mark.parametrize("keywords", [{"max_tokens": "3"}, {"stop": 3}, {"logit_bias": [1]}, {"json": 3}])
-def test_a_wrong_type_is_a_type_error_that_names_the_field(keywords: Any) -> None:
-    with pytest.raises(TypeError, match=f"`{next(iter(keywords))}`: "):
-        made(**keywords)
+@pytest.mark.parametrize("parameters", [{"max_tokens": "3"}, {"stop": 3}, {"logit_bias": [1]}, {"json": 3}])
+def test_a_wrong_type_is_a_type_error_that_names_the_field(parameters: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{next(iter(parameters))}`: "):
+        request_with(**parameters)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "keywords", "field"),
+    ("prompt", "parameters", "field"),
     [
         ("\ud800", {}, "prompt"),
         ([-1], {}, "prompt_token_ids"),
@@ -118,15 +118,15 @@ def test_a_wrong_type_is_a_type_error_that_names_the_field(keywords: Any) -> Non
         ("a", {"heartbeat_interval": float("nan")}, "heartbeat_interval"),
     ],
 )
-def test_a_value_that_cannot_be_sent_is_a_bad_request(prompt: Any, keywords: Any, field: str) -> None:
+def test_a_value_that_cannot_be_encoded_is_an_invalid_request(prompt: Any, parameters: Any, field: str) -> None:
     with pytest.raises(InvalidRequestError) as raised:
-        generate_request(prompt, keywords)
+        generate_request(prompt, parameters)
     assert [violation.field for violation in raised.value.violations] == [field]
     assert raised.value.reason == "INVALID_REQUEST"
     assert isinstance(raised.value.__cause__, ValueError)
 
 
-def test_tokenizing_takes_text_turns_and_ids() -> None:
+def test_tokenize_and_detokenize_requests_are_converted() -> None:
     assert tokenize_request("a").prompt == "a"
     assert tokenize_request("").HasField("prompt")
     assert tokenize_request([("user", "a")]).messages[0].content == "a"
