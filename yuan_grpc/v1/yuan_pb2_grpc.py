@@ -29,8 +29,8 @@ class YuanServiceStub(object):
     """Generates text with the model that the server has loaded.
 
     Errors are gRPC statuses and never part of a response. The exception is GenerateBatch, which returns a status for
-    each failed request. Besides the code and a readable message, the statuses listed below carry `google.rpc` details:
-    an `ErrorInfo` with the domain `yuan.v1` and an `ErrorReason` as its reason and, with INVALID_ARGUMENT, a
+    each failed request. In addition to the code and a readable message, the statuses listed below carry `google.rpc`
+    details: an `ErrorInfo` with the domain `yuan.v1` and an `ErrorReason` as its reason and, with INVALID_ARGUMENT, a
     `BadRequest` with one violation per invalid field. Any RPC can end with INTERNAL, an unexpected server error; the
     server log has the traceback.
 
@@ -105,8 +105,8 @@ class YuanServiceServicer(object):
     """Generates text with the model that the server has loaded.
 
     Errors are gRPC statuses and never part of a response. The exception is GenerateBatch, which returns a status for
-    each failed request. Besides the code and a readable message, the statuses listed below carry `google.rpc` details:
-    an `ErrorInfo` with the domain `yuan.v1` and an `ErrorReason` as its reason and, with INVALID_ARGUMENT, a
+    each failed request. In addition to the code and a readable message, the statuses listed below carry `google.rpc`
+    details: an `ErrorInfo` with the domain `yuan.v1` and an `ErrorReason` as its reason and, with INVALID_ARGUMENT, a
     `BadRequest` with one violation per invalid field. Any RPC can end with INTERNAL, an unexpected server error; the
     server log has the traceback.
 
@@ -320,8 +320,8 @@ class YuanService(object):
     """Generates text with the model that the server has loaded.
 
     Errors are gRPC statuses and never part of a response. The exception is GenerateBatch, which returns a status for
-    each failed request. Besides the code and a readable message, the statuses listed below carry `google.rpc` details:
-    an `ErrorInfo` with the domain `yuan.v1` and an `ErrorReason` as its reason and, with INVALID_ARGUMENT, a
+    each failed request. In addition to the code and a readable message, the statuses listed below carry `google.rpc`
+    details: an `ErrorInfo` with the domain `yuan.v1` and an `ErrorReason` as its reason and, with INVALID_ARGUMENT, a
     `BadRequest` with one violation per invalid field. Any RPC can end with INTERNAL, an unexpected server error; the
     server log has the traceback.
 
