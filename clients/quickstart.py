@@ -1,8 +1,8 @@
-"""Asks a running server one question, first for the whole answer, then for a stream of it.
+"""Generate text with a running server, first in one response, then as a stream.
 
     python clients/quickstart.py [ADDRESS] [PROMPT]
 
-Needs `yuan-grpc` alone, which brings grpcio and protobuf.
+Needs only `yuan-grpc`, which installs grpcio and protobuf.
 """
 
 import sys
@@ -11,11 +11,11 @@ from yuan_grpc.client import Client
 
 
 def main(address: str = "127.0.0.1:50051", prompt: str = "世界上最高的山是什么") -> None:
-    """Prints both answers; they are the same, for nothing is left to chance."""
+    """Print both texts; they are equal because `top_k=1` makes generation deterministic."""
     with Client(address, timeout=60) as client:
         print(client.generate(prompt, max_tokens=32, top_k=1).text)
-        for piece in client.stream(prompt, max_tokens=32, top_k=1):
-            print(piece, end="", flush=True)
+        for delta in client.stream(prompt, max_tokens=32, top_k=1):
+            print(delta, end="", flush=True)
         print()
 
 
