@@ -357,7 +357,7 @@ async def test_it_listens_where_it_is_told(host: str) -> None:
     where = "[::1]" if host == "::1" else "127.0.0.1"
     async with httpx.AsyncClient(trust_env=False) as client:
         assert (await client.get(f"http://{where}:{listener.port}/health")).status_code == 200
-    await listener.end()
+    await listener.close()
 
 
 async def test_answers_are_sent_at_once_and_the_vanished_are_noticed() -> None:

@@ -33,7 +33,7 @@ async def listening(engine: Any, aliases: Sequence[str] = ()) -> AsyncIterator[L
     try:
         yield listener
     finally:
-        await listener.end()
+        await listener.close()
 
 
 def client_of(listener: Listener) -> httpx.AsyncClient:

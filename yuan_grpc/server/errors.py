@@ -19,7 +19,7 @@ MAX_VIOLATIONS = 12
 MAX_DESCRIPTION = 160
 """Maximum size of a violation's description, in bytes."""
 MAX_MESSAGE = 600
-"""Maximum size of a status message, in bytes. Headers turn 3 bytes into 4 (base64) or, if not ASCII, into 9 (percent)."""
+"""Maximum size of a status message, in bytes. Headers expand 3 bytes to 4 (base64), or to 9 if they are not ASCII."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The calls that Yuan's callers made over HTTP, and OpenAI's: another way to the answers that gRPC gives."""
+"""The HTTP API: the original demo server's `/generate`, and OpenAI's completions and chat."""
 
 from yuan_grpc.server.http.listener import Listener
 

@@ -1,4 +1,4 @@
-"""One HTTP call: its body, its answer, and the caller who may go away."""
+"""One HTTP call: its body, its response, and the disconnection of its client."""
 
 import asyncio
 import json
@@ -15,25 +15,25 @@ from starlette.types import Receive, Scope, Send
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.http.errors import StoppingError, TooLargeError, error_response
-from yuan_grpc.server.http.json_body import decoded
+from yuan_grpc.server.http.json_body import parse_body
 
 MAX_BODY = 4 * 2**20
-"""Bytes: as much as gRPC takes for a message."""
+"""Maximum body size in bytes, the same as gRPC's default for a message."""
 
-_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
-"""What some clients take for the end of a line, though JSON and the stream of events do not."""
+_LINE_SEPARATORS = re.compile("[\x85\u2028\u2029]")
+"""Characters that some clients treat as line ends, although JSON and server-sent events do not."""
 
 
 @dataclass
 class AppState:
-    """What all calls share.
+    """State shared by all calls.
 
     Attributes:
-        answers: what answers them.
-        aliases: names that the served model goes by beside its own.
-        created: when the server began, in seconds since 1970.
-        stopping: whether new calls are refused.
-        cut: when set, calls that run are ended.
+        service: the service that runs the requests.
+        aliases: additional names of the served model.
+        created: the server's start time, as a Unix timestamp in seconds.
+        stopping: whether new calls are rejected.
+        shutdown: an event that, once set, ends running calls.
     """
 
     service: GenerationService
@@ -44,103 +44,102 @@ class AppState:
 
 
 class ClientDisconnectedError(Exception):
-    """Nobody is left to answer."""
+    """The client has disconnected and receives no response."""
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How the chunks of a stream are kept apart."""
+    """The delimiters and the content type of a stream's chunks."""
 
     media_type: str | None
-    before: bytes
-    after: bytes
+    prefix: bytes
+    suffix: bytes
     is_ascii: bool
 
 
-EVENTS = Framing("text/event-stream; charset=utf-8", b"data: ", b"\n\n", is_ascii=False)
-"""Server-sent events, as OpenAI streams."""
-ENDED_BY_ZERO = Framing(None, b"", b"\0", is_ascii=True)
-"""As `/generate` streams: without a content type, and in ASCII, so that the network splits no character."""
+SERVER_SENT_EVENTS = Framing("text/event-stream; charset=utf-8", b"data: ", b"\n\n", is_ascii=False)
+"""The framing of OpenAI's streams."""
+NUL_TERMINATED = Framing(None, b"", b"\0", is_ascii=True)
+"""The framing of `/generate`: no content type, and ASCII only, so that no packet splits a character."""
 
 
 class HttpCall:
-    """A call and its answer: whole, or in chunks that share a framing.
+    """An HTTP call with one JSON response, or with a stream of chunks.
 
     Attributes:
-        state: what all calls share.
-        name: the request's, which the log and `x-request-id` tell; empty until the body has been read.
+        state: the state shared by all calls.
+        request_id: the request id, used in the log and in `x-request-id`; empty until the body has been read.
     """
 
     def __init__(self, state: AppState, scope: Scope, receive: Receive, send: Send) -> None:
         self.state = state
-        self.name = ""
+        self.request_id = ""
         self._scope = scope
         self._receive = receive
         self._send = send
         self._framing: Framing | None = None
 
-    async def json(self) -> dict[str, Any]:
-        """The body's object, whatever the content type, with a `request_id`, which names the call.
+    async def read_json(self) -> dict[str, Any]:
+        """Read the body's JSON object, regardless of its content type, and set its `request_id` if absent.
 
         Raises:
-            InvalidRequestError: it is none, or too large.
-            CallerGoneError: it never came.
+            InvalidRequestError: the body is not a JSON object, or is too large.
+            ClientDisconnectedError: the client disconnected before the end of the body.
         """
-        body = decoded(await self._body())
+        body = parse_body(await self._read_body())
         body["request_id"] = body.get("request_id") or uuid4().hex
-        self.name = str(body["request_id"])[:MAX_REQUEST_ID]  # a longer one is refused
+        self.request_id = str(body["request_id"])[:MAX_REQUEST_ID]  # validation rejects longer ones later
         return body
 
-    async def _body(self) -> bytes:
+    async def _read_body(self) -> bytes:
         length = Headers(scope=self._scope).get("content-length", "")
         if length.isdigit() and int(length) > MAX_BODY:
             raise TooLargeError(MAX_BODY)
-        body, more = bytearray(), True
-        while more:
+        body, has_more = bytearray(), True
+        while has_more:
             message = await self._receive()
             if message["type"] != "http.request":
                 raise ClientDisconnectedError
             body += message.get("body", b"")
             if len(body) > MAX_BODY:
                 raise TooLargeError(MAX_BODY)
-            more = message.get("more_body", False)
+            has_more = message.get("more_body", False)
         return bytes(body)
 
-    async def watched(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does the work that answers; ends it at once, and frees what it held, when the caller goes away or the server
-        has no more time.
+    async def run_until_disconnect(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run the coroutine that sends the response; cancel it if the client disconnects or the grace period ends.
 
         Raises:
-            CallerGoneError, StoppingError: it was ended.
+            ClientDisconnectedError: the client disconnected.
+            StoppingError: the server's grace period ended.
         """
-        working = asyncio.ensure_future(work)
-        gone, shutdown = asyncio.ensure_future(self._gone()), asyncio.ensure_future(self.state.shutdown.wait())
-        with (
-            self.state.service.inflight.track_unnamed()
-        ):  # until the answer is written: the server waits for that when it stops
+        task = asyncio.ensure_future(work)
+        disconnect = asyncio.ensure_future(self._wait_for_disconnect())
+        shutdown = asyncio.ensure_future(self.state.shutdown.wait())
+        with self.state.service.inflight.track_unnamed():  # a stopping server waits until the response is written
             try:
-                await asyncio.wait([working, gone, shutdown], return_when=asyncio.FIRST_COMPLETED)
-                if not working.done():
-                    raise ClientDisconnectedError if gone.done() else StoppingError
-                await working
+                await asyncio.wait([task, disconnect, shutdown], return_when=asyncio.FIRST_COMPLETED)
+                if not task.done():
+                    raise ClientDisconnectedError if disconnect.done() else StoppingError
+                await task
             finally:
-                for task in (working, gone, shutdown):
-                    task.cancel()
-                await asyncio.wait([working, gone, shutdown])
-                if not working.cancelled():
-                    working.exception()  # which has been told, or is nobody's
+                for future in (task, disconnect, shutdown):
+                    future.cancel()
+                await asyncio.wait([task, disconnect, shutdown])
+                if not task.cancelled():
+                    task.exception()  # retrieve it, so that asyncio does not log it as never retrieved
 
-    async def _gone(self) -> None:
+    async def _wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def answer(self, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Answers at once."""
+    async def respond(self, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
+        """Send a complete JSON response."""
         response = JSONResponse(content, status, self._headers() | (headers or {}))
         await response(self._scope, self._receive, self._send)
 
-    async def begin(self, framing: Framing) -> None:
-        """Begins a stream: from here on an error is a chunk of its own."""
+    async def start_stream(self, framing: Framing) -> None:
+        """Start a streamed response. Later errors are sent as a chunk."""
         self._framing = framing
         headers = self._headers() | {"cache-control": "no-cache"}
         if framing.media_type:
@@ -148,31 +147,32 @@ class HttpCall:
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
 
-    async def write(self, content: Mapping[str, Any]) -> None:
-        """Writes a chunk, and returns when the caller has read nearly as far."""
+    async def write_chunk(self, content: Mapping[str, Any]) -> None:
+        """Write a JSON chunk; return when the client has read most of what was written."""
         framing = self._framing
         assert framing is not None
         text = json.dumps(content, ensure_ascii=framing.is_ascii, allow_nan=False, separators=(",", ":"))
-        text = _LINE_ENDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-        await self.write_raw(framing.before + text.encode() + framing.after)
+        text = _LINE_SEPARATORS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+        await self.write_bytes(framing.prefix + text.encode() + framing.suffix)
 
-    async def write_raw(self, chunk: bytes) -> None:
-        """Writes bytes as they are."""
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+    async def write_bytes(self, raw: bytes) -> None:
+        """Write bytes to the stream without framing."""
+        await self._send({"type": "http.response.body", "body": raw, "more_body": True})
 
-    async def end(self) -> None:
-        """Ends a stream."""
+    async def end_stream(self) -> None:
+        """End a streamed response."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def fail(self, error: Exception) -> None:
-        """Tells the caller of an error, however far the answer is."""
+    async def send_error(self, error: Exception) -> None:
+        """Send an error as the response, or as the last chunk of a stream that has started."""
         status, content, headers = error_response(error)
         if self._framing is None:
-            await self.answer(content, status, headers)
+            await self.respond(content, status, headers)
         else:
-            await self.write(content)
-            await self.end()
+            await self.write_chunk(content)
+            await self.end_stream()
 
     def _headers(self) -> dict[str, str]:
-        headers = {"x-request-id": self.name} if self.name.isascii() and self.name.isprintable() and self.name else {}
+        can_be_header = self.request_id and self.request_id.isascii() and self.request_id.isprintable()
+        headers = {"x-request-id": self.request_id} if can_be_header else {}
         return headers | ({"connection": "close"} if self.state.stopping else {})

@@ -1,11 +1,11 @@
-"""The one table from exceptions to HTTP statuses, and the object that tells of them."""
+"""The mapping of errors to HTTP statuses and OpenAI error objects."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from grpc import StatusCode
 
-from yuan_grpc.server.errors import INTERNAL_MESSAGE, InvalidRequestError, ServiceError, UnavailableError, Violation
+from yuan_grpc.server.errors import InvalidRequestError, UnavailableError, Violation, public_error
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 _STATUSES = {
@@ -20,56 +20,61 @@ _STATUSES = {
     StatusCode.UNAVAILABLE: 503,
     StatusCode.DEADLINE_EXCEEDED: 504,
 }
-"""What is not here is 500."""
+"""HTTP statuses by gRPC status code; all other codes are 500."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 499: "cancelled"}
-"""OpenAI's names; other errors of the caller's are `invalid_request_error`, of the server's `server_error`."""
+"""OpenAI's error types by HTTP status; other 4xx are `invalid_request_error`, 5xx are `server_error`."""
 
 RETRY_SECONDS = 1
-"""When to try again, where the error itself does not say."""
+"""Default delay before a retry, in seconds, for errors without their own."""
 
 
 class TooLargeError(InvalidRequestError):
-    """The body is larger than any that is read."""
+    """The request body exceeds the size limit."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__([Violation("", f"the body must be at most {most} bytes long")])
+    def __init__(self, limit: int) -> None:
+        super().__init__([Violation("", f"the body must be at most {limit} bytes long")])
 
 
 class StoppingError(UnavailableError):
-    """The server takes no more calls, or ends those that outlast its patience."""
+    """The server rejects new calls, or ends those that exceed the grace period."""
 
     def __init__(self) -> None:
         super().__init__("the server is stopping")
 
 
 def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """What a caller is told: the status, the object and headers. What is no `ServiceError` says nothing of itself."""
-    told = error if isinstance(error, ServiceError) else ServiceError(INTERNAL_MESSAGE)
-    status = 413 if isinstance(told, TooLargeError) else _STATUSES.get(told.code, 500)
-    reason = pb.ErrorReason.Name(told.reason).removeprefix("ERROR_REASON_").lower()
-    violations = told.violations if isinstance(told, InvalidRequestError) else ()
+    """Return the HTTP status, error object and headers that report an error."""
+    reported = public_error(error)
+    status = 413 if isinstance(reported, TooLargeError) else _STATUSES.get(reported.code, 500)
+    reason = pb.ErrorReason.Name(reported.reason).removeprefix("ERROR_REASON_").lower()
+    violations = reported.violations if isinstance(reported, InvalidRequestError) else ()
     field = next((violation.field for violation in violations if violation.field), None)
     if reason == "model_not_found":
         field = "model"
-    headers = {"retry-after": str(told.retry_seconds or RETRY_SECONDS)} if status in (429, 503) else {}
-    return status, error_body(status, str(told), reason, field), headers
+    headers = {"retry-after": str(reported.retry_seconds or RETRY_SECONDS)} if status in (429, 503) else {}
+    return status, error_object(status, str(reported), reason, field), headers
 
 
-def error_body(status: int, message: str, code: str, field: str | None = None) -> dict[str, Any]:
-    """OpenAI's object for an error."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
+def error_object(status: int, message: str, code: str, field: str | None = None) -> dict[str, Any]:
+    """Return an error object in OpenAI's format."""
+    error_type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": error_type, "param": field, "code": code}}
 
 
-def renamed(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
-    """The same complaint in the caller's names for fields, where those differ from ours."""
-    told = error.violations
+def rename_fields(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
+    """Return the error with the field names that the client used.
+
+    Args:
+        error: an error with the field names of `GenerateRequest`.
+        names: the client's field names, by prefix of ours.
+    """
+    violations = error.violations
     for ours, theirs in names.items():
-        told = [
+        violations = [
             Violation(theirs + v.field.removeprefix(ours), v.description.replace(f"`{ours}", f"`{theirs}"))
             if v.field.startswith(ours)
             else v
-            for v in told
+            for v in violations
         ]
-    return InvalidRequestError(told)
+    return InvalidRequestError(violations)

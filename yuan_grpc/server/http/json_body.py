@@ -1,4 +1,4 @@
-"""Bodies in JSON to messages, strictly."""
+"""Strict conversion of JSON bodies to messages."""
 
 import json
 import re
@@ -14,32 +14,32 @@ from yuan_grpc.server.errors import InvalidRequestError, Violation
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_ENTRIES = 8192
-"""In one field, all levels together: more than any may have, and parsed before the event loop misses the time."""
+"""Maximum entries of one field over all levels of nesting: above every field's own limit, and fast to parse."""
 
 _FIELDS: Mapping[str, Any] = pb.GenerateRequest.DESCRIPTOR.fields_by_name
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_KINDS = {
+_TYPES = {
     FieldDescriptor.CPPTYPE_INT32: "an integer",
     FieldDescriptor.CPPTYPE_INT64: "an integer",
     FieldDescriptor.CPPTYPE_UINT32: "an integer, 0 or more",
     FieldDescriptor.CPPTYPE_FLOAT: "a number",
     FieldDescriptor.CPPTYPE_DOUBLE: "a number",
     FieldDescriptor.CPPTYPE_BOOL: "true or false",
-    FieldDescriptor.CPPTYPE_STRING: "a text",
-    FieldDescriptor.CPPTYPE_ENUM: "one of the values that docs/api.md has",
-    FieldDescriptor.CPPTYPE_MESSAGE: "written as docs/api.md has it",
+    FieldDescriptor.CPPTYPE_STRING: "a string",
+    FieldDescriptor.CPPTYPE_ENUM: "one of the values in docs/api.md",
+    FieldDescriptor.CPPTYPE_MESSAGE: "in the format of docs/api.md",
 }
 
 
-def decoded(raw: bytes) -> dict[str, Any]:
-    """A body's object, without what is null: that is what absence is written as.
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """Return a body's JSON object without null values, which mean absence.
 
     Raises:
-        InvalidRequestError: it is none.
+        InvalidRequestError: the body is not a JSON object.
     """
     try:
-        body = json.loads(raw.decode("utf-8-sig"), parse_constant=_refused, parse_float=_finite)
-        if _SURROGATE.search(raw):  # halves of characters pass the parser, and nothing after it
+        body = json.loads(raw.decode("utf-8-sig"), parse_constant=_reject_constant, parse_float=_finite_float)
+        if _SURROGATE.search(raw):  # the parser accepts lone surrogates, which nothing after it can encode
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         reject("", "the body must be JSON in UTF-8, of finite numbers and not nested too deeply")
@@ -48,54 +48,56 @@ def decoded(raw: bytes) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def fill(request: pb.GenerateRequest, values: Mapping[str, Any]) -> None:
-    """Sets a request's fields by their names.
+def set_fields(request: pb.GenerateRequest, values: Mapping[str, Any]) -> None:
+    """Set a request's fields by name.
 
     Raises:
-        InvalidRequestError: with a violation for each that is not there, or is given something else than it takes.
+        InvalidRequestError: with a violation for each unknown field and each value of the wrong type.
     """
-    violations = [violation for name, value in values.items() if (violation := _set(request, name, value))]
+    violations = [violation for name, value in values.items() if (violation := _set_field(request, name, value))]
     if violations:
         raise InvalidRequestError(violations)
 
 
-def _set(request: pb.GenerateRequest, name: str, value: Any) -> Violation | None:
+def _set_field(request: pb.GenerateRequest, name: str, value: Any) -> Violation | None:
     field = _FIELDS.get(name)
     if field is None:
         return Violation(f"{name:.64}", f"`{name:.64}` must not be given: it is unknown or not supported here")
-    if _has_many(value):
+    if _has_too_many_entries(value):
         return Violation(name, f"`{name}` must have at most {MAX_ENTRIES} entries")
     try:
         if isinstance(value, bool) and field.cpp_type == FieldDescriptor.CPPTYPE_DOUBLE:
-            raise ValueError("protobuf would take it for 1 or 0")
+            raise ValueError("protobuf would accept it as 1 or 0")
         ParseDict({name: value}, request)
     except (ParseError, ValueError, OverflowError):
-        return Violation(name, f"`{name}` must be {_kind(field)}")
+        return Violation(name, f"`{name}` must be {_expected_type(field)}")
     return None
 
 
-def _kind(field: Any) -> str:
+def _expected_type(field: Any) -> str:
     if field.name == "heartbeat_interval":
-        return 'a time in seconds, such as "5s"'
-    one = _KINDS[field.cpp_type]
+        return 'a duration in seconds, such as "5s"'
+    entry_type = _TYPES[field.cpp_type]
     if field.message_type and field.message_type.GetOptions().map_entry:
         return "an object of numbers by token id"
-    return f"a list, each entry {one}" if field.is_repeated else one
+    return f"a list, each entry {entry_type}" if field.is_repeated else entry_type
 
 
-def _has_many(value: Any) -> bool:
-    count, levels = 0, [value]
-    while levels and count <= MAX_ENTRIES:
-        level = levels.pop()
-        if isinstance(level, (list, dict)):
-            count += len(level)
-            levels += level.values() if isinstance(level, dict) else level
+def _has_too_many_entries(value: Any) -> bool:
+    count, pending = 0, [value]
+    while pending and count <= MAX_ENTRIES:
+        current = pending.pop()
+        if isinstance(current, (list, dict)):
+            count += len(current)
+            pending += current.values() if isinstance(current, dict) else current
     return count > MAX_ENTRIES
 
 
-def written_as_ours(fields: dict[str, Any]) -> None:
-    """Rewrites what callers of vLLM may write otherwise than our messages have it: `stop` as a single text, and
-    structured outputs as objects and plain lists."""
+def convert_vllm_notation(fields: dict[str, Any]) -> None:
+    """Convert fields in vLLM's notation to that of `GenerateRequest`, in place.
+
+    vLLM accepts a string for `stop`, and objects and plain lists in `structured_outputs`.
+    """
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
     if isinstance(outputs := fields.get("structured_outputs"), dict):
@@ -104,40 +106,40 @@ def written_as_ours(fields: dict[str, Any]) -> None:
             outputs["choice"] = {"values": outputs["choice"]}
         for kind in ("json", "structural_tag"):
             if isinstance(outputs.get(kind), dict):
-                outputs[kind] = as_json(f"structured_outputs.{kind}", outputs[kind])
+                outputs[kind] = to_json(f"structured_outputs.{kind}", outputs[kind])
         fields["structured_outputs"] = outputs
     if isinstance(side := fields.get("truncation_side"), str) and side in ("left", "right"):
         fields["truncation_side"] = f"TRUNCATION_SIDE_{side.upper()}"
 
 
-def as_json(field: str, value: Any) -> str:
-    """A value of a body's as JSON text again."""
+def to_json(field: str, value: Any) -> str:
+    """Return a parsed value as JSON text again."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except RecursionError:
         reject(field, f"`{field}` must not be nested too deeply")
 
 
-def token_ids(field: str, values: Sequence[Any]) -> pb.TokenIds:
-    """A list of token ids; whether they are those of tokens is not looked at."""
+def to_token_ids(field: str, values: Sequence[Any]) -> pb.TokenIds:
+    """Return a list as token ids, which are not yet checked against the vocabulary."""
     if not all(type(value) is int and 0 <= value < 2**32 for value in values):
-        reject(field, f"`{field}` must be a text, or a list of token ids")
+        reject(field, f"`{field}` must be a string, or a list of token ids")
     return pb.TokenIds(ids=values)
 
 
-def flag(fields: dict[str, Any], name: str) -> bool:
-    """Takes a field out that is true or false; false where it is absent."""
+def pop_bool(fields: dict[str, Any], name: str) -> bool:
+    """Remove a boolean field and return it; return False if it is absent."""
     value = fields.pop(name, False)
     if not isinstance(value, bool):
         reject(name, f"`{name}` must be true or false")
     return value
 
 
-def _refused(constant: str) -> NoReturn:
+def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     if isinf(value := float(text)):
         raise ValueError(f"{text} is out of range")
     return value

@@ -1,4 +1,4 @@
-"""The HTTP port: opened, served and closed beside gRPC's, in the same event loop."""
+"""The HTTP port, served in the same event loop as the gRPC port."""
 
 import asyncio
 import socket
@@ -13,42 +13,43 @@ from yuan_grpc.server.http.app import create_app
 from yuan_grpc.server.http.call import AppState
 
 KEEP_ALIVE_SECONDS = 75
-"""How long an idle connection is kept: longer than clients and proxies keep theirs, so that none is closed on them."""
+"""Time until an idle connection is closed, in seconds: longer than in clients and proxies, so that they close first."""
 
 FLUSH_SECONDS = 1
-"""For the last words to calls that are cut."""
+"""Time to send errors to the calls that a shutdown ends, in seconds."""
 
-_OPTIONS = (
+_SOCKET_OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    # A caller who vanishes without a word is noticed within a minute, as over gRPC.
+    # Keepalive notices a vanished client within a minute, as over gRPC.
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
-    # asyncio sets this on sockets of its own making alone: without it each answer was 40 ms late.
+    # asyncio sets TCP_NODELAY only on sockets that it creates. Without it each response took 40 ms longer.
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 )
-"""Of the listening socket, which those of connections inherit."""
+"""Options of the listening socket, which accepted connections inherit."""
 
 
 class Listener:
-    """A port with the HTTP calls on it, from `start` to `end`.
+    """A listening HTTP port, from `start` to `close`.
 
     Args:
-        answers: what answers them.
-        host, port: where to listen; port 0 for any free one. Where a name has several addresses, an IPv4 one.
-        aliases: names that the served model goes by beside its own.
+        service: the service that runs the requests.
+        host: the address to listen on; if a name has several addresses, an IPv4 address is preferred.
+        port: the port to listen on, or 0 for any free port.
+        aliases: additional names of the served model.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address cannot be bound.
     """
 
     def __init__(self, service: GenerationService, host: str, port: int, aliases: Iterable[str] = ()) -> None:
-        self._socket = _bound(host, port)
+        self._socket = _bind_socket(host, port)
         self._state = AppState(service, frozenset(aliases), created=int(time.time()))
         config = uvicorn.Config(
             create_app(self._state),
-            workers=1,  # or else WEB_CONCURRENCY would be read
-            http="h11",  # which bounds the size of headers
+            workers=1,  # otherwise uvicorn reads WEB_CONCURRENCY
+            http="h11",  # limits the size of headers
             ws="none",
             lifespan="off",
             log_config=None,
@@ -63,51 +64,51 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port, also if any free port was requested."""
         port: int = self._socket.getsockname()[1]
         return port
 
     def start(self) -> None:
-        """Takes calls from now on."""
+        """Start accepting calls."""
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
 
-    def stop(self) -> None:
-        """Takes no more calls, and closes what is idle; calls that run go on."""
+    def stop_accepting(self) -> None:
+        """Stop accepting calls and close idle connections. Running calls continue."""
         self._state.stopping = True
         self._server.should_exit = True
         if self._serving is None:
             self._socket.close()
 
-    async def ended(self) -> None:
-        """Returns when, after `stop`, the last answer has been sent and the last connection is closed."""
+    async def wait_closed(self) -> None:
+        """Return when, after `stop_accepting`, all responses are sent and all connections are closed."""
         if self._serving is not None:
             await asyncio.wait([self._serving])
 
-    async def end(self) -> None:
-        """Ends what still runs, telling the callers; returns when all that it held is free."""
-        self.stop()
+    async def close(self) -> None:
+        """End running calls with an error; return when all connections are closed and the engine requests freed."""
+        self.stop_accepting()
         self._state.shutdown.set()
         if self._serving is None:
             return
         await asyncio.wait([self._serving], timeout=FLUSH_SECONDS)
         self._server.force_exit = True
         for connection in list(self._server.server_state.connections):
-            connection.transport.abort()  # of those who do not read, or have not said what they want
+            connection.transport.abort()  # of clients that do not read, or have not sent their whole request
         await self._serving
 
 
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Leaves signals to `serve`."""
+        """Leave signals to `yuan_grpc.server.server`."""
         yield
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bind_socket(host: str, port: int) -> socket.socket:
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
-    is_both = address[0] == "::" and socket.has_dualstack_ipv6()
-    bound = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=is_both)
-    for level, option, value in _OPTIONS:
+    is_dual_stack = address[0] == "::" and socket.has_dualstack_ipv6()
+    bound = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=is_dual_stack)
+    for level, option, value in _SOCKET_OPTIONS:
         bound.setsockopt(level, option, value)
     return bound

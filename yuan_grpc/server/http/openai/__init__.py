@@ -1,1 +1,1 @@
-"""OpenAI-compatible endpoints."""
+"""OpenAI's completions and chat APIs."""

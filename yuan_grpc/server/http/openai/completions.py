@@ -1,77 +1,77 @@
-"""`/v1/completions`: OpenAI's, for one prompt or many."""
+"""`/v1/completions`: OpenAI's completions API, for one or more prompts."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.http.call import HttpCall
-from yuan_grpc.server.http.json_body import token_ids
-from yuan_grpc.server.http.openai.params import filled, take_shared
-from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, logprob_of, respond
+from yuan_grpc.server.http.json_body import to_token_ids
+from yuan_grpc.server.http.openai.params import build_request, pop_common_fields
+from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, finite_logprob, send_response
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_PROMPTS = 1024
-_NAMES = {"prompt_token_ids.ids": "prompt", "prompt_token_ids": "prompt"}
+_FIELD_NAMES = {"prompt_token_ids.ids": "prompt", "prompt_token_ids": "prompt"}
 
 
-async def answer(call: HttpCall) -> None:
-    """Answers with each prompt's choices, prompt by prompt."""
-    await respond(call, _parsed(await call.json(), call), _Text())
+async def handle(call: HttpCall) -> None:
+    """Respond with the choices of each prompt, in the order of the prompts."""
+    await send_response(call, _parse(await call.read_json(), call), _CompletionFormat())
 
 
-def _parsed(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
+def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     fields = dict(body)
-    stream, has_usage = take_shared(fields)
+    stream, include_usage = pop_common_fields(fields)
     if "messages" in fields:
-        reject("messages", "`messages` must not be given here: conversations go to /v1/chat/completions")
+        reject("messages", "`messages` must not be given here: use /v1/chat/completions")
     prompts = _prompts(fields.pop("prompt", None))
-    shared, model = filled(fields, call, {})
-    if shared.echo and shared.HasField("logprobs"):
-        shared.prompt_logprobs = shared.logprobs
+    common, model = build_request(fields, call, {})
+    if common.echo and common.HasField("logprobs"):
+        common.prompt_logprobs = common.logprobs
     requests = []
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         requests.append(request := pb.GenerateRequest())
-        request.CopyFrom(shared)
+        request.CopyFrom(common)
         if len(prompts) > 1:
-            request.request_id = f"{shared.request_id}-{place}"
+            request.request_id = f"{common.request_id}-{index}"
         if isinstance(prompt, str):
             request.prompt = prompt
         else:
             request.prompt_token_ids.CopyFrom(prompt)
-    return OpenAIRequest(requests, model, stream, has_usage, _NAMES)
+    return OpenAIRequest(requests, model, stream, include_usage, _FIELD_NAMES)
 
 
-def _prompts(given: Any) -> Sequence[str | pb.TokenIds]:
-    if isinstance(given, str):
-        return [given]
-    if not given or not isinstance(given, list):
-        reject("prompt", "`prompt` must be a text, a list of token ids, or a list of either")
-    if isinstance(given[0], int):
-        return [token_ids("prompt", given)]
-    if len(given) > MAX_PROMPTS:
-        reject("prompt", f"`prompt` must have at most {MAX_PROMPTS} entries, not {len(given)}")
-    return [_prompt(f"prompt[{place}]", entry) for place, entry in enumerate(given)]
+def _prompts(prompts: Any) -> Sequence[str | pb.TokenIds]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not prompts or not isinstance(prompts, list):
+        reject("prompt", "`prompt` must be a string, a list of token ids, or a list of either")
+    if isinstance(prompts[0], int):
+        return [to_token_ids("prompt", prompts)]
+    if len(prompts) > MAX_PROMPTS:
+        reject("prompt", f"`prompt` must have at most {MAX_PROMPTS} entries, not {len(prompts)}")
+    return [_prompt(f"prompt[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
 
-def _prompt(field: str, given: Any) -> str | pb.TokenIds:
-    if isinstance(given, str):
-        return given
-    return token_ids(field, given if isinstance(given, list) else [None])
+def _prompt(field: str, prompt: Any) -> str | pb.TokenIds:
+    if isinstance(prompt, str):
+        return prompt
+    return to_token_ids(field, prompt if isinstance(prompt, list) else [None])
 
 
-class _Text:
-    """Choices as texts. Remembers how long each is, for the offsets of its tokens."""
+class _CompletionFormat:
+    """Choices as texts. Keeps the length of each text for its tokens' offsets."""
 
-    kind = chunk_kind = "text_completion"
-    prefix = "cmpl-"
+    object_type = chunk_object_type = "text_completion"
+    id_prefix = "cmpl-"
 
     def __init__(self) -> None:
         self._lengths: dict[int, int] = {}
 
     def opening(self, index: int) -> None:
-        """Nothing: a text begins with its first piece."""
+        """Return nothing: completions have no chunk before the first text."""
 
-    def whole(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
+    def full(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
         return self.delta(index, choice, prompt)
 
     def delta(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
@@ -88,18 +88,18 @@ class _Text:
         for token in tokens:
             offsets.append(self._lengths.get(index, 0))
             self._lengths[index] = offsets[-1] + len(token.token)
-        known = [token if token.rank or token.top else None for token in tokens]  # not the first of a prompt
+        with_logprob = [token if token.rank or token.top else None for token in tokens]  # a prompt's first has none
         return {
             "text_offset": offsets,
-            "token_logprobs": [token and logprob_of(token) for token in known],
+            "token_logprobs": [token and finite_logprob(token) for token in with_logprob],
             "tokens": [token.token for token in tokens],
-            "top_logprobs": [token and _top(token) for token in known],
+            "top_logprobs": [token and _top_logprobs(token) for token in with_logprob],
         }
 
 
-def _top(token: pb.TokenLogprob) -> dict[str, float]:
-    """By text; of several tokens that have the same one the chosen, or else the most likely."""
-    texts = {token.token: logprob_of(token)}
-    for other in token.top:
-        texts.setdefault(other.token, logprob_of(other))
-    return texts
+def _top_logprobs(token: pb.TokenLogprob) -> dict[str, float]:
+    """Return log-probabilities by text. Of tokens with equal text, keep the sampled or else the most likely one."""
+    logprobs = {token.token: finite_logprob(token)}
+    for top in token.top:
+        logprobs.setdefault(top.token, finite_logprob(top))
+    return logprobs

@@ -1,4 +1,4 @@
-"""The envelope of OpenAI's answers, whole and streamed, around choices of either shape."""
+"""Complete and streamed responses in OpenAI's format, for completions and chat."""
 
 import asyncio
 import time
@@ -9,160 +9,161 @@ from typing import Any, Protocol, TypeVar
 from yuan_grpc.server.core.convert import num_choices
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.errors import InvalidRequestError
-from yuan_grpc.server.http.call import EVENTS, HttpCall
-from yuan_grpc.server.http.errors import renamed
+from yuan_grpc.server.http.call import SERVER_SENT_EVENTS, HttpCall
+from yuan_grpc.server.http.errors import rename_fields
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-LEAST_LOGPROB = -9999.0
-"""JSON has no minus infinity."""
+MIN_LOGPROB = -9999.0
+"""Lowest log-probability in a response: JSON has no minus infinity."""
 
 
 @dataclass(frozen=True)
 class OpenAIRequest:
-    """What a body asks for.
+    """A parsed request body.
 
     Attributes:
-        requests: one for each prompt.
-        model: as the caller calls it; empty for the served one.
-        stream: whether the answer is streamed.
-        has_usage: whether a stream ends with the tokens counted.
-        names: the caller's names for fields of ours.
+        requests: one request per prompt.
+        model: the model name that the client used; empty if it gave none.
+        stream: whether the response is streamed.
+        include_usage: whether a stream ends with the token counts.
+        field_names: the client's field names, by prefix of ours.
     """
 
     requests: Sequence[pb.GenerateRequest]
     model: str
     stream: bool
-    has_usage: bool
-    names: Mapping[str, str]
+    include_usage: bool
+    field_names: Mapping[str, str]
 
 
 class ChoiceFormat(Protocol):
-    """How choices are written."""
+    """The JSON format of choices, which differs between completions and chat."""
 
-    kind: str
-    """`object` of an answer."""
-    chunk_kind: str
+    object_type: str
+    """`object` of a complete response."""
+    chunk_object_type: str
     """`object` of a chunk."""
-    prefix: str
-    """What ids begin with."""
+    id_prefix: str
+    """Prefix of response ids."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice, before there is any of it."""
+        """Return a choice's first chunk, sent before any of its text; None if the format has no such chunk."""
 
-    def whole(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
-        """A choice; `prompt` has the prompt's log-probabilities, where those were asked for."""
+    def full(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
+        """Return a complete choice. `prompt` has the prompt's log-probabilities, if requested."""
 
     def delta(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
-        """A piece of a choice; `prompt` is empty but for the first."""
+        """Return a chunk of a choice. `prompt` is empty except for the first chunk with text."""
 
 
-async def respond(call: HttpCall, parsed: OpenAIRequest, shape: ChoiceFormat) -> None:
-    """Answers, whole or in chunks."""
-    answer = _Answer(call, parsed, shape)
+async def send_response(call: HttpCall, parsed: OpenAIRequest, choice_format: ChoiceFormat) -> None:
+    """Generate, and send a complete or streamed response."""
+    response = _Response(call, parsed, choice_format)
     try:
-        await call.watched(answer.streamed() if parsed.stream else answer.whole())
+        await call.run_until_disconnect(response.stream() if parsed.stream else response.send())
     except InvalidRequestError as error:
-        raise renamed(error, parsed.names) from error.__cause__
+        raise rename_fields(error, parsed.field_names) from error.__cause__
 
 
-class _Answer:
-    """One answer on its way. Choices are numbered through all prompts."""
+class _Response:
+    """The response to one call. Choices are numbered across all prompts."""
 
-    def __init__(self, call: HttpCall, parsed: OpenAIRequest, shape: ChoiceFormat) -> None:
+    def __init__(self, call: HttpCall, parsed: OpenAIRequest, choice_format: ChoiceFormat) -> None:
         self._call = call
         self._parsed = parsed
-        self._shape = shape
+        self._format = choice_format
         self._service = call.state.service
-        self._head = {
-            "id": f"{shape.prefix}{call.name}",
-            "object": shape.chunk_kind if parsed.stream else shape.kind,
+        self._header = {
+            "id": f"{choice_format.id_prefix}{call.request_id}",
+            "object": choice_format.chunk_object_type if parsed.stream else choice_format.object_type,
             "created": int(time.time()),
             "model": parsed.model or self._service.engine.info.name,
         }
         self._usages = [pb.Usage() for _ in parsed.requests]
-        self._writing = asyncio.Lock()
-        self._has_begun = False
+        self._write_lock = asyncio.Lock()
+        self._has_started = False
 
-    async def whole(self) -> None:
-        async def one(_: int, request: pb.GenerateRequest) -> pb.GenerateResponse:
+    async def send(self) -> None:
+        async def generate(_: int, request: pb.GenerateRequest) -> pb.GenerateResponse:
             return await self._service.generate(request)
 
-        responses = await gather_bounded(self._parsed.requests, one)
+        responses = await gather_bounded(self._parsed.requests, generate)
         choices = []
-        for place, (request, response) in enumerate(zip(self._parsed.requests, responses, strict=True)):
+        for prompt_index, (request, response) in enumerate(zip(self._parsed.requests, responses, strict=True)):
             for choice in response.choices:
-                index = place * num_choices(request) + choice.index
-                choices.append(self._shape.whole(index, choice, response.prompt_logprobs))
+                index = prompt_index * num_choices(request) + choice.index
+                choices.append(self._format.full(index, choice, response.prompt_logprobs))
                 if request.return_prompt_token_ids:
-                    choices[-1] |= _ids(choice) | {"prompt_token_ids": list(response.prompt_token_ids)}
-        usage = _usage([response.usage for response in responses])
-        await self._call.answer(self._head | {"choices": choices, "usage": usage})
+                    choices[-1] |= _token_ids(choice) | {"prompt_token_ids": list(response.prompt_token_ids)}
+        usage = _total_usage([response.usage for response in responses])
+        await self._call.respond(self._header | {"choices": choices, "usage": usage})
 
-    async def streamed(self) -> None:
-        await gather_bounded(self._parsed.requests, self._stream)
-        if self._parsed.has_usage:
-            await self._call.write(self._head | {"choices": [], "usage": _usage(self._usages)})
-        await self._call.write_raw(b"data: [DONE]\n\n")
-        await self._call.end()
+    async def stream(self) -> None:
+        await gather_bounded(self._parsed.requests, self._stream_prompt)
+        if self._parsed.include_usage:
+            await self._call.write_chunk(self._header | {"choices": [], "usage": _total_usage(self._usages)})
+        await self._call.write_bytes(b"data: [DONE]\n\n")
+        await self._call.end_stream()
 
-    async def _stream(self, place: int, request: pb.GenerateRequest) -> None:
-        chunks = _Chunks(self._shape, request, place * num_choices(request))
-        async with self._service.stream(request) as parts:
-            async for part in parts:
-                if part.HasField("usage"):
-                    self._usages[place] = part.usage
-                async with self._writing:  # who waits here has the engine put together what comes meanwhile
-                    if not self._has_begun:
-                        self._has_begun = True
-                        await self._call.begin(EVENTS)
-                    if {field.name for field, _ in part.ListFields()} <= {"request_id", "model"}:  # a heartbeat
-                        await self._call.write_raw(b":\n\n")
-                    await self._write(chunks.of(part))
+    async def _stream_prompt(self, prompt_index: int, request: pb.GenerateRequest) -> None:
+        chunks = _PromptChunks(self._format, request, prompt_index * num_choices(request))
+        async with self._service.stream(request) as messages:
+            async for message in messages:
+                if message.HasField("usage"):
+                    self._usages[prompt_index] = message.usage
+                async with self._write_lock:  # while a prompt waits here, its engine request accumulates output
+                    if not self._has_started:
+                        self._has_started = True
+                        await self._call.start_stream(SERVER_SENT_EVENTS)
+                    if {field.name for field, _ in message.ListFields()} <= {"request_id", "model"}:  # a heartbeat
+                        await self._call.write_bytes(b":\n\n")
+                    await self._write_choices(chunks.convert(message))
 
-    async def _write(self, choices: Iterable[dict[str, Any]]) -> None:
-        usage = {"usage": None} if self._parsed.has_usage else {}
+    async def _write_choices(self, choices: Iterable[dict[str, Any]]) -> None:
+        usage = {"usage": None} if self._parsed.include_usage else {}
         for choice in choices:
-            await self._call.write(self._head | {"choices": [choice]} | usage)
+            await self._call.write_chunk(self._header | {"choices": [choice]} | usage)
 
 
-class _Chunks:
+class _PromptChunks:
     """The chunks of one prompt's stream.
 
     Args:
-        first: the index of its first choice.
+        first_index: the index of the prompt's first choice.
     """
 
-    def __init__(self, shape: ChoiceFormat, request: pb.GenerateRequest, first: int) -> None:
-        self._shape = shape
-        self._first = first
-        self._wants_ids = request.return_prompt_token_ids
-        self._unopened = list(range(num_choices(request)))
-        self._unseen = set(self._unopened)
+    def __init__(self, choice_format: ChoiceFormat, request: pb.GenerateRequest, first_index: int) -> None:
+        self._format = choice_format
+        self._first_index = first_index
+        self._include_token_ids = request.return_prompt_token_ids
+        self._not_opened = list(range(num_choices(request)))
+        self._without_text = set(self._not_opened)
         self._prompt_token_ids: list[int] = []
         self._prompt_logprobs: list[pb.TokenLogprob] = []
 
-    def of(self, part: pb.GenerateStreamResponse) -> Iterator[dict[str, Any]]:
-        """Those that a part makes."""
-        self._prompt_token_ids += part.prompt_token_ids
-        self._prompt_logprobs += part.prompt_logprobs
-        for index in self._unopened:
-            if opening := self._shape.opening(self._first + index):
+    def convert(self, message: pb.GenerateStreamResponse) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a stream message."""
+        self._prompt_token_ids += message.prompt_token_ids
+        self._prompt_logprobs += message.prompt_logprobs
+        for index in self._not_opened:
+            if opening := self._format.opening(self._first_index + index):
                 yield opening
-        self._unopened = []
-        for choice in part.choices:
-            is_first = choice.index in self._unseen
-            self._unseen.discard(choice.index)
-            written = self._shape.delta(self._first + choice.index, choice, self._prompt_logprobs if is_first else ())
-            if self._wants_ids:
-                written |= _ids(choice) | ({"prompt_token_ids": self._prompt_token_ids} if is_first else {})
-            yield written
+        self._not_opened = []
+        for choice in message.choices:
+            is_first = choice.index in self._without_text
+            self._without_text.discard(choice.index)
+            prompt_logprobs = self._prompt_logprobs if is_first else ()
+            chunk = self._format.delta(self._first_index + choice.index, choice, prompt_logprobs)
+            if self._include_token_ids:
+                chunk |= _token_ids(choice) | ({"prompt_token_ids": self._prompt_token_ids} if is_first else {})
+            yield chunk
 
 
-def _ids(choice: pb.Choice) -> dict[str, Any]:
+def _token_ids(choice: pb.Choice) -> dict[str, Any]:
     return {"token_ids": list(choice.token_ids)}
 
 
-def _usage(usages: Sequence[pb.Usage]) -> dict[str, Any]:
+def _total_usage(usages: Sequence[pb.Usage]) -> dict[str, Any]:
     prompt, completion = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
     return {
         "prompt_tokens": prompt,
@@ -173,39 +174,41 @@ def _usage(usages: Sequence[pb.Usage]) -> dict[str, Any]:
 
 
 def finish_reason(choice: pb.Choice) -> str | None:
-    """In OpenAI's words, or ours where they have none; None for as long as the choice goes on."""
+    """Return OpenAI's finish reason, or ours where OpenAI has none; None while the choice is unfinished."""
     name = pb.FinishReason.Name(choice.finish_reason).removeprefix("FINISH_REASON_").lower()
     return name if choice.finish_reason else None
 
 
-def logprob_of(token: pb.TokenLogprob | pb.TopLogprob) -> float:
-    """A log-probability as JSON can have it."""
-    return max(token.logprob, LEAST_LOGPROB)
+def finite_logprob(token: pb.TokenLogprob | pb.TopLogprob) -> float:
+    """Return a token's log-probability as a number that JSON can represent."""
+    return max(token.logprob, MIN_LOGPROB)
 
 
 Result = TypeVar("Result")
 
 
 async def gather_bounded(
-    requests: Sequence[pb.GenerateRequest], work: Callable[[int, pb.GenerateRequest], Awaitable[Result]]
+    requests: Sequence[pb.GenerateRequest], run: Callable[[int, pb.GenerateRequest], Awaitable[Result]]
 ) -> list[Result]:
-    """The results of all, in order. The first that fails ends the others, and its error is raised.
+    """Run requests concurrently, up to the in-flight limit, and return their results in order.
+
+    The first failure cancels the others and is raised. A single request runs in the current task.
 
     Args:
-        requests: one alone is worked at in the current task.
-        work: is given a request's place and the request.
+        requests: the requests, at least one.
+        run: a function of a request's index and the request.
     """
     if len(requests) == 1:
-        return [await work(0, requests[0])]
-    places = asyncio.Semaphore(MAX_IN_FLIGHT)
+        return [await run(0, requests[0])]
+    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
 
-    async def one(place: int, request: pb.GenerateRequest) -> Result:
-        async with places:
-            return await work(place, request)
+    async def run_in_slot(index: int, request: pb.GenerateRequest) -> Result:
+        async with slots:
+            return await run(index, request)
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(*numbered)) for numbered in enumerate(requests)]
+            tasks = [group.create_task(run_in_slot(*numbered)) for numbered in enumerate(requests)]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
