@@ -5,7 +5,7 @@
 A job has `model`, `engine` (vLLM's arguments) and `rounds`: lists of requests that are decoded together, each with
 `prompt` (token ids), `sampling` (vLLM's parameters) and perhaps `constraint` (vLLM's structured outputs). An answer has
 `text`, `token_ids`, `finish_reason`, and `logprobs`: the token id, log-probability and rank of every entry, position by
-position, or null where none were asked for. A job with `unmended` runs vLLM's sampler as it is.
+position, or null where none were asked for. A job with `unpatched` runs vLLM's sampler as it is.
 """
 
 import json
@@ -19,10 +19,10 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Starts the engine and decodes round after round."""
-    if job.get("unmended"):
+    if job.get("unpatched"):
         from yuan_grpc.model.patches import logprob_token_ids
 
-        logprob_token_ids.mend = lambda: None
+        logprob_token_ids.apply = lambda: None
     from vllm import LLM, TokensPrompt
 
     llm = LLM(job["model"], **job["engine"])

@@ -1,7 +1,7 @@
-"""Yuan's tokenizer: the checkpoint's sentencepiece model, with the special tokens as they were in training.
+"""Yuan's tokenizer: the checkpoint's sentencepiece model, with the special tokens as in training.
 
-transformers' Llama tokenizer rebuilds merges and ignores scores, and so encodes many texts differently while every
-round trip still works; this class asks the sentencepiece library itself. See docs/decisions.md.
+The Llama tokenizer of transformers rebuilds the merges and ignores the scores. It encodes many texts differently, which
+round trips do not reveal. This class calls the sentencepiece library. See docs/decisions/0001-exact-tokenizer.md.
 """
 
 import re
@@ -21,7 +21,7 @@ ANSWER_SEPARATOR = "<sep>"
 SPACE = "▁"
 
 APPENDED = ("<mask>", "<predict>", "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>")
-"""Tokens the sentencepiece model lacks: they take the ids behind its last piece, in this order."""
+"""Tokens that the sentencepiece model lacks. Their ids follow its last piece, in this order."""
 
 SPECIAL = (
     END_OF_DOCUMENT,
@@ -39,42 +39,42 @@ SPECIAL = (
     "<s>",
     "<unk>",
 )
-"""Split off the text before the rest is encoded. Neither `<n>` nor `</s>`: their texts were plain text in training."""
+"""Tokens recognized in a text before encoding. `<n>` and `</s>` are not: in training they were encoded as text."""
 
 HIDDEN = (END_OF_DOCUMENT, PADDING, "<s>", "</s>", "<unk>")
-"""What `skip_special_tokens` leaves out; `<sep>` and the code markers are part of an answer and stay."""
+"""Tokens that `skip_special_tokens` removes. `<sep>` and the code markers are part of a response and are kept."""
 
 UNMERGED, UNMERGED_PIECE = "\n", "<0x0A>"
-"""A byte that no piece contains, so that what is behind it is encoded as if within a text."""
+"""A byte that no longer piece contains, so the text after it is encoded as in the middle of a text."""
 
 _NOT_TEXT = frozenset((*SPECIAL, *HIDDEN))
 
 
 class YuanTokenizer:
-    """vLLM's `TokenizerLike` over a sentencepiece model.
+    """A sentencepiece model with the interface of vLLM's `TokenizerLike`.
 
     Args:
-        model_file: the checkpoint's `tokenizer.model`.
-        truncation_side: which end of a text `truncation` cuts off, "left" or "right".
+        model_file: The checkpoint's `tokenizer.model`.
+        truncation_side: The end of a text that `truncation` removes, "left" or "right".
 
     Raises:
-        ValueError: the model lacks a special token, so it is not a Yuan tokenizer.
+        ValueError: The model lacks a special token, so it is not a Yuan tokenizer.
     """
 
     is_fast = False
-    # vLLM gives the texts of single tokens back the space that `decode` takes off the first; this is where it looks.
+    # vLLM reads this to restore the leading space of a single token, which `decode` removes.
     _vllm_space_marker_cache = SPACE
 
     def __init__(self, model_file: str | Path, truncation_side: str = "left") -> None:
-        # By this name xgrammar looks for it, and takes a tokenizer for sentencepiece's if it is there.
+        # xgrammar identifies sentencepiece tokenizers by this attribute.
         self.sp_model = SentencePieceProcessor(model_file=str(model_file))
         self.name_or_path = str(Path(model_file).parent)
         self.truncation_side = truncation_side
         pieces = self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
         self._pieces: list[str] = [*pieces, *APPENDED]
         self._ids = {piece: token_id for token_id, piece in enumerate(self._pieces)}
-        if lacking := [token for token in SPECIAL if token not in self._ids]:
-            raise ValueError(f"{model_file} is not a Yuan tokenizer: it has no {lacking[0]}")
+        if missing := [token for token in SPECIAL if token not in self._ids]:
+            raise ValueError(f"{model_file} is not a Yuan tokenizer: it has no {missing[0]}")
         self._bytes = {piece: piece.replace(SPACE, " ").encode() for piece in self._pieces}
         self._byte_ids = frozenset(i for i in range(len(pieces)) if self.sp_model.is_byte(i))
         self._bytes |= {pieces[i]: bytes([int(pieces[i][3:-1], 16)]) for i in self._byte_ids}
@@ -94,14 +94,14 @@ class YuanTokenizer:
         truncation_side: str = "left",
         **kwargs: Any,
     ) -> "YuanTokenizer":
-        """Reads the tokenizer of a checkpoint folder, or of a model id on the hub.
+        """Load the tokenizer of a checkpoint folder or of a model id on the hub.
 
         Raises:
-            OSError: there is no `tokenizer.model`.
+            OSError: `tokenizer.model` does not exist.
         """
-        found = cached_file(str(path_or_repo_id), MODEL_FILE, revision=revision, cache_dir=download_dir)
-        assert found is not None
-        return cls(found, truncation_side)
+        model_file = cached_file(str(path_or_repo_id), MODEL_FILE, revision=revision, cache_dir=download_dir)
+        assert model_file is not None
+        return cls(model_file, truncation_side)
 
     def encode(
         self,
@@ -110,54 +110,54 @@ class YuanTokenizer:
         max_length: int | None = None,
         add_special_tokens: bool = True,
     ) -> list[int]:
-        """Text to ids. Each stretch between special tokens gets a leading space of its own, as in training.
+        """Convert text to ids. Each segment between special tokens gets a leading space, as in training.
 
-        Nothing is added before or behind, whatever `add_special_tokens` says: the model was trained without.
+        No token is added at either end, even with `add_special_tokens`, because the model was trained without any.
         """
         ids: list[int] = []
-        for stretch in self._special.split(text):
-            if (special := self._special_ids.get(stretch)) is not None:
+        for segment in self._special.split(text):
+            if (special := self._special_ids.get(segment)) is not None:
                 ids.append(special)
-            elif stretch:
-                ids.extend(self.sp_model.encode(stretch))
+            elif segment:
+                ids.extend(self.sp_model.encode(segment))
         if truncation and max_length is not None and len(ids) > max_length:
             return ids[len(ids) - max_length :] if self.truncation_side == "left" else ids[:max_length]
         return ids
 
     def encode_word(self, word: str) -> list[list[int]]:
-        """The ways a word's tokens can be: where a text or a word begins, behind a space; and within a text.
+        """Return the two encodings of a word: after a space or at the beginning of a text, and inside a text.
 
-        Chinese words are mostly of the second kind. `encode` knows the first alone, for it adds a space.
+        Chinese words mostly have the second one. `encode` returns only the first one, because it adds a space.
         """
         within = self.encode(f"{UNMERGED}{word}")
         return [self.encode(word), within[within.index(self.sp_model.piece_to_id(UNMERGED_PIECE)) + 1 :]]
 
     def encode_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
-        """The ids of `encode`, each with its piece and the characters of the text it stands for: from, up to.
+        """Return the ids of `encode`, each with its piece and the start and end of its characters in the text.
 
-        The leading space that `encode` adds to each stretch has no width. The bytes of one character all have its span.
+        The leading space that `encode` adds to each segment has no width. The bytes of a character all have its span.
         """
         tokens: list[tuple[int, str, int, int]] = []
         start = 0
-        for stretch in self._special.split(text):
-            if (special := self._special_ids.get(stretch)) is not None:
-                tokens.append((special, stretch, start, start + len(stretch)))
-            elif stretch:
-                tokens.extend(self._place(stretch, start))
-            start += len(stretch)
+        for segment in self._special.split(text):
+            if (special := self._special_ids.get(segment)) is not None:
+                tokens.append((special, segment, start, start + len(segment)))
+            elif segment:
+                tokens.extend(self._segment_offsets(segment, start))
+            start += len(segment)
         return tokens
 
-    def _place(self, stretch: str, start: int) -> Iterator[tuple[int, str, int, int]]:
-        # The model's normaliser changes nothing but spaces, so pieces are as long as their characters.
-        spelled = SPACE + stretch.replace(" ", SPACE)
-        done = missing = 0  # characters of `spelled`; bytes of the next one
-        for token_id in self.sp_model.encode(stretch):
-            piece, first = self._pieces[token_id], done
+    def _segment_offsets(self, segment: str, start: int) -> Iterator[tuple[int, str, int, int]]:
+        # The model's normalizer changes spaces only, so a piece has as many characters as its text.
+        normalized = SPACE + segment.replace(" ", SPACE)
+        position = remaining = 0  # in characters of `normalized`; bytes of the character at `position`
+        for token_id in self.sp_model.encode(segment):
+            piece, first = self._pieces[token_id], position
             if token_id in self._byte_ids:
-                missing = (missing or len(spelled[done].encode())) - 1
-                end, done = done + 1, done + (not missing)
+                remaining = (remaining or len(normalized[position].encode())) - 1
+                end, position = position + 1, position + (not remaining)
             else:
-                end = done = done + len(piece)
+                end = position = position + len(piece)
             yield token_id, piece, start + max(first - 1, 0), start + end - 1
 
     def __call__(
@@ -168,10 +168,10 @@ class YuanTokenizer:
         truncation: bool = False,
         max_length: int | None = None,
     ) -> BatchEncoding:
-        """Encodes one text or several.
+        """Encode one text or several.
 
         Raises:
-            ValueError: a text pair, which this model has no use for.
+            ValueError: A text pair was given, which this model does not support.
         """
         if text_pair is not None:
             raise ValueError("`text_pair` is not supported")
@@ -182,20 +182,20 @@ class YuanTokenizer:
         return BatchEncoding({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
 
     def decode(self, ids: Sequence[int] | int, skip_special_tokens: bool = False) -> str:
-        """Ids to text, less the leading space that `encode` put there."""
+        """Convert ids to text, without the leading space that `encode` adds."""
         ids = [ids] if isinstance(ids, int) else ids
         text = self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens))
         return text.removeprefix(" ")
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
-        """Pieces to the very text they stand for, a leading space included, so that texts can be joined.
+        """Convert pieces to their exact text, including a leading space, so that texts can be joined.
 
-        Bytes that are no whole character become U+FFFD.
+        Bytes of incomplete characters become U+FFFD.
         """
         return b"".join([self._bytes.get(token, b"") for token in tokens]).decode("utf-8", "replace")
 
     def convert_ids_to_tokens(self, ids: Sequence[int], skip_special_tokens: bool = False) -> list[str]:
-        """Ids to pieces; an id that is no token's gives an empty one."""
+        """Convert ids to pieces; unknown ids become empty pieces."""
         skipped = self._hidden_ids if skip_special_tokens else frozenset()
         known = len(self._pieces)
         return [self._pieces[i] if i < known else "" for i in ids if i not in skipped]
@@ -207,7 +207,7 @@ class YuanTokenizer:
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
-        """Pieces to ids; an unknown piece gives the id of `<unk>`."""
+        """Convert pieces to ids; unknown pieces get the id of `<unk>`."""
         unknown = self._ids["<unk>"]
         if isinstance(tokens, str):
             return self._ids.get(tokens, unknown)
@@ -216,10 +216,10 @@ class YuanTokenizer:
     def apply_chat_template(
         self, messages: list[Any], tools: list[dict[str, Any]] | None = None, tokenize: bool = False, **kwargs: Any
     ) -> str | list[int]:
-        """A conversation in Yuan's own format: turns joined by `<n>`, and `<sep>` before the answer.
+        """Format a conversation as in training: turns joined by `<n>`, and `<sep>` before the response.
 
         Raises:
-            ValueError: tools, which the model was not trained to call.
+            ValueError: Tools were given, which the model was not trained to call.
         """
         if tools:
             raise ValueError("`tools` are not supported")
@@ -228,19 +228,19 @@ class YuanTokenizer:
         return self.encode(text) if tokenize else text
 
     def get_vocab(self) -> dict[str, int]:
-        """Piece to id, of all that can be written as text.
+        """Return the ids of all pieces that represent text.
 
-        From this vLLM's structured outputs take what may stand in a constrained text: no special token is here, lest
-        `.*` be matched by `<pad>`, and no padding row of the embedding.
+        vLLM's structured outputs allow these in a constrained text. Special tokens and padding rows of the embedding
+        are excluded, so that `.*` does not match `<pad>`.
         """
         return {piece: token_id for piece, token_id in self._ids.items() if piece not in _NOT_TEXT}
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Nothing: no token needs spaces around it when text is put together."""
+        """Return no tokens: none needs spaces around it when text is joined."""
         return {}
 
     def num_special_tokens_to_add(self) -> int:
-        """None are ever added."""
+        """Return 0: no special tokens are added."""
         return 0
 
     @property

@@ -1,1 +1,1 @@
-"""Checkpoints: layout, loading, and random ones for tests."""
+"""The published layout of checkpoints, their loader, and random checkpoints for the demo, tests and benchmarks."""

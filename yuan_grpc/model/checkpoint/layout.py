@@ -1,16 +1,16 @@
-"""The published layout of a Yuan checkpoint: its weights' names and shapes."""
+"""Names and shapes of the weights of a published Yuan checkpoint."""
 
 from yuan_grpc.model.config import YuanConfig
 
 HEAD = "lm_head.weight"
 DERIVED = "rotary_emb.inv_freq"
-"""Stored by some checkpoints, and computed from the configuration here."""
+"""Suffix of a weight that some checkpoints store, but that the model computes from its configuration."""
 
 
 def published_shapes(config: YuanConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight a checkpoint of this configuration has; `lm_head.weight` is optional if tied."""
+    """Return the name and shape of every weight of a checkpoint; a tied `lm_head.weight` is optional."""
     hidden, width = config.hidden_size, config.intermediate_size
-    of_layer: dict[str, tuple[int, ...]] = {
+    layer_shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (hidden, hidden),
@@ -28,5 +28,5 @@ def published_shapes(config: YuanConfig) -> dict[str, tuple[int, ...]]:
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
     return shapes | {"model.norm.weight": (hidden,), HEAD: (config.vocab_size, hidden)}

@@ -1,4 +1,4 @@
-"""Loading a published checkpoint: what happens to each weight on its way into the model."""
+"""The loader of published checkpoints."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,26 +12,25 @@ from yuan_grpc.model.config import YuanConfig
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a published weight goes: a parameter, and which parts of it where several weights share one."""
+    """The parameter that a published weight is loaded into, and its parts there if several weights share it."""
 
     param: nn.Parameter
     parts: tuple[int, ...]
 
     def load(self, loaded: torch.Tensor) -> None:
-        """Copies the weight, or this rank's share of it, into the parameter."""
-        pieces = taps(loaded) if loaded.dim() == 4 else (loaded,)
-        loader: Callable[..., None] = getattr(
-            self.param, "weight_loader", _copy
-        )  # a parallel layer's takes this rank's share
+        """Copy the weight, or this rank's share of it, into the parameter."""
+        tensors = split_taps(loaded) if loaded.dim() == 4 else (loaded,)
+        # Parameters of parallel layers have a loader that selects this rank's share.
+        loader: Callable[..., None] = getattr(self.param, "weight_loader", _copy)
         if self.parts:
-            for part, piece in zip(self.parts, pieces, strict=True):
-                loader(self.param, piece, part)
+            for part, tensor in zip(self.parts, tensors, strict=True):
+                loader(self.param, tensor, part)
         else:
-            loader(self.param, torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+            loader(self.param, torch.cat(tensors) if len(tensors) > 1 else tensors[0])
 
 
-def taps(kernel: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A published convolution [out, in, 2, 1] as two matrices [out, in]: of the token before, and of the token."""
+def split_taps(kernel: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split a convolution kernel, [out, in, 2, 1], into two [out, in]: for the previous token and for the token."""
     return kernel.squeeze(-1).unbind(-1)
 
 
@@ -44,14 +43,19 @@ def load_checkpoint(
     config: YuanConfig,
     placement: Callable[[str], Placement | None],
 ) -> torch.Tensor | None:
-    """Loads weights in whatever order they come, each as it comes, and checks that they are the ones there must be.
+    """Load each weight as it is read, in any order, and check for missing and unexpected weights.
+
+    Args:
+        weights: Names and tensors of the checkpoint.
+        config: The configuration of the checkpoint.
+        placement: Returns the placement of a weight by its name; None for weights of other pipeline stages.
 
     Returns:
-        The stored `lm_head.weight` of a model whose configuration ties it to the embedding, if there is one: whether
-        it is needed can be told only once the embedding is loaded.
+        The stored `lm_head.weight` if the configuration ties it to the embedding, or None. It can be compared with the
+        embedding only after both are loaded.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape; the message names it.
+        ValueError: A weight is missing, unknown or of another shape; the message names it.
     """
     expected = published_shapes(config)
     missing = dict.fromkeys(expected)
@@ -60,7 +64,7 @@ def load_checkpoint(
         if name.endswith(DERIVED):
             continue
         if name not in expected:
-            raise ValueError(f"the checkpoint has a weight no Yuan model has: {name}")
+            raise ValueError(f"the checkpoint has a weight that no Yuan model has: {name}")
         if loaded.shape != expected[name]:
             raise ValueError(f"{name} must be of shape {list(expected[name])}, not {list(loaded.shape)}")
         missing.pop(name, None)

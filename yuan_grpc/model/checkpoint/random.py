@@ -1,6 +1,6 @@
-"""Yuan checkpoints of any size in exactly the published layout, with random weights.
+"""Yuan checkpoints with random weights, of any size, in the published layout.
 
-Makes the demo that ships with the package, and what tests and benchmarks load:
+Writes the demo checkpoint that ships with the package and the checkpoints that tests and benchmarks load:
 
     python -m yuan_grpc.model.checkpoint.random FOLDER --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4
 """
@@ -34,10 +34,10 @@ DEMO_SIZES = {
 }
 DEMO_SEED = 2
 DEMO_PIECES = 1152
-"""Pieces learned from the corpus, of which 259 are controls and bytes; the special tokens come on top."""
+"""Pieces to learn from the corpus, including 259 control tokens and bytes; the special tokens are added to these."""
 
 ROW_MULTIPLE = 64
-"""The embedding's rows are filled up to a multiple of this, as the published ones are, with rows no token has."""
+"""The embedding is padded to a multiple of this number of rows, as in published checkpoints."""
 
 
 def write_checkpoint(
@@ -50,16 +50,19 @@ def write_checkpoint(
     file_format: str = "safetensors",
     max_shard_size: str = "50GB",
 ) -> YuanConfig:
-    """Writes config, tokenizer and random weights that depend on the seed alone, not on the machine.
+    """Write the configuration, the tokenizer and random weights, which depend on the seed only, not on the machine.
 
     Args:
-        folder: made if need be; files of the same names are replaced.
-        tokenizer: a folder with a `tokenizer.model`.
-        sizes: fields of `config.json`; see `YuanConfig`.
-        seed: of the weights.
-        dtype: what the weights are stored in.
+        folder: The folder to write to; created if it does not exist. Existing files are replaced.
+        tokenizer: A folder with a `tokenizer.model`.
+        sizes: Fields of `config.json`; see `YuanConfig`.
+        seed: The seed of the weights.
+        dtype: The data type to store the weights in.
         file_format: "safetensors" or "bin" (`pytorch_model.bin`).
-        max_shard_size: larger checkpoints are split over files with an index.
+        max_shard_size: The maximum size of a file; larger checkpoints are split into several files with an index.
+
+    Returns:
+        The configuration of the checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, tokenizer / MODEL_FILE)
@@ -72,14 +75,14 @@ def write_checkpoint(
         weights, folder, max_shard_size=max_shard_size, safe_serialization=file_format == "safetensors"
     )
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes for its own user alone, and a server has another
+        file.chmod(0o644)  # safetensors makes files private, but a server may run as another user
     return config
 
 
 def random_weights(config: YuanConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Float32 weights that keep activations near 1 and logits a few units wide, whatever the sizes.
+    """Yield float32 weights that keep activations near 1 and logits within a few units, for any size.
 
-    `lm_head.weight` comes last, and equals the embedding where the configuration ties the two: so it is published.
+    `lm_head.weight` comes last. It equals the embedding if the configuration ties them, as in published checkpoints.
     """
     generator = np.random.default_rng(seed)
     embedding = None
@@ -103,14 +106,14 @@ def random_weights(config: YuanConfig, seed: int) -> Iterator[tuple[str, torch.T
 
 
 def write_tokenizer(folder: Path, model_file: Path) -> None:
-    """Puts a tokenizer beside a checkpoint, with the same files the published ones have."""
+    """Write a tokenizer next to a checkpoint, with the files that published checkpoints have."""
     if model_file.resolve() != (folder / MODEL_FILE).resolve():
         shutil.copyfile(model_file, folder / MODEL_FILE)
     _write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
     _write_json(
         folder / "tokenizer_config.json",
         {
-            "add_bos_token": True,  # as published, and as wrong there as here: nothing of this file is read
+            "add_bos_token": True,  # as published, although wrong; this file is not read
             "add_eos_token": True,
             "bos_token": "<s>",
             "eos_token": "</s>",
@@ -121,7 +124,7 @@ def write_tokenizer(folder: Path, model_file: Path) -> None:
 
 
 def train_tokenizer(corpus: Path, model_file: Path, pieces: int) -> None:
-    """Learns a sentencepiece BPE model as the published one was made, the special tokens last, as plain pieces."""
+    """Train a sentencepiece BPE model like the published one, with the special tokens last, as plain pieces."""
     with TemporaryDirectory() as scratch:
         SentencePieceTrainer.train(
             input=str(corpus),
@@ -150,14 +153,14 @@ def train_tokenizer(corpus: Path, model_file: Path, pieces: int) -> None:
 
 
 def write_demo(folder: Path) -> None:
-    """Writes the demo checkpoint: what `yuan-grpc serve` runs when no model is named."""
+    """Write the demo checkpoint, which `yuan-grpc serve` runs by default."""
     with TemporaryDirectory() as scratch:
         train_tokenizer(DEMO / "corpus.txt", Path(scratch, MODEL_FILE), DEMO_PIECES)
         write_checkpoint(folder, Path(scratch), DEMO_SIZES, seed=DEMO_SEED)
 
 
 def _published_config(config: YuanConfig, dtype: torch.dtype, tokens: YuanTokenizer) -> dict[str, Any]:
-    """`config.json` with the fields published files have, the reference to remote code (never followed) included."""
+    """Return `config.json` with the fields of published files, including the remote code, which is never loaded."""
     return {
         "architectures": [ARCHITECTURE],
         "auto_map": {
@@ -192,19 +195,19 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Command line: one option a size, by its name in `config.json`."""
+    """Run the command line, which has one option per size, named as in `config.json`."""
     parser = argparse.ArgumentParser(prog="python -m yuan_grpc.model.checkpoint.random", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--demo", action="store_true", help="write the demo checkpoint; sizes and tokenizer are its own"
+        "--demo", action="store_true", help="write the demo checkpoint, with its fixed sizes and tokenizer"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, default=DEMO, help="folder with a tokenizer.model (default: the demo's)"
+        "--tokenizer", type=Path, default=DEMO, help="folder with a tokenizer.model (default: the demo checkpoint)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--file-format", choices=("safetensors", "bin"), default="safetensors")
-    parser.add_argument("--max-shard-size", default="50GB", help="split larger checkpoints, e.g. 5GB")
+    parser.add_argument("--max-shard-size", default="50GB", help="maximum size of a file, e.g. 5GB (default: 50GB)")
     for size, value in DEMO_SIZES.items():
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=value)
     arguments = vars(parser.parse_args())

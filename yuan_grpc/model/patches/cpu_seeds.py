@@ -1,29 +1,41 @@
-"""Seeded requests on CPUs, whose generators cannot be turned back."""
+"""Run seeded requests with long prompts on CPUs.
 
+Why: a prompt that is computed in several steps gets a token in each step, which vLLM discards. vLLM then rewinds the
+    generator of a seeded request by four offsets. A CPU generator has no offset, so the engine fails.
+How: `CPUModelRunner.sample_tokens` hides the generators of unfinished prompts. Their discarded tokens are drawn from
+    the generator of requests without a seed.
+Upstream: not reported yet; seen with vLLM 0.32.0. Plugins for other devices have fixed copies of the same code
+    (RBLN-SW/vllm-rbln#1025).
+Remove when: `GPUModelRunner._bookkeeping_sync` leaves CPU generators alone.
+"""
+
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.platforms import current_platform
 
 
-def prepare() -> None:
-    """Has vLLM's CPU runner leave the generators of unfinished prompts alone. Safe to call twice."""
-    if CPUModelRunner.sample_tokens is not _sample_tokens:
-        CPUModelRunner.sample_tokens = _sample_tokens
+def apply() -> None:
+    """Apply the patch in this process, on CPUs only. Safe to call twice."""
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if CPUModelRunner.sample_tokens is GPUModelRunner.sample_tokens:
+        CPUModelRunner.sample_tokens = _without_discarded_generators(GPUModelRunner.sample_tokens)
 
 
-_sample_tokens_of_vllm = CPUModelRunner.sample_tokens
+def _without_discarded_generators(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(sample_tokens)
+    def sample_without_discarded_generators(runner: Any, *args: Any) -> Any:
+        generators = runner.input_batch.generators
+        discarded = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
+        hidden = {index: generators.pop(index) for index in map(int, discarded) if index in generators}
+        try:
+            return sample_tokens(runner, *args)
+        finally:
+            generators.update(hidden)
 
-
-def _sample_tokens(runner: CPUModelRunner, *arguments: Any) -> Any:
-    """A prompt that is computed in several steps gets a token in each, which is thrown away.
-
-    vLLM then turns the request's generator back by what that token took, which a CPU's cannot: the engine would end.
-    So such a token is drawn from the generator that requests without a seed have.
-    """
-    generators = runner.input_batch.generators
-    unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
-    kept = {index: generators.pop(index) for index in map(int, unfinished) if index in generators}
-    try:
-        return _sample_tokens_of_vllm(runner, *arguments)
-    finally:
-        generators.update(kept)
+    return sample_without_discarded_generators

@@ -1,8 +1,14 @@
-"""Drafts of requests that draw their tokens, on CPUs: mends of what vLLM's rejection sampler is given there.
+"""Apply sampling parameters to draft tokens on CPUs.
 
-vLLM 0.32.0 gives each draft its request's temperature, `top_k` and `top_p` through a stand-in for a Triton kernel that
-fills a copy and drops it: what was in the memory before is used in their place, and the first request that draws ends
-the engine or draws from anything (vllm-project/vllm#55005).
+Why: for each draft token vLLM expands its request's temperature, `top_k` and `top_p`. The CPU replacement of that
+    Triton kernel fills a converted copy of the output and drops it, so uninitialized memory is used in place of the
+    parameters: the first request that samples ends the engine or samples from an arbitrary distribution. Also,
+    `apply_top_k_only` fails in a step that has no draft tokens.
+How: `cpu_triton_utils._expand_kernel_impl` is replaced by `expand`, and `apply_top_k_only` returns empty logits
+    unchanged.
+Upstream: vllm-project/vllm#55005, fixed by vllm-project/vllm#55006, which is open; present in vLLM 0.32.0. The failure
+    of `apply_top_k_only` is not reported yet.
+Remove when: vLLM has the fix and accepts empty logits.
 """
 
 from collections.abc import Callable
@@ -11,47 +17,47 @@ from functools import wraps
 import torch
 from vllm.platforms import current_platform
 
-EXPAND = "_expand_kernel_impl"
+EXPAND_KERNEL = "_expand_kernel_impl"
 
 
-def mend() -> None:
-    """Has vLLM give each draft what its request asked for. Safe to call twice, and nothing to GPUs."""
+def apply() -> None:
+    """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if not current_platform.is_cpu():
         return
-    from vllm.utils import cpu_triton_utils as stand_ins
-    from vllm.v1.sample.ops import topk_topp_sampler as cutting
+    from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample.ops import topk_topp_sampler
 
-    if not hasattr(getattr(stand_ins, EXPAND), "__wrapped__"):
-        setattr(stand_ins, EXPAND, wraps(getattr(stand_ins, EXPAND))(expand))
-        cutting.apply_top_k_only = _of_any_draft(cutting.apply_top_k_only)
+    kernel = getattr(cpu_triton_utils, EXPAND_KERNEL)
+    if not hasattr(kernel, "__wrapped__"):
+        setattr(cpu_triton_utils, EXPAND_KERNEL, wraps(kernel)(expand))
+        topk_topp_sampler.apply_top_k_only = _accepting_no_logits(topk_topp_sampler.apply_top_k_only)
 
 
 def expand(
     output: torch.Tensor,
-    of_request: torch.Tensor,
-    ends: torch.Tensor,
-    replaced: float,
-    by: float,
+    request_values: torch.Tensor,
+    cumulative_drafts: torch.Tensor,
+    replace_from: float,
+    replace_to: float,
     MAX_NUM_TOKENS: int | None = None,
 ) -> None:
-    """Writes to `output`, [drafts], each request's value once for each of its drafts.
+    """Write each request's value to `output`, [drafts], once for each of its draft tokens.
 
     Args:
-        of_request: [requests].
-        ends: [requests]: how many drafts there are up to each request's last.
-        replaced: a value that is written as another,
-        by: this one.
-        MAX_NUM_TOKENS: the kernel's; of no account.
+        request_values: [requests].
+        cumulative_drafts: [requests]: the number of draft tokens up to and including each request.
+        replace_from: A value to replace.
+        replace_to: Its replacement.
+        MAX_NUM_TOKENS: A parameter of the Triton kernel; ignored.
     """
-    drafts = torch.diff(ends, prepend=ends.new_zeros(1))
-    output.copy_(of_request.masked_fill(of_request == replaced, by).repeat_interleave(drafts))
+    drafts = torch.diff(cumulative_drafts, prepend=cumulative_drafts.new_zeros(1))
+    replaced = request_values.masked_fill(request_values == replace_from, replace_to)
+    output.copy_(replaced.repeat_interleave(drafts))
 
 
-def _of_any_draft(cut: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`top_k` alone is cut by the largest of a step's, which fails where a step has no draft."""
+def _accepting_no_logits(apply_top_k_only: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(apply_top_k_only)
+    def apply_unless_empty(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return apply_top_k_only(logits, k) if len(logits) else logits
 
-    @wraps(cut)
-    def cut_any(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return cut(logits, k) if len(logits) else logits
-
-    return cut_any
+    return apply_unless_empty

@@ -1,7 +1,11 @@
-"""A limit to what one constrained request may cost all others: a mend of vLLM's structured outputs.
+"""Limit the time that the constraint of one request may take between two steps.
 
-The engine computes which tokens a constraint allows between two steps, for one request after the other. Bounded
-repetitions of bounded repetitions, `((a{0,100}){0,100}){0,100}`, take seconds for each token, in which nobody gets one.
+Why: between two steps the engine computes which tokens each constraint allows, one request after the other. Nested
+    bounded repetitions such as `((a{0,100}){0,100}){0,100}` take seconds per token, and every request waits for them.
+How: `XgrammarGrammar.fill_bitmask` and `accept_tokens` measure their processor time. After a call that takes longer
+    than the limit, `accept_tokens` accepts no further token, so the scheduler ends that request with an error.
+Upstream: not reported yet; seen with vLLM 0.32.0. vllm-project/vllm#54003 is about compiling a constraint only.
+Remove when: vLLM limits the time of these calls, or xgrammar computes such constraints in milliseconds.
 """
 
 import time
@@ -14,38 +18,36 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.yuan_grpc.model")
 
 LIMIT_SECONDS = 0.5
-"""Of processor time, so that a busy machine ends nobody's request. Real constraints take milliseconds."""
+"""Limit of processor time, so that a busy machine ends no request. Real constraints take milliseconds."""
 
 
-def mend() -> None:
-    """Ends a request, alone and with an error, whose constraint took too long once. Safe to call twice."""
+def apply() -> None:
+    """Apply the patch in this process. Safe to call twice."""
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
     if not hasattr(XgrammarGrammar.accept_tokens, "__wrapped__"):
         XgrammarGrammar.fill_bitmask = _timed(XgrammarGrammar.fill_bitmask)
-        XgrammarGrammar.accept_tokens = _refusing_slow(_timed(XgrammarGrammar.accept_tokens))
+        XgrammarGrammar.accept_tokens = _rejecting_if_slow(_timed(XgrammarGrammar.accept_tokens))
 
 
 def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def timed(grammar: Any, *arguments: Any) -> Any:
-        began = time.thread_time()
-        result = method(grammar, *arguments)
-        if time.thread_time() - began > LIMIT_SECONDS:
+    def timed(grammar: Any, *args: Any) -> Any:
+        started = time.thread_time()
+        result = method(grammar, *args)
+        if time.thread_time() - started > LIMIT_SECONDS:
             grammar.is_too_slow = True
         return result
 
     return timed
 
 
-def _refusing_slow(accept_tokens: Callable[..., bool]) -> Callable[..., bool]:
-    """What accepts no token is ended by the scheduler."""
-
+def _rejecting_if_slow(accept_tokens: Callable[..., bool]) -> Callable[..., bool]:
     @wraps(accept_tokens)
-    def refusing_slow(grammar: Any, request_id: str, tokens: list[int]) -> bool:
+    def reject_if_slow(grammar: Any, request_id: str, tokens: list[int]) -> bool:
         if getattr(grammar, "is_too_slow", False):
-            logger.warning("The constraint of request %s takes too long and is given up", request_id)
+            logger.warning("Ending request %s: its constraint takes too long to compute", request_id)
             return False
         return accept_tokens(grammar, request_id, tokens)
 
-    return refusing_slow
+    return reject_if_slow

@@ -1,8 +1,12 @@
-"""One request's chosen tokens beside its neighbours' most likely ones: a mend of vLLM's sampler.
+"""Keep the most likely tokens of requests that share a batch with `logprob_token_ids`.
 
-Where one request of a batch has `logprob_token_ids`, the sampler of vLLM 0.32.0's V1 model runner, which is the one on
-CPUs, answers every request of the batch with them: the others get token 0 at minus infinity for their most likely
-tokens. The V2 runner does not.
+Why: if one request of a batch has `logprob_token_ids`, the sampler of the V1 model runner, which CPUs use, returns
+    that request's kind of result for the whole batch: the other requests get token 0 at minus infinity in place of
+    their most likely tokens. The V2 model runner merges the two kinds correctly.
+How: `Sampler.forward` records how many of the most likely tokens the batch needs, and
+    `gather_specific_token_logprobs` fills them in for the rows without `logprob_token_ids`.
+Upstream: vllm-project/vllm#51789, open; present in vLLM 0.32.0.
+Remove when: `Sampler.forward` merges both kinds of result.
 """
 
 from collections.abc import Callable
@@ -14,64 +18,63 @@ import torch
 from torch.nn.functional import pad
 
 GATHER = "gather_specific_token_logprobs"
-_EXPECTED = {
+_EXPECTED_PARAMETERS = {
     "forward": ["self", "logits", "sampling_metadata"],
     GATHER: ["self", "logprobs", "logprob_token_ids", "sampled"],
     "gather_logprobs": ["logprobs", "num_logprobs", "token_ids"],
 }
 
 
-def mend() -> None:
-    """Lets the V1 sampler keep its neighbours' tokens. Does nothing to a sampler that is not as expected."""
+def apply() -> None:
+    """Apply the patch in this process, unless the sampler's methods have changed. Safe to call twice."""
     try:
         from vllm.v1.sample.sampler import Sampler
     except ImportError:
         return
-    if _is_as_expected(Sampler):
-        Sampler.forward = _noting_top(Sampler.forward)
-        setattr(Sampler, GATHER, _keeping_neighbours(getattr(Sampler, GATHER)))
+    if _can_patch(Sampler):
+        Sampler.forward = _recording_num_logprobs(Sampler.forward)
+        setattr(Sampler, GATHER, _keeping_top_logprobs(getattr(Sampler, GATHER)))
 
 
-def _is_as_expected(sampler: type) -> bool:
-    for name, parameters in _EXPECTED.items():
+def _can_patch(sampler: type) -> bool:
+    for name, parameters in _EXPECTED_PARAMETERS.items():
         method = getattr(sampler, name, None)
         if method is None or list(signature(method).parameters)[: len(parameters)] != parameters:
             return False
     return not hasattr(getattr(sampler, GATHER), "__wrapped__")
 
 
-def _noting_top(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` knows how many of the most likely tokens the neighbours want, and does not pass it on."""
-
+def _recording_num_logprobs(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
-    def noting_top(self: Any, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        self.top_of_neighbours = sampling_metadata.max_num_logprobs
+    def record_num_logprobs(self: Any, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        self.batch_num_logprobs = sampling_metadata.max_num_logprobs
         return forward(self, logits, sampling_metadata, *args, **kwargs)
 
-    return noting_top
+    return record_num_logprobs
 
 
-def _keeping_neighbours(gather: Callable[..., Any]) -> Callable[..., Any]:
+def _keeping_top_logprobs(gather: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(gather)
-    def keeping_neighbours(
+    def gather_with_top_logprobs(
         self: Any, logprobs: torch.Tensor, logprob_token_ids: dict[int, list[int]], sampled: torch.Tensor
     ) -> Any:
-        chosen, top = gather(self, logprobs, logprob_token_ids, sampled), getattr(self, "top_of_neighbours", None)
-        neighbours = [row for row in range(logprobs.shape[0]) if row not in logprob_token_ids]
-        if chosen is None or top is None or top < 0 or not neighbours:
-            return chosen
-        rows = torch.tensor(neighbours, device=logprobs.device)
-        likely = self.gather_logprobs(logprobs[rows], top, token_ids=sampled[rows])
-        return _with_rows(chosen, rows, likely)
+        gathered = gather(self, logprobs, logprob_token_ids, sampled)
+        num_logprobs = getattr(self, "batch_num_logprobs", None)
+        others = [row for row in range(logprobs.shape[0]) if row not in logprob_token_ids]
+        if gathered is None or num_logprobs is None or num_logprobs < 0 or not others:
+            return gathered
+        rows = torch.tensor(others, device=logprobs.device)
+        top = self.gather_logprobs(logprobs[rows], num_logprobs, token_ids=sampled[rows])
+        return _with_rows(gathered, rows, top)
 
-    return keeping_neighbours
+    return gather_with_top_logprobs
 
 
-def _with_rows(chosen: Any, rows: torch.Tensor, likely: Any) -> Any:
-    """Puts `likely` into those rows of `chosen`, and makes the narrower of the two as wide as the other."""
-    missing = likely.logprobs.shape[1] - chosen.logprobs.shape[1]
-    token_ids = pad(chosen.logprob_token_ids, (0, max(missing, 0)))
-    logprobs = pad(chosen.logprobs, (0, max(missing, 0)), value=float("-inf"))
-    token_ids[rows] = pad(likely.logprob_token_ids, (0, max(-missing, 0)))
-    logprobs[rows] = pad(likely.logprobs, (0, max(-missing, 0)), value=float("-inf"))
-    return chosen._replace(logprob_token_ids=token_ids, logprobs=logprobs)
+def _with_rows(gathered: Any, rows: torch.Tensor, top: Any) -> Any:
+    """Replace these rows of `gathered` by `top`, with the narrower of the two padded to the width of the other."""
+    missing = top.logprobs.shape[1] - gathered.logprobs.shape[1]
+    token_ids = pad(gathered.logprob_token_ids, (0, max(missing, 0)))
+    logprobs = pad(gathered.logprobs, (0, max(missing, 0)), value=float("-inf"))
+    token_ids[rows] = pad(top.logprob_token_ids, (0, max(-missing, 0)))
+    logprobs[rows] = pad(top.logprobs, (0, max(-missing, 0)), value=float("-inf"))
+    return gathered._replace(logprob_token_ids=token_ids, logprobs=logprobs)
