@@ -1,4 +1,4 @@
-"""The client's documentation, run against the demo model, and the client against a real engine."""
+"""The examples of the client's guide, run against the demo model, and the clients against a real engine."""
 
 import asyncio
 import doctest
@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "client.md"
 
 
-async def test_the_documentations_examples_hold(address: str) -> None:
-    failed, tried = await asyncio.to_thread(
+async def test_the_examples_of_the_guide_run(address: str) -> None:
+    failures, attempts = await asyncio.to_thread(
         doctest.testfile,
         str(DOCUMENT),
         module_relative=False,
@@ -23,11 +23,11 @@ async def test_the_documentations_examples_hold(address: str) -> None:
         optionflags=doctest.REPORT_NDIFF,
         encoding="utf-8",
     )
-    assert tried > 30
-    assert not failed
+    assert attempts > 30
+    assert not failures
 
 
-async def test_many_answers_are_each_requests_own(address: str) -> None:
+async def test_generate_many_gives_each_prompt_its_own_text(address: str) -> None:
     prompts = [f"{number}的平方是" for number in range(40)]
     async with AsyncClient(address) as client:
         alone = [(await client.generate(prompt, max_tokens=8, top_k=1)).text for prompt in prompts[:3]]

@@ -1,4 +1,4 @@
-"""Both RPCs on the real engine: texts, tokens, log-probabilities, and requests that end early."""
+"""Generate and GenerateStream on the real engine: texts, tokens, log-probabilities, and requests that end early."""
 
 import asyncio
 import json
@@ -18,16 +18,16 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT = "世界上最高的山是什么"
 CHOICES = 64
-# Two sequences at a time make this minutes of work: within a test's timeout only cancelling can end it.
+# With two sequences at a time this takes minutes, so only cancellation can end it within a test's timeout.
 ENDLESS = pb.GenerateRequest(prompt=PROMPT, n=CHOICES, max_tokens=2000, ignore_eos=True)
-ends_by_itself_too_late = pytest.mark.timeout(60)
+within_a_minute = pytest.mark.timeout(60)
 
 
-def joined(parts: list[pb.GenerateStreamResponse]) -> dict[int, pb.Choice]:
-    """The choices a stream's pieces add up to."""
+def join_deltas(messages: list[pb.GenerateStreamResponse]) -> dict[int, pb.Choice]:
+    """Concatenate the deltas of a stream by choice."""
     choices: dict[int, pb.Choice] = defaultdict(pb.Choice)
-    for part in parts:
-        for delta in part.choices:
+    for message in messages:
+        for delta in message.choices:
             text = choices[delta.index].text + delta.text
             choices[delta.index].MergeFrom(delta)
             choices[delta.index].text = text
@@ -43,80 +43,81 @@ def joined(parts: list[pb.GenerateStreamResponse]) -> dict[int, pb.Choice]:
         {"seed": 3, "temperature": 2, "skip_special_tokens": False},
         {"seed": 4, "stop": ["中", " the"], "include_stop_str_in_output": True},
     ],
-    ids=["greedy", "logprobs", "choices", "hot", "stop"],
+    ids=["greedy", "logprobs", "choices", "high_temperature", "stop"],
 )
-async def test_the_joined_stream_is_the_whole_answer(served: Served, fields: dict[str, object]) -> None:
+async def test_the_concatenated_stream_equals_the_unary_response(served: Served, fields: dict[str, object]) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, **fields)  # type: ignore[arg-type]
-    response, parts = await served.generate(request), await served.stream(request)
-    assert list(joined(parts).values()) == sorted(
-        response.choices, key=lambda choice: list(joined(parts)).index(choice.index)
-    )
-    assert parts[-1].usage == response.usage
-    assert parts[0].usage == pb.Usage(prompt_tokens=response.usage.prompt_tokens)
-    assert {delta.finish_reason for part in parts[:2] for delta in part.choices} == {pb.FINISH_REASON_UNSPECIFIED}
+    response, messages = await served.generate(request), await served.stream(request)
+    choices = join_deltas(messages)
+    order = list(choices)
+    assert list(choices.values()) == sorted(response.choices, key=lambda choice: order.index(choice.index))
+    assert messages[-1].usage == response.usage
+    assert messages[0].usage == pb.Usage(prompt_tokens=response.usage.prompt_tokens)
+    first_deltas = [delta for message in messages[:2] for delta in message.choices]
+    assert {delta.finish_reason for delta in first_deltas} == {pb.FINISH_REASON_UNSPECIFIED}
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
-async def test_a_text_is_what_its_tokens_say_with_every_space(served: Served, skip_special_tokens: bool) -> None:
+async def test_a_text_is_its_decoded_tokens_with_every_space(served: Served, skip_special_tokens: bool) -> None:
     request = pb.GenerateRequest(
         prompt=PROMPT, max_tokens=300, seed=5, n=4, temperature=2, skip_special_tokens=skip_special_tokens
     )
     for choice in (await served.generate(request)).choices:
         ids = choice.token_ids[:-1] if choice.stop_token_id else choice.token_ids
-        deltas = served.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens)
-        whole = served.tokenizer.convert_tokens_to_string(deltas)
-        assert whole.startswith(choice.text)
-        assert set(whole.removeprefix(choice.text)) <= {"\ufffd"}  # an unfinished character at the end
+        pieces = served.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens)
+        text = served.tokenizer.convert_tokens_to_string(pieces)
+        assert text.startswith(choice.text)
+        assert set(text.removeprefix(choice.text)) <= {"\ufffd"}  # an incomplete character at the end
 
 
-async def test_no_piece_ends_within_a_character(served: Served) -> None:
+async def test_no_delta_ends_within_a_character(served: Served) -> None:
     request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[0xE4 + 3]), max_tokens=200, seed=6, temperature=1.5)
-    for part in (await served.stream(request))[1:]:
-        (delta,) = part.choices
+    for message in (await served.stream(request))[1:]:
+        (delta,) = message.choices
         assert not delta.text.endswith("\ufffd")
 
 
-async def test_padding_ids_are_never_sampled_nor_likely(served: Served) -> None:
+async def test_padding_ids_are_never_sampled_nor_ranked(served: Served) -> None:
     request = pb.GenerateRequest(
         prompt=PROMPT, max_tokens=300, seed=7, n=4, temperature=2, logprobs=20, ignore_eos=True
     )
-    tokens = len(served.tokenizer)
+    vocab_size = len(served.tokenizer)
     for choice in (await served.generate(request)).choices:
-        assert max(choice.token_ids) < tokens
-        assert max(top.token_id for position in choice.logprobs for top in position.top) < tokens
+        assert max(choice.token_ids) < vocab_size
+        assert max(top.token_id for position in choice.logprobs for top in position.top) < vocab_size
 
 
 async def test_generation_stops_at_the_end_of_text_token(served: Served) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=1500, seed=8, n=4, temperature=2)
     ended = [c for c in (await served.generate(request)).choices if c.finish_reason == pb.FINISH_REASON_STOP]
-    assert ended, "of 6,000 tokens at temperature 2, none was <eod>"
+    assert ended, "none of 6,000 tokens sampled at temperature 2 was <eod>"
     for choice in ended:
         assert choice.stop_token_id == choice.token_ids[-1] == served.tokenizer.eos_token_id
         assert served.tokenizer.eos_token_id not in choice.token_ids[:-1]
         assert "<eod>" not in choice.text
 
 
-@pytest.mark.parametrize("keep", [False, True])
-async def test_a_stop_string_ends_a_choice(served: Served, keep: bool) -> None:
-    plain = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, seed=9, temperature=2)
-    (whole,) = (await served.generate(plain)).choices
-    stop = whole.text[20:23]
-    plain.stop.append(stop)
-    plain.include_stop_str_in_output = keep
-    (choice,) = (await served.generate(plain)).choices
-    before = whole.text[: whole.text.index(stop)]
-    assert choice.text == (before + stop if keep else before)
+@pytest.mark.parametrize("included", [False, True])
+async def test_a_stop_string_ends_a_choice(served: Served, included: bool) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, seed=9, temperature=2)
+    (unstopped,) = (await served.generate(request)).choices
+    stop = unstopped.text[20:23]
+    request.stop.append(stop)
+    request.include_stop_str_in_output = included
+    (choice,) = (await served.generate(request)).choices
+    before = unstopped.text[: unstopped.text.index(stop)]
+    assert choice.text == (before + stop if included else before)
     assert (choice.finish_reason, choice.stop_string) == (pb.FINISH_REASON_STOP, stop)
 
 
 async def test_a_stop_token_ends_a_choice(served: Served) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, seed=10, temperature=2)
-    (whole,) = (await served.generate(request)).choices
-    request.stop_token_ids.append(whole.token_ids[30])
+    (unstopped,) = (await served.generate(request)).choices
+    request.stop_token_ids.append(unstopped.token_ids[30])
     (choice,) = (await served.generate(request)).choices
-    end = list(whole.token_ids).index(whole.token_ids[30])
-    assert list(choice.token_ids) == list(whole.token_ids[: end + 1])
-    assert choice.stop_token_id == whole.token_ids[30]
+    end = list(unstopped.token_ids).index(unstopped.token_ids[30])
+    assert list(choice.token_ids) == list(unstopped.token_ids[: end + 1])
+    assert choice.stop_token_id == unstopped.token_ids[30]
 
 
 async def test_logprobs_are_ranked_and_add_up(served: Served) -> None:
@@ -130,27 +131,27 @@ async def test_logprobs_are_ranked_and_add_up(served: Served) -> None:
         assert position.rank > 5 or position.token_id in [top.token_id for top in position.top]
 
 
-async def test_the_texts_of_tokens_keep_their_spaces(served: Served) -> None:
+async def test_token_texts_keep_their_spaces(served: Served) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=300, seed=12, temperature=2, logprobs=0, ignore_eos=True)
     (choice,) = (await served.generate(request)).choices
-    spaced = [p for p in choice.logprobs if served.tokenizer.convert_ids_to_tokens([p.token_id])[0].startswith("▁")]
-    assert spaced
-    assert all(position.token.startswith(" ") for position in spaced)
+    with_space = [p for p in choice.logprobs if served.tokenizer.convert_ids_to_tokens([p.token_id])[0].startswith("▁")]
+    assert with_space
+    assert all(position.token.startswith(" ") for position in with_space)
 
 
-async def test_zero_logprobs_are_those_of_the_chosen_tokens_alone(served: Served) -> None:
+async def test_zero_logprobs_return_only_the_chosen_tokens(served: Served) -> None:
     (choice,) = (await served.generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=5, logprobs=0))).choices
     assert [list(position.top) for position in choice.logprobs] == [[]] * 5
 
 
-async def test_greedy_choices_are_all_the_same_and_all_counted(served: Served) -> None:
+async def test_greedy_choices_are_identical_and_all_counted(served: Served) -> None:
     response = await served.generate(pb.GenerateRequest(prompt=PROMPT, n=3, top_p=0))
     assert [choice.index for choice in response.choices] == [0, 1, 2]
     (ids,) = {tuple(choice.token_ids) for choice in response.choices}
     assert response.usage.completion_tokens == 3 * len(ids)
 
 
-async def test_a_seed_repeats_and_no_seed_does_not(served: Served) -> None:
+async def test_only_a_seed_makes_sampling_repeatable(served: Served) -> None:
     async def ids(**fields: Any) -> list[tuple[int, ...]]:
         request = pb.GenerateRequest(prompt=PROMPT, max_tokens=50, n=2, **fields)
         return [tuple(choice.token_ids) for choice in (await served.generate(request)).choices]
@@ -160,21 +161,21 @@ async def test_a_seed_repeats_and_no_seed_does_not(served: Served) -> None:
     assert await ids() != await ids()
 
 
-async def test_a_seed_repeats_behind_a_prompt_that_takes_many_steps(served: Served) -> None:
+async def test_a_seed_repeats_after_a_prefill_of_many_steps(served: Served) -> None:
     request = pb.GenerateRequest(prompt="many steps " * 100, max_tokens=20, seed=14, skip_reading_prefix_cache=True)
     first, again = await served.generate(request), await served.generate(request)
     assert first.usage.prompt_tokens > 10 * 48
     assert first.choices == again.choices
 
 
-async def test_a_seed_that_the_server_drew_gives_the_same_again(served: Served) -> None:
+async def test_a_seed_drawn_by_the_server_reproduces_the_response(served: Served) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=50, n=2)
-    drawn = await served.generate(request)
-    request.seed = drawn.seed
-    assert (await served.generate(request)).choices == drawn.choices
+    first = await served.generate(request)
+    request.seed = first.seed
+    assert (await served.generate(request)).choices == first.choices
 
 
-async def test_company_changes_nothing(served: Served) -> None:
+async def test_batching_does_not_change_the_tokens(served: Served) -> None:
     prompts = [PROMPT, "def add(a, b):", "Write a function" * 20, "一"]
     requests = [pb.GenerateRequest(prompt=prompt, max_tokens=60, top_k=1) for prompt in prompts]
     alone = [await served.generate(request) for request in requests]
@@ -182,7 +183,7 @@ async def test_company_changes_nothing(served: Served) -> None:
     assert [list(r.choices[0].token_ids) for r in together] == [list(r.choices[0].token_ids) for r in alone] * 3
 
 
-async def test_a_bad_request_harms_no_other(served: Served) -> None:
+async def test_an_invalid_request_does_not_affect_the_others(served: Served) -> None:
     good = pb.GenerateRequest(prompt=PROMPT, max_tokens=60, top_k=1)
     expected = await served.generate(good)
     bad = [pb.GenerateRequest(prompt=PROMPT, top_p=-1), pb.GenerateRequest(), pb.GenerateRequest(prompt="x" * 200_000)]
@@ -190,25 +191,25 @@ async def test_a_bad_request_harms_no_other(served: Served) -> None:
     results = await asyncio.gather(*calls, return_exceptions=True)
     codes = [result.code() for result in results if isinstance(result, grpc.aio.AioRpcError)]
     assert codes == [grpc.StatusCode.INVALID_ARGUMENT] * 3
-    answers = [result.choices for result in results if isinstance(result, pb.GenerateResponse)]
-    assert answers == [expected.choices] * 2
+    completed = [result.choices for result in results if isinstance(result, pb.GenerateResponse)]
+    assert completed == [expected.choices] * 2
 
 
-async def test_a_repeated_prompt_comes_from_the_cache(served: Served) -> None:
+async def test_a_repeated_prompt_hits_the_prefix_cache(served: Served) -> None:
     request = pb.GenerateRequest(prompt="from the cache " * 40, max_tokens=1)
     first, again = await served.generate(request), await served.generate(request)
     assert first.usage.cached_tokens == 0
     assert 0 < again.usage.cached_tokens < again.usage.prompt_tokens
 
 
-async def test_generation_ends_with_the_context(served: Served) -> None:
+async def test_generation_ends_at_the_context_limit(served: Served) -> None:
     request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[5] * 2040), max_tokens=100, ignore_eos=True)
     response = await served.generate(request)
     assert response.usage.completion_tokens == 8
     assert response.choices[0].finish_reason == pb.FINISH_REASON_LENGTH
 
 
-async def test_a_body_posted_to_yuans_http_interface_works_as_it_is(served: Served, buf: str) -> None:
+async def test_a_body_of_yuans_http_interface_works_unchanged(served: Served, buf: str) -> None:
     body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 1, "top_p": 0, "top_k": 1, "stop": ["<eod>"]}
     body |= {"use_beam_search": False, "stream": False}
     texts = []
@@ -220,16 +221,16 @@ async def test_a_body_posted_to_yuans_http_interface_works_as_it_is(served: Serv
         )
         output, _ = await process.communicate()
         assert process.returncode == 0
-        decoder, text, rest = json.JSONDecoder(), "", output.decode().strip()
-        while rest:
-            message, end = decoder.raw_decode(rest)
+        decoder, text, remaining = json.JSONDecoder(), "", output.decode().strip()
+        while remaining:
+            message, end = decoder.raw_decode(remaining)
             text += "".join(choice.get("text", "") for choice in message.get("choices", []))
-            rest = rest[end:].strip()
+            remaining = remaining[end:].strip()
         texts.append(text)
     assert texts[0] == texts[1] != ""
 
 
-async def test_the_quickstart_prints_the_same_answer_twice(served: Served) -> None:
+async def test_the_quickstart_prints_the_same_text_twice(served: Served) -> None:
     program = Path(__file__).parents[2] / "clients" / "quickstart.py"
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(program), served.address, "一", stdout=asyncio.subprocess.PIPE
@@ -240,7 +241,7 @@ async def test_the_quickstart_prints_the_same_answer_twice(served: Served) -> No
     assert text == text[: len(text) // 2] * 2 != ""
 
 
-async def test_the_readmes_program_prints_an_answer(served: Served) -> None:
+async def test_the_readmes_program_prints_text(served: Served) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     (program,) = re.findall("```python\n(.*?)```", readme, re.DOTALL)
     process = await asyncio.create_subprocess_exec(
@@ -251,16 +252,16 @@ async def test_the_readmes_program_prints_an_answer(served: Served) -> None:
     assert output.decode()
 
 
-@ends_by_itself_too_late
+@within_a_minute
 async def test_a_request_cancelled_while_decoding_is_freed(served: Served) -> None:
     call = served.stub.GenerateStream(ENDLESS)
-    await call.read()  # that it was accepted
+    await call.read()  # the request was accepted
     await call.read()
     call.cancel()
     await assert_freed(served)
 
 
-@ends_by_itself_too_late
+@within_a_minute
 async def test_a_request_cancelled_while_prefilling_is_freed(served: Served) -> None:
     request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=range(3, 1003)), n=CHOICES, max_tokens=1000)
     call = served.stub.Generate(request)
@@ -269,8 +270,8 @@ async def test_a_request_cancelled_while_prefilling_is_freed(served: Served) -> 
     await assert_freed(served)
 
 
-@ends_by_itself_too_late
-async def test_a_request_cancelled_in_the_queue_is_freed_before_those_that_run(served: Served) -> None:
+@within_a_minute
+async def test_a_request_cancelled_in_the_queue_is_freed_while_others_run(served: Served) -> None:
     running = served.stub.GenerateStream(ENDLESS)
     await running.read()
     queued = served.stub.Generate(pb.GenerateRequest(prompt=PROMPT))
@@ -278,33 +279,33 @@ async def test_a_request_cancelled_in_the_queue_is_freed_before_those_that_run(s
     queued.cancel()
     await served.until_unfinished(CHOICES)
     await running.read()
-    await running.read()  # it goes on
+    await running.read()  # it continues
     running.cancel()
     await assert_freed(served)
 
 
-@ends_by_itself_too_late
-async def test_a_request_cancelled_on_its_way_into_the_queue_is_freed(
+@within_a_minute
+async def test_a_request_cancelled_while_entering_the_queue_is_freed(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core, sent = served.llm.engine_core, asyncio.Event()
-    send = core.add_request_async
+    core, added = served.llm.engine_core, asyncio.Event()
+    add_request = core.add_request_async
 
-    async def send_and_hang(request: object) -> None:
-        await send(request)
-        sent.set()
+    async def add_and_hang(request: object) -> None:
+        await add_request(request)
+        added.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(core, "add_request_async", send_and_hang)
-    # One choice, for vLLM does abort several. Its 2,000 tokens take longer than the seconds given below.
+    monkeypatch.setattr(core, "add_request_async", add_and_hang)
+    # One choice, because vLLM itself aborts several. Its 2,000 tokens take longer than the timeout below.
     call = served.stub.Generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, ignore_eos=True))
-    await sent.wait()
+    await added.wait()
     call.cancel()
     await asyncio.wait_for(assert_freed(served), timeout=2)
 
 
-@ends_by_itself_too_late
-async def test_a_full_engine_says_so_and_goes_on(served: Served) -> None:
+@within_a_minute
+async def test_a_full_engine_rejects_a_request_and_continues(served: Served) -> None:
     running = served.stub.GenerateStream(ENDLESS)
     await running.read()
     with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -321,7 +322,7 @@ SEARCHES = pytest.mark.parametrize(
 )
 
 
-@ends_by_itself_too_late
+@within_a_minute
 @SEARCHES
 async def test_a_request_past_its_deadline_is_freed(served: Served, search: dict[str, Any]) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, ignore_eos=True, **search)
@@ -332,7 +333,7 @@ async def test_a_request_past_its_deadline_is_freed(served: Served, search: dict
 
 
 async def assert_freed(served: Served) -> None:
-    """Nothing is left at the front, and behind it the cache can be emptied."""
+    """Check that no request is left in the front end or in the engine core's cache."""
     await served.until_unfinished(0)
     assert not served.llm.output_processor.parent_requests
     assert await served.is_empty()

@@ -1,4 +1,4 @@
-"""Constrained texts: each satisfies its constraint to the letter, whatever the tokens are."""
+"""Structured outputs: every generated text satisfies its constraint exactly."""
 
 import asyncio
 import json
@@ -27,11 +27,11 @@ TAG = {
 }
 
 
-async def sampled(served: Served, outputs: pb.StructuredOutputs, times: int, max_tokens: int = 120) -> list[pb.Choice]:
-    """So many choices of a hot model, so that a random one tries all that is allowed. Nothing is hidden."""
+async def sample(served: Served, outputs: pb.StructuredOutputs, n: int, max_tokens: int = 120) -> list[pb.Choice]:
+    """Sample `n` choices at a high temperature, so that many allowed tokens are tried. No special token is skipped."""
     request = pb.GenerateRequest(
         prompt=PROMPT,
-        n=times,
+        n=n,
         seed=1,
         temperature=1.5,
         max_tokens=max_tokens,
@@ -53,10 +53,10 @@ async def sampled(served: Served, outputs: pb.StructuredOutputs, times: int, max
         (pb.StructuredOutputs(grammar='root ::= "SELECT " [a-z]{3} " FROM " ("x" | "y")'), "SELECT [a-z]{3} FROM [xy]"),
         (pb.StructuredOutputs(structural_tag=json.dumps(TAG)), "<a>[01]{4}</a>"),
     ],
-    ids=["regex", "spaces", "bytes", "special", "lines", "choice", "grammar", "structural_tag"],
+    ids=["regex", "spaces", "bytes", "special_tokens", "newline", "choice", "grammar", "structural_tag"],
 )
-async def test_a_text_fulfils_its_constraint(served: Served, outputs: pb.StructuredOutputs, pattern: str) -> None:
-    for choice in await sampled(served, outputs, times=4):
+async def test_a_text_satisfies_its_constraint(served: Served, outputs: pb.StructuredOutputs, pattern: str) -> None:
+    for choice in await sample(served, outputs, n=4):
         assert choice.finish_reason == pb.FINISH_REASON_STOP
         assert re.fullmatch(pattern, choice.text)
 
@@ -66,25 +66,25 @@ async def test_a_text_fulfils_its_constraint(served: Served, outputs: pb.Structu
     [pb.StructuredOutputs(json=json.dumps(SCHEMA)), pb.StructuredOutputs(json_object=True)],
     ids=["schema", "object"],
 )
-async def test_json_is_what_its_schema_says(served: Served, outputs: pb.StructuredOutputs) -> None:
-    choices = await sampled(served, outputs, times=12, max_tokens=300)
+async def test_json_matches_its_schema(served: Served, outputs: pb.StructuredOutputs) -> None:
+    choices = await sample(served, outputs, n=12, max_tokens=300)
     texts = [choice.text for choice in choices if choice.finish_reason == pb.FINISH_REASON_STOP]
-    assert texts  # a random model may well go on with spaces
+    assert texts  # a random model may generate spaces until max_tokens
     for text in texts:
-        found = json.loads(text)
-        assert isinstance(found, dict)
+        value = json.loads(text)
+        assert isinstance(value, dict)
         if outputs.json:
-            assert (found["city"] in ("北京", "上海"), type(found["large"]), len(found)) == (True, bool, 2)
+            assert (value["city"] in ("北京", "上海"), type(value["large"]), len(value)) == (True, bool, 2)
 
 
-async def test_special_tokens_are_never_taken_for_text(served: Served) -> None:
+async def test_special_tokens_are_never_sampled_as_text(served: Served) -> None:
     tokenizer = served.tokenizer
     special = set(tokenizer.convert_tokens_to_ids([*SPECIAL, *HIDDEN])) - {tokenizer.eos_token_id}
-    choices = await sampled(served, pb.StructuredOutputs(regex="(.|\n)*"), times=4, max_tokens=300)
-    taken = {token_id for choice in choices for token_id in choice.token_ids}
-    assert len(taken) > 150
-    assert not taken & special
-    assert max(taken) < len(tokenizer)
+    choices = await sample(served, pb.StructuredOutputs(regex="(.|\n)*"), n=4, max_tokens=300)
+    sampled = {token_id for choice in choices for token_id in choice.token_ids}
+    assert len(sampled) > 150
+    assert not sampled & special
+    assert max(sampled) < len(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +99,19 @@ async def test_special_tokens_are_never_taken_for_text(served: Served) -> None:
         pb.StructuredOutputs(grammar="root ::= root"),
         pb.StructuredOutputs(structural_tag='{"type": "structural_tag"}'),
     ],
-    ids=["broken", "never", "slow", "no json", "no schema", "no grammar", "circle", "no tag"],
+    ids=["syntax", "unmatchable", "slow", "no_json", "no_schema", "no_grammar", "recursive", "no_tag"],
 )
-async def test_a_bad_constraint_is_told_and_harms_nobody(served: Served, outputs: pb.StructuredOutputs) -> None:
-    plain = pb.GenerateRequest(prompt=PROMPT, max_tokens=40, top_k=1)
-    expected = await served.generate(plain)
-    goes_on = {served.tokenizer.eos_token_id: -100}
-    bad = pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, structured_outputs=outputs, logit_bias=goes_on)
-    refusal, answer = await asyncio.gather(served.generate(bad), served.generate(plain), return_exceptions=True)
-    assert isinstance(refusal, grpc.aio.AioRpcError)
-    assert refusal.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert f"structured_outputs.{outputs.WhichOneof('constraint')}" in (refusal.details() or "")
-    assert isinstance(answer, pb.GenerateResponse)
-    assert answer.choices == expected.choices
+async def test_an_invalid_constraint_is_rejected_and_does_not_affect_others(
+    served: Served, outputs: pb.StructuredOutputs
+) -> None:
+    valid = pb.GenerateRequest(prompt=PROMPT, max_tokens=40, top_k=1)
+    expected = await served.generate(valid)
+    no_eos = {served.tokenizer.eos_token_id: -100}
+    invalid = pb.GenerateRequest(prompt=PROMPT, max_tokens=2000, structured_outputs=outputs, logit_bias=no_eos)
+    error, response = await asyncio.gather(served.generate(invalid), served.generate(valid), return_exceptions=True)
+    assert isinstance(error, grpc.aio.AioRpcError)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"structured_outputs.{outputs.WhichOneof('constraint')}" in (error.details() or "")
+    assert isinstance(response, pb.GenerateResponse)
+    assert response.choices == expected.choices
     await served.until_empty()
