@@ -1,4 +1,4 @@
-"""The command `yuan-grpc`."""
+"""The `yuan-grpc` command."""
 
 import argparse
 import sys
@@ -17,35 +17,37 @@ COMMANDS = [
 ]
 try:
     from yuan_grpc.cli import humaneval
-except ModuleNotFoundError as missing:
-    if missing.name not in ("fcntl", "resource"):  # which Windows has not
+except ModuleNotFoundError as error:
+    if error.name not in ("fcntl", "resource"):  # missing on Windows
         raise
 else:
     COMMANDS.insert(-2, humaneval.add_commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the process's exit status."""
-    parser = argparse.ArgumentParser(prog="yuan-grpc", description="Yuan 2.0 over gRPC, on vLLM.")
-    parser.add_argument("--version", action="version", version=f"yuan-grpc {__version__}")
+    """Run a command and return the process's exit status."""
+    parser = argparse.ArgumentParser(prog="yuan-grpc", description="Serve and call Yuan 2.0 models over gRPC.")
+    parser.add_argument(
+        "--version", action="version", version=f"yuan-grpc {__version__}", help="show the version and exit"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in COMMANDS:
-        add(commands)
-    own, engine_flags = _split(sys.argv[1:] if arguments is None else arguments)
-    chosen, others = parser.parse_known_args(own)
-    if others and chosen.command != "serve":
-        commands.choices[chosen.command].error(f"unrecognized arguments: {' '.join(others)}")
-    if chosen.command in ("serve", "run"):
-        chosen.engine_flags = [*others, *engine_flags]
-    status: int = chosen.run(chosen)
+    for add_command in COMMANDS:
+        add_command(commands)
+    command_arguments, engine_flags = _split_engine_flags(sys.argv[1:] if arguments is None else arguments)
+    options, unknown = parser.parse_known_args(command_arguments)
+    if unknown and options.command != "serve":
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command in ("serve", "run"):
+        options.engine_flags = [*unknown, *engine_flags]
+    status: int = options.run(options)
     return status
 
 
-def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """The command's own arguments, and those that stand behind `--` of `run`, which are vLLM's."""
+def _split_engine_flags(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the command's arguments and, for `run`, the vLLM flags after `--`."""
     if arguments and arguments[0] == "run" and "--" in arguments:
-        end = arguments.index("--")
-        return arguments[:end], arguments[end + 1 :]
+        separator = arguments.index("--")
+        return arguments[:separator], arguments[separator + 1 :]
     return arguments, ()
 
 

@@ -1,12 +1,12 @@
-"""An engine in the caller's own care: the client's calls, and no server to start.
+"""An engine in the caller's process, used through the client API without a server.
 
     from yuan_grpc import offline
 
-    if __name__ == "__main__":  # for the engine's processes import the script that starts them
+    if __name__ == "__main__":  # vLLM starts processes that import this script
         with offline.load("/models/Yuan2-2B", "--dtype=bfloat16") as yuan:
             print(yuan.generate("世界上最高的山是什么", max_tokens=32).text)
 
-Needs `yuan-grpc[cpu]` or `yuan-grpc[cuda]`.
+Requires `yuan-grpc[cpu]` or `yuan-grpc[cuda]`.
 """
 
 import asyncio
@@ -33,64 +33,64 @@ from yuan_grpc.server.settings import DEMO, Settings
 Result = TypeVar("Result")
 
 MAX_SOCKET_PATH = 107
-"""Bytes, as Linux has it."""
+"""Longest path of a unix socket on Linux, in bytes."""
 
 
 @contextmanager
 def load(model: str = DEMO, *engine_flags: str, lora_folder: Path | None = None) -> Iterator[Client]:
-    """Starts an engine, which ends with the block, and yields a client of it.
+    """Load a model and yield a client for it. The engine stops when the block ends.
 
     Args:
-        model: a checkpoint's folder, or its id on the Hugging Face hub; the embedded demo unless given.
-        engine_flags: vLLM's own, as `yuan-grpc serve` takes them.
-        lora_folder: has the adapters that can be loaded; None for none.
+        model: a checkpoint folder or a Hugging Face Hub ID; the embedded demo by default.
+        engine_flags: vLLM's flags, as for `yuan-grpc serve`.
+        lora_folder: the folder of the LoRA adapters that can be loaded; None for none.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
-        ValueError, OSError: the model cannot be served, or a flag is wrong.
+        ValueError, OSError: the model cannot be served, or a flag is invalid.
     """
-    with listening(model, *engine_flags, lora_folder=lora_folder) as target, Client(target) as client:
+    with serve_model(model, *engine_flags, lora_folder=lora_folder) as target, Client(target) as client:
         yield client
 
 
 @contextmanager
-def listening(model: str, *engine_flags: str, lora_folder: Path | None = None) -> Iterator[str]:
-    """The same, and yields what clients take for a target."""
+def serve_model(model: str, *engine_flags: str, lora_folder: Path | None = None) -> Iterator[str]:
+    """Load a model and yield the gRPC target for clients; see `load`."""
     env.set_defaults()
     from yuan_grpc.server.engine.vllm.args import parse_engine_flags
     from yuan_grpc.server.engine.vllm.engine import VllmEngine
 
     settings = Settings(model, "", 0, 0, engine_flags, lora_folder)
-    with running(VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)) as target:
+    with serve_engine(VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)) as target:
         yield target
 
 
 @contextmanager
-def running(engine: Engine) -> Iterator[str]:
-    """Has an engine and its service run beside the caller for as long as the block lasts, and yields the target.
+def serve_engine(engine: Engine) -> Iterator[str]:
+    """Start an engine and its gRPC service in a thread, and yield the gRPC target. Stop both when the block ends.
 
-    It is a socket in a private folder, behind which is the service itself: answers, limits and errors are a server's.
+    The service listens on a unix socket in a private folder, so results, limits and errors equal a server's.
     """
-    with TemporaryDirectory(prefix="yuan-grpc-", dir=_place()) as folder, _loop() as do:
+    with TemporaryDirectory(prefix="yuan-grpc-", dir=_socket_parent()) as folder, _background_loop() as run:
         target = f"unix:{folder}/socket"
-        server, _ = do(create_server(YuanService(GenerationService(engine)), Health(NAME), target))
+        server, _ = run(create_server(YuanService(GenerationService(engine)), Health(NAME), target))
         try:
-            do(engine.start())
-            do(server.start())
+            run(engine.start())
+            run(server.start())
             yield target
         finally:
-            do(_stop(server, engine))
+            run(_stop(server, engine))
 
 
-def _place() -> str:
-    """Where the socket's folder is to be: where temporary files are, unless the path would be too long for a socket."""
-    usual = tempfile.gettempdir()
-    return usual if len(os.fsencode(f"{usual}/yuan-grpc-12345678/socket")) <= MAX_SOCKET_PATH else "/tmp"
+def _socket_parent() -> str:
+    """Return the folder for temporary files, or /tmp if the socket's path would be too long there."""
+    default = tempfile.gettempdir()
+    return default if len(os.fsencode(f"{default}/yuan-grpc-12345678/socket")) <= MAX_SOCKET_PATH else "/tmp"
 
 
 @contextmanager
-def _loop() -> Iterator[Callable[[Coroutine[Any, Any, Result]], Result]]:
-    """Yields what has a coroutine run in another thread, and returns its result."""
+def _background_loop() -> Iterator[Callable[[Coroutine[Any, Any, Result]], Result]]:
+    """Start an event loop in a thread. Yield a function that runs a coroutine there and returns its result."""
     loop = asyncio.new_event_loop()
     thread = Thread(target=loop.run_forever, name="yuan-grpc")
     thread.start()

@@ -18,7 +18,7 @@ PROMPT = "世界上最高的山是什么"
 
 
 async def run(served: Served, *arguments: str) -> int:
-    """The exit status of a command that is told of the server."""
+    """Run a command against the server and return the exit status."""
     return await asyncio.to_thread(main, [*arguments, "--address", served.address])
 
 
@@ -27,13 +27,13 @@ async def text_of(served: Served, prompt: str) -> str:
     return response.choices[0].text
 
 
-async def test_generate_prints_what_the_api_answers(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_generate_prints_the_same_text_as_the_api(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     expected = await text_of(served, PROMPT)
     assert await run(served, "generate", PROMPT, "--max-tokens", "16", "--top-k", "1") == 0
     assert capsys.readouterr().out == f"{expected}\n"
 
 
-async def test_a_file_of_prompts_is_answered_in_order(
+async def test_a_prompt_file_is_completed_in_order(
     served: Served, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     prompts = [PROMPT, "def add(a, b):", "床前明月光，"] * 8
@@ -41,18 +41,18 @@ async def test_a_file_of_prompts_is_answered_in_order(
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     options = ("--max-tokens", "16", "--top-k", "1", "--concurrency", "16", "--json")
     assert await run(served, "generate", "--file", str(path), *options) == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(answer["index"], answer["prompt"]) for answer in answers] == list(enumerate(prompts))
-    assert [answer["text"] for answer in answers] == [await text_of(served, prompt) for prompt in prompts[:3]] * 8
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(result["index"], result["prompt"]) for result in results] == list(enumerate(prompts))
+    assert [result["text"] for result in results] == [await text_of(served, prompt) for prompt in prompts[:3]] * 8
 
 
-async def test_a_constraint_can_be_set(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_set_applies_a_structured_output_constraint(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     constraint = 'structured_outputs={"choice": ["正面", "负面"]}'
     assert await run(served, "generate", PROMPT, "--set", constraint) == 0
     assert capsys.readouterr().out in ("正面\n", "负面\n")
 
 
-async def test_a_beam_search_has_its_choices(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_beam_search_returns_n_choices(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--use-beam-search", "--best-of", "4", "-n", "2", "--max-tokens", "8", "--json")
     assert await run(served, "generate", PROMPT, *options) == 0
     choices = json.loads(capsys.readouterr().out)["choices"]
@@ -60,7 +60,7 @@ async def test_a_beam_search_has_its_choices(served: Served, capsys: pytest.Capt
     assert choices[0]["cumulative_logprob"] <= 0
 
 
-async def test_an_interrupted_answer_leaves_nothing_in_the_engine(served: Served) -> None:
+async def test_an_interrupted_request_leaves_nothing_in_the_engine(served: Served) -> None:
     command = (sys.executable, "-m", "yuan_grpc", "generate", PROMPT, "--address", served.address)
     process = await asyncio.create_subprocess_exec(
         *command, "--max-tokens=2000", "--ignore-eos", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
@@ -68,13 +68,13 @@ async def test_an_interrupted_answer_leaves_nothing_in_the_engine(served: Served
     assert process.stdout
     await process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, told = await process.communicate()
-    assert (process.returncode, told.decode()) == (130, "yuan-grpc: cancelled\n")
+    _, stderr = await process.communicate()
+    assert (process.returncode, stderr.decode()) == (130, "yuan-grpc: cancelled\n")
     await served.until_unfinished(0)
     await served.until_empty()
 
 
-async def test_bench_counts_the_tokens_that_were_asked_for(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_bench_counts_the_requested_tokens(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--prompt-tokens", "16", "--max-tokens", "8", "--requests", "6", "--concurrency", "1,3")
     assert await run(served, "bench", "--json", *sizes) == 0
     levels = json.loads(capsys.readouterr().out)["levels"]

@@ -1,4 +1,4 @@
-"""`yuan-grpc run` and `yuan_grpc.offline`: an engine without a server gives a server's answers."""
+"""`yuan-grpc run` and `yuan_grpc.offline`: results without a server equal a server's."""
 
 import asyncio
 import json
@@ -15,10 +15,10 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "offline.md"
 PROMPTS = ("大学生写简历有哪些思路建议和注意事项", "请以人工智能四个字写一首诗", "世界上最高的山是什么")
-"""The original's."""
+"""Prompts of the original Yuan 2.0 examples."""
 
 
-async def test_three_prompts_get_the_servers_answers_without_one(served: Served) -> None:
+async def test_run_returns_the_same_texts_as_a_server(served: Served) -> None:
     options = ("--json", "--max-tokens=24", "--temperature=0.8", "--top-p=0.95", "--seed=7", "--stop=<eod>")
     command = (sys.executable, "-m", "yuan_grpc", "run", *PROMPTS, *options, "--", "--max-num-seqs", "2")
     process = await asyncio.create_subprocess_exec(
@@ -34,7 +34,9 @@ async def test_three_prompts_get_the_servers_answers_without_one(served: Served)
         assert text == (await served.generate(request)).choices[0].text != ""
 
 
-async def test_the_documentations_script_gets_the_servers_answer(served: Served, tmp_path: Path) -> None:
+async def test_the_script_in_the_documentation_returns_the_same_text_as_a_server(
+    served: Served, tmp_path: Path
+) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
     script = tmp_path / "script.py"
     script.write_text(code.replace("/models/Yuan2-2B-hf", str(served.demo)).replace("bfloat16", "float32"), "utf-8")
@@ -44,6 +46,6 @@ async def test_the_documentations_script_gets_the_servers_answer(served: Served,
     output, log = await process.communicate()
     assert process.returncode == 0, log.decode()
     request = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=32, top_k=1)
-    first, *_, rest = output.decode().partition((await served.generate(request)).choices[0].text + "\n")
-    assert first == ""
-    assert rest.strip()
+    before, _, after = output.decode().partition((await served.generate(request)).choices[0].text + "\n")
+    assert before == ""
+    assert after.strip()

@@ -1,1 +1,1 @@
-"""What `yuan-grpc` can be told to do, a module for each command."""
+"""The commands of `yuan-grpc`, one module each."""

@@ -1,4 +1,4 @@
-"""`yuan-grpc bench`: a quick figure of what a server takes."""
+"""`yuan-grpc bench`: throughput and latency of a server under load."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ import sys
 from typing import Any
 
 from yuan_grpc.cli.common import connection, request_fields
-from yuan_grpc.cli.common.connection import FAILED, INTERRUPTED
-from yuan_grpc.cli.common.errors import UsageError
+from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UsageError, handle_errors
 from yuan_grpc.cli.common.progress import Progress
-from yuan_grpc.cli.common.signals import Interruptible
-from yuan_grpc.cli.common.terminal import BOLD, complain, painted
-from yuan_grpc.cli.load_generator import SHARES, Measurement, Shape, Timing, ask, measure, percentile
+from yuan_grpc.cli.common.signals import InterruptibleLoop
+from yuan_grpc.cli.common.terminal import BOLD, colorize, print_error
+from yuan_grpc.cli.load_generator import (
+    QUANTILES,
+    Measurement,
+    TimingInterceptor,
+    Workload,
+    measure,
+    quantile,
+    run_request,
+)
 from yuan_grpc.client import AsyncClient, Model
 
 MAX_TOKENS = 64
@@ -22,12 +29,12 @@ PROMPT_TOKENS = 128
 SECONDS = 10.0
 
 EPILOG = """\
-TTFT is the time from a call to its first token. ITL is the time between tokens: a message of k tokens counts as k gaps,
-each a k-th of the time since the message before, for a reader who is slow gets tokens put together.
+TTFT is the time from a call to its first token. ITL is the time between tokens. The server merges tokens for a slow
+reader: a message of k tokens counts as k gaps, each 1/k of the time since the previous message.
 
-The first request of all is not counted. A level ends when all that it began is answered, and its rates are over the
-whole time. Answers go on past the end-of-text token, so that each has --max-tokens. A refused request is sent again as
---retries says, and counts as an error after that.
+One warm-up request is not counted. A level ends when all its requests have ended, and its rates are over that time.
+Requests ignore the end-of-text token, so each generates --max-tokens. A refused request is retried up to --retries
+times, then counted as an error.
 """
 
 _COLUMNS = (
@@ -36,44 +43,47 @@ _COLUMNS = (
     ("errors", 6),
     ("requests/s", 10),
     ("tokens/s", 9),
-    *((f"{name} p{round(share * 100)}", 9) for name in ("TTFT", "ITL") for share in SHARES),
+    *((f"{name} p{round(fraction * 100)}", 9) for name in ("TTFT", "ITL") for fraction in QUANTILES),
 )
 
 
 def add_command(commands: Any) -> None:
-    """Declares the command."""
+    """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure a server under load",
-        description="Streams answers to made-up prompts, so many at a time, and tells rates and waits.",
+        help="measure throughput and latency under load",
+        description="Stream completions of random prompts at several concurrency levels; print throughput and latency.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--concurrency", type=_levels, default=(1, 8, 64), metavar="N,N", help="levels of load (default: 1,8,64)"
+        "--concurrency",
+        type=_parse_levels,
+        default=(1, 8, 64),
+        metavar="N,N",
+        help="concurrency levels (default: 1,8,64)",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--requests", type=_count, metavar="N", help="requests of each level")
+    length.add_argument("--requests", type=_positive_int, metavar="N", help="requests per level, instead of --seconds")
     length.add_argument(
-        "--seconds", type=float, default=SECONDS, metavar="S", help=f"length of each level (default: {SECONDS:g})"
+        "--seconds", type=float, default=SECONDS, metavar="S", help=f"duration of a level (default: {SECONDS:g})"
     )
     parser.add_argument(
-        "--prompt-tokens", type=_count, default=PROMPT_TOKENS, metavar="N", help=f"default: {PROMPT_TOKENS}"
-    )
-    parser.add_argument(
-        "--shared-prefix", type=int, default=0, metavar="N", help="tokens that all prompts begin with (default: 0)"
-    )
-    parser.add_argument(
-        "--prompt-seed",
-        type=int,
+        "--prompt-tokens",
+        type=_positive_int,
+        default=PROMPT_TOKENS,
         metavar="N",
-        help="makes the prompts; by default others each time, so that no cache helps",
+        help=f"tokens per prompt (default: {PROMPT_TOKENS})",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.add_argument(
+        "--shared-prefix", type=int, default=0, metavar="N", help="leading tokens all prompts share (default: 0)"
+    )
+    parser.add_argument("--prompt-seed", type=int, metavar="N", help="seed of the random prompts (default: random)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     request_fields.add_options(parser, MAX_TOKENS)
     connection.add_options(parser)
-    parser.set_defaults(run=connection.at_the_edge(_run))
+    parser.set_defaults(run=handle_errors(_run))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -82,87 +92,92 @@ def _run(options: argparse.Namespace) -> int:
     if not options.seconds > 0:
         raise UsageError(f"--seconds must be above 0, not {options.seconds}")
     levels: list[Measurement] = []
-    model: list[Model] = []
+    models: list[Model] = []
     try:
-        with Interruptible() as loop:
-            loop.run(_bench(options, levels, model))
+        with InterruptibleLoop() as loop:
+            loop.run(_run_levels(options, levels, models))
     except KeyboardInterrupt:
-        complain(f"cancelled after {len(levels)} of {len(options.concurrency)} levels")
-        return INTERRUPTED
+        print_error(f"cancelled: {len(levels)} of {len(options.concurrency)} levels completed")
+        return EXIT_INTERRUPTED
     finally:
         if options.json and levels:
-            print(json.dumps(_document(options, model[0], levels), ensure_ascii=False, indent=2))
-    return FAILED if any(level.errors for level in levels) else 0
+            print(json.dumps(_to_json(options, models[0], levels), ensure_ascii=False, indent=2))
+    return EXIT_FAILURE if any(level.errors for level in levels) else 0
 
 
-async def _bench(options: argparse.Namespace, levels: list[Measurement], models: list[Model]) -> None:
-    """Measures all levels; what it finds is kept in the lists, also when it is cancelled."""
-    timing = Timing()
-    async with connection.connect(options, timing) as client:
+async def _run_levels(options: argparse.Namespace, levels: list[Measurement], models: list[Model]) -> None:
+    """Measure all levels. Append results to the lists, so that cancellation keeps them."""
+    interceptor = TimingInterceptor()
+    async with connection.connect(options, interceptor) as client:
         models.append(model := await client.model())
-        shape = _shape(options, model)
+        workload = _build_workload(options, model)
         if not options.json:
-            _print_head(options, model, shape)
-        await ask(client, timing, next(shape.requests("warm-up")))
+            _print_header(options, model, workload)
+        await run_request(client, interceptor, next(workload.requests("warm-up")))
         for concurrency in options.concurrency:
-            levels.append(await _level(options, client, timing, shape, concurrency))
+            levels.append(await _run_level(options, client, interceptor, workload, concurrency))
             if not options.json:
-                print(_row(levels[-1]), flush=True)
+                print(_format_row(levels[-1]), flush=True)
 
 
-async def _level(
-    options: argparse.Namespace, client: AsyncClient, timing: Timing, shape: Shape, concurrency: int
+async def _run_level(
+    options: argparse.Namespace,
+    client: AsyncClient,
+    interceptor: TimingInterceptor,
+    workload: Workload,
+    concurrency: int,
 ) -> Measurement:
-    with Progress(f"{concurrency} at a time", options.requests, " requests") as progress:
+    name = f"concurrency {concurrency}"
+    with Progress(name, options.requests, " requests") as progress:
         return await measure(
             client,
-            timing,
-            shape.requests(f"{concurrency} at a time"),
+            interceptor,
+            workload.requests(name),
             concurrency=concurrency,
             limit=options.requests,
             seconds=options.seconds,
-            advance=progress.advance,
+            on_request_end=progress.advance,
         )
 
 
-def _shape(options: argparse.Namespace, model: Model) -> Shape:
+def _build_workload(options: argparse.Namespace, model: Model) -> Workload:
     if options.prompt_seed is None:
         options.prompt_seed = random.randrange(2**32)
-    given = {"ignore_eos": True} | request_fields.of(options)
-    for name in (*request_fields.PROMPTS, "request_id"):
-        if name in given:
-            raise UsageError(f"`{name}` cannot be set: bench makes it up")
-    request = request_fields.message(given)
-    needed, most = options.prompt_tokens + request.max_tokens, model.limits.max_model_len
-    if needed > most:
-        raise UsageError(f"--prompt-tokens and --max-tokens must be at most {most} together, not {needed}")
-    return Shape(request, options.prompt_tokens, options.shared_prefix, options.prompt_seed, model.sizes.tokens)
+    fields = {"ignore_eos": True} | request_fields.from_options(options)
+    for name in (*request_fields.PROMPT_FIELDS, "request_id"):
+        if name in fields:
+            raise UsageError(f"`{name}` cannot be set: bench generates it")
+    template = request_fields.build_partial_request(fields)
+    tokens, limit = options.prompt_tokens + template.max_tokens, model.limits.max_model_len
+    if tokens > limit:
+        raise UsageError(f"--prompt-tokens plus --max-tokens must be at most {limit}, not {tokens}")
+    return Workload(template, options.prompt_tokens, options.shared_prefix, options.prompt_seed, model.sizes.tokens)
 
 
-def _print_head(options: argparse.Namespace, model: Model, shape: Shape) -> None:
+def _print_header(options: argparse.Namespace, model: Model, workload: Workload) -> None:
     print(
-        f"{model.name} in {model.dtype or 'unknown numbers'} on {options.address}: {shape.prompt_tokens} prompt tokens "
-        f"({shape.shared_prefix} shared), {shape.request.max_tokens} generated; --prompt-seed {shape.seed}; times in ms"
+        f"{model.name} ({model.dtype or 'unknown dtype'}) at {options.address}: {workload.prompt_tokens} prompt tokens "
+        f"({workload.shared_prefix} shared), {workload.template.max_tokens} generated; "
+        f"--prompt-seed {workload.seed}; times in ms"
     )
-    print(painted("  ".join(name.rjust(width) for name, width in _COLUMNS), BOLD, sys.stdout), flush=True)
+    print(colorize("  ".join(name.rjust(width) for name, width in _COLUMNS), BOLD, sys.stdout), flush=True)
 
 
-def _row(level: Measurement) -> str:
-    errors = level.errors.total() if level.errors else 0
-    cells = [str(level.concurrency), str(level.answered), str(errors)]
+def _format_row(level: Measurement) -> str:
+    cells = [str(level.concurrency), str(level.completed), str(sum(level.errors.values()))]
     cells += [f"{level.requests_per_second:.2f}", f"{level.tokens_per_second:.1f}"]
-    for values in (level.first, level.gaps):
-        cells += [_milliseconds(percentile(values, share)) for share in SHARES]
+    for values in (level.ttfts, level.itls):
+        cells += [_format_milliseconds(quantile(values, fraction)) for fraction in QUANTILES]
     row = "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
-    told = ", ".join(f"{count} {code}" for code, count in level.errors.most_common())
-    return f"{row}  {told}".rstrip()
+    errors = ", ".join(f"{count} {code}" for code, count in level.errors.most_common())
+    return f"{row}  {errors}".rstrip()
 
 
-def _milliseconds(seconds: float | None) -> str:
+def _format_milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:.1f}"
 
 
-def _document(options: argparse.Namespace, model: Model, levels: list[Measurement]) -> dict[str, Any]:
+def _to_json(options: argparse.Namespace, model: Model, levels: list[Measurement]) -> dict[str, Any]:
     return {
         "model": model.name,
         "dtype": model.dtype,
@@ -171,32 +186,32 @@ def _document(options: argparse.Namespace, model: Model, levels: list[Measuremen
         "shared_prefix": options.shared_prefix,
         "prompt_seed": options.prompt_seed,
         "max_tokens": options.max_tokens,
-        "levels": [_plain(level) for level in levels],
+        "levels": [_level_to_json(level) for level in levels],
     }
 
 
-def _plain(level: Measurement) -> dict[str, Any]:
+def _level_to_json(level: Measurement) -> dict[str, Any]:
     times = {
-        name: {f"p{round(share * 100)}": percentile(values, share) for share in SHARES}
-        for name, values in (("ttft_seconds", level.first), ("itl_seconds", level.gaps))
+        name: {f"p{round(fraction * 100)}": quantile(values, fraction) for fraction in QUANTILES}
+        for name, values in (("ttft_seconds", level.ttfts), ("itl_seconds", level.itls))
     }
     return {
         "concurrency": level.concurrency,
         "seconds": level.seconds,
-        "requests": level.answered,
+        "requests": level.completed,
         "errors": dict(level.errors),
         "requests_per_second": level.requests_per_second,
-        "output_tokens": level.tokens,
+        "output_tokens": level.output_tokens,
         "output_tokens_per_second": level.tokens_per_second,
         **times,
     }
 
 
-def _levels(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+def _parse_levels(text: str) -> tuple[int, ...]:
+    return tuple(_positive_int(part) for part in text.split(","))
 
 
-def _count(text: str) -> int:
+def _positive_int(text: str) -> int:
     if text.strip().isdecimal() and int(text) > 0:
         return int(text)
-    raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!r}")
+    raise argparse.ArgumentTypeError(f"must be an integer above 0, not {text!r}")

@@ -1,4 +1,4 @@
-"""`yuan-grpc chat`: a conversation."""
+"""`yuan-grpc chat`: an interactive conversation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from yuan_grpc.cli.common import connection, request_fields
-from yuan_grpc.cli.common.connection import FAILED
-from yuan_grpc.cli.common.errors import UsageError
+from yuan_grpc.cli.common.errors import (
+    EXIT_FAILURE,
+    UsageError,
+    handle_errors,
+    print_call_error,
+    print_connection_hint,
+)
 from yuan_grpc.cli.common.progress import Progress
-from yuan_grpc.cli.common.signals import Interruptible
-from yuan_grpc.cli.common.terminal import DIM, complain, is_terminal, tell, visible
-from yuan_grpc.cli.generate import ending
+from yuan_grpc.cli.common.signals import InterruptibleLoop
+from yuan_grpc.cli.common.terminal import DIM, is_terminal, print_error, print_stderr, sanitize
+from yuan_grpc.cli.generate import format_summary
 from yuan_grpc.client import AsyncClient, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -25,14 +30,17 @@ MAX_TOKENS = 512
 ROLES = ("system", "user", "assistant")
 
 COMMANDS = """\
-/reset              forget the conversation
-/undo               take the last turn and its answer back
-/save FILE          write the conversation, as JSON
-/load FILE          go on with one that was written
-/set FIELD=VALUE    set a field of the requests to come; /set FIELD takes it back, /set shows them
-/help               this
-/quit               leave, as Ctrl-D does
-A line that begins with // is sent with one of them. Ctrl-C stops an answer, and keeps what has come of it.\
+/reset              clear the conversation
+/undo               remove the last message and its reply
+/save FILE          save the conversation as JSON
+/load FILE          load a saved conversation
+/set FIELD=VALUE    set a request field for later messages
+/set FIELD          unset it
+/set                show the fields that are set
+/help               show this list
+/quit               leave (or Ctrl-D)
+//TEXT              send a message that begins with /
+Ctrl-C              stop the reply and keep the text received so far\
 """
 
 Message = dict[str, str]
@@ -40,50 +48,50 @@ Message = dict[str, str]
 
 
 def add_command(commands: Any) -> None:
-    """Declares the command."""
+    """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "chat",
-        help="talk with the model",
-        description="A conversation, all of which the model sees at each turn. Turns are lines.",
-        epilog=COMMANDS,
+        help="chat with the model",
+        description="Chat with the model. Each line is a message; the model sees the whole conversation.",
+        epilog=f"In the chat:\n{COMMANDS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="system message that starts the conversation")
     parser.add_argument(
-        "--truncate", action="store_true", help="forget the beginning of a conversation that gets too long"
+        "--truncate", action="store_true", help="drop the start of a conversation that exceeds the context"
     )
     request_fields.add_options(parser, MAX_TOKENS)
     connection.add_options(parser)
-    parser.set_defaults(run=connection.at_the_edge(_run))
+    parser.set_defaults(run=handle_errors(_run))
 
 
 def _run(options: argparse.Namespace) -> int:
-    given = request_fields.of(options)
-    if any(name in given for name in request_fields.PROMPTS):
-        raise UsageError("a chat makes its prompts itself: use generate, or --system")
-    if given.get("n", 1) != 1:
-        raise UsageError("a chat has one answer to each turn: -n must be 1")
+    fields = request_fields.from_options(options)
+    if any(name in fields for name in request_fields.PROMPT_FIELDS):
+        raise UsageError("chat builds its own prompts: use --system, or the generate command")
+    if fields.get("n", 1) != 1:
+        raise UsageError("-n must be 1 in a chat")
     if options.truncate:
-        given["truncate_prompt_tokens"] = -1
+        fields["truncate_prompt_tokens"] = -1
     client = connection.connect(options)
-    with Interruptible() as loop:
-        chat = Chat(client, loop, given, options.system or "", options.address)
-        for line in _lines():
-            if not chat.take(line):
+    with InterruptibleLoop() as loop:
+        chat = Chat(client, loop, fields, options.system or "", options.address)
+        for line in _read_lines():
+            if not chat.handle_line(line):
                 break
         loop.run(client.close())
-    return FAILED if chat.failed and not is_terminal(sys.stdin) else 0
+    return EXIT_FAILURE if chat.has_failed and not is_terminal(sys.stdin) else 0
 
 
-def _lines() -> Iterator[str]:
-    """What is typed, or the lines of stdin. Ends at Ctrl-C and Ctrl-D."""
+def _read_lines() -> Iterator[str]:
+    """Yield lines from stdin. At a terminal, prompt for each and end at Ctrl-C or Ctrl-D."""
     if not is_terminal(sys.stdin):
         yield from (line.rstrip("\r\n") for line in sys.stdin or ())
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - which gives `input` its history and its editing
-    tell("/help lists what can be done besides talking; Ctrl-D leaves.", DIM)
+        import readline  # noqa: F401 - gives `input` history and line editing
+    print_stderr("Type /help for commands, Ctrl-D to leave.", DIM)
     while True:
         try:
             line = input("> ")
@@ -94,34 +102,34 @@ def _lines() -> Iterator[str]:
 
 
 class Chat:
-    """A conversation under way.
+    """A conversation in progress.
 
     Attributes:
-        turns: what has been said.
-        failed: whether some turn got no answer.
+        messages: the messages so far.
+        has_failed: whether a message or a command failed.
     """
 
     def __init__(
-        self, client: AsyncClient, loop: Interruptible, given: request_fields.Fields, system: str, address: str
+        self, client: AsyncClient, loop: InterruptibleLoop, fields: request_fields.Fields, system: str, address: str
     ) -> None:
-        self._client, self._loop, self._fields, self._address = client, loop, given, address
-        self._opening: list[Message] = [_turn("system", system)] if system else []
-        self.turns: list[Message] = list(self._opening)
-        self.failed = False
+        self._client, self._loop, self._fields, self._address = client, loop, fields, address
+        self._initial_messages: list[Message] = [_message("system", system)] if system else []
+        self.messages: list[Message] = list(self._initial_messages)
+        self.has_failed = False
 
-    def take(self, line: str) -> bool:
-        """A line of the person's, a turn or a command. Returns whether to go on."""
+    def handle_line(self, line: str) -> bool:
+        """Send a line as a message, or run it as a command. Return False if the chat should end."""
         if not line.strip():
             return True
         if line.startswith("//"):
             line = line[1:]
         elif line.startswith("/"):
-            return self._command(line)
-        self._answer(line)
+            return self._run_command(line)
+        self._send(line)
         return True
 
-    def _command(self, line: str) -> bool:
-        name, _, rest = line[1:].partition(" ")
+    def _run_command(self, line: str) -> bool:
+        name, _, argument = line[1:].partition(" ")
         if name == "quit":
             return False
         commands: dict[str, Callable[[str], None]] = {
@@ -130,119 +138,119 @@ class Chat:
             "save": self._save,
             "load": self._load,
             "set": self._set,
-            "help": lambda _: tell(COMMANDS),
+            "help": lambda _: print_stderr(COMMANDS),
         }
         if name in commands:
-            commands[name](rest.strip())
+            commands[name](argument.strip())
         else:
-            complain(f"there is no /{name}; /help lists what there is, and // sends a line that begins with a stroke")
+            print_error(f"unknown command /{name}: /help lists commands, // sends a message that begins with /")
         return True
 
-    def _answer(self, text: str) -> None:
-        turns, pieces = [*self.turns, _turn("user", text)], list[str]()
+    def _send(self, text: str) -> None:
+        messages, deltas = [*self.messages, _message("user", text)], list[str]()
         try:
-            request = request_fields.request_of({**self._fields, "messages": turns})
-            self._loop.run(self._print(request, pieces))
+            request = request_fields.build_request({**self._fields, "messages": messages})
+            self._loop.run(self._stream_reply(request, deltas))
         except request_fields.FieldError as error:
             self._fail(str(error))
             return
         except YuanError as error:
-            self._tell_error(error)
+            self._fail_call(error)
             return
         except KeyboardInterrupt:
-            tell("[stopped]", DIM)
-        self._keep(turns, "".join(pieces))
+            print_stderr("[stopped]", DIM)
+        self._append_reply(messages, "".join(deltas))
 
-    async def _print(self, request: pb.GenerateRequest, pieces: list[str]) -> None:
-        """Prints an answer as it comes, and adds its pieces to the list."""
-        began, is_shown = time.monotonic(), is_terminal(sys.stdout)
+    async def _stream_reply(self, request: pb.GenerateRequest, deltas: list[str]) -> None:
+        """Print the reply while it streams, and append its text deltas to the list."""
+        start, to_terminal = time.monotonic(), is_terminal(sys.stdout)
         async with self._client.stream(request) as stream:
             try:
-                with Progress("waiting for the first token") as waiting:
+                with Progress("waiting for the first token") as progress:
                     async for delta in stream:
-                        waiting.end()
-                        pieces.append(delta)
-                        print(visible(delta) if is_shown else delta, end="", flush=True)
+                        progress.end()
+                        deltas.append(delta)
+                        print(sanitize(delta) if to_terminal else delta, end="", flush=True)
             finally:
-                if pieces:
+                if deltas:
                     print(flush=True)
             if is_terminal(sys.stderr):
-                tell(ending(stream.answer, time.monotonic() - began), DIM)
+                print_stderr(format_summary(stream.completion, time.monotonic() - start), DIM)
 
-    def _keep(self, turns: list[Message], answer: str) -> None:
-        if answer:
-            self.turns = [*turns, _turn("assistant", answer)]
-        else:  # no conversation may have one
-            tell("[an empty answer; the turn is not kept]", DIM)
+    def _append_reply(self, messages: list[Message], reply: str) -> None:
+        if reply:
+            self.messages = [*messages, _message("assistant", reply)]
+        else:  # the server rejects messages without content
+            print_stderr("[empty reply; the message was dropped]", DIM)
 
-    def _tell_error(self, error: YuanError) -> None:
-        self.failed = True
-        connection.tell_error(error)
-        connection.suggest(error, self._address)
+    def _fail_call(self, error: YuanError) -> None:
+        self.has_failed = True
+        print_call_error(error)
+        print_connection_hint(error, self._address)
         if any(one.field == "messages" and "tokens long" in one.description for one in error.violations):
-            tell("The conversation is too long, and this turn is not kept. /undo takes the last one back too, /reset")
-            tell("begins anew, and with /set truncate_prompt_tokens=-1 (or --truncate) its beginning is forgotten.")
+            print_stderr("The conversation is too long; the message was dropped. Use /undo or /reset to shorten it, or")
+            print_stderr("/set truncate_prompt_tokens=-1 (or start with --truncate) to drop its beginning.")
 
-    def _fail(self, sentence: str) -> None:
-        self.failed = True
-        complain(sentence)
+    def _fail(self, message: str) -> None:
+        self.has_failed = True
+        print_error(message)
 
     def _reset(self, _: str) -> None:
-        self.turns = list(self._opening)
+        self.messages = list(self._initial_messages)
 
     def _undo(self, _: str) -> None:
-        asked = [index for index, turn in enumerate(self.turns) if turn["role"] == "user"]
-        if asked:
-            del self.turns[asked[-1] :]
+        user_indices = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if user_indices:
+            del self.messages[user_indices[-1] :]
         else:
-            complain("there is no turn to take back")
+            print_error("there is no message to undo")
 
     def _save(self, path: str) -> None:
         try:
-            text = json.dumps({"messages": self.turns}, ensure_ascii=False, indent=2)
+            text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
             Path(path).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            self._fail(f"{path or 'a file that has no name'} cannot be written: {error.strerror}")
+            self._fail(f"{path or 'a file without a name'} cannot be written: {error.strerror}")
 
     def _load(self, path: str) -> None:
         try:
-            self.turns = _conversation(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
+            self.messages = _parse_messages(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
         except OSError as error:
-            self._fail(f"{path or 'a file that has no name'} cannot be read: {error.strerror}")
+            self._fail(f"{path or 'a file without a name'} cannot be read: {error.strerror}")
         except (ValueError, RecursionError) as error:
-            self._fail(f"{path} has no conversation: {error}")
+            self._fail(f"{path} is not a conversation: {error}")
 
     def _set(self, assignment: str) -> None:
         name, equals, _ = assignment.partition("=")
         try:
             if equals:
-                field, value = request_fields.assignment(assignment)
-                if field in (*request_fields.PROMPTS, "n"):
+                field, value = request_fields.parse_assignment(assignment)
+                if field in (*request_fields.PROMPT_FIELDS, "n"):
                     raise argparse.ArgumentTypeError(f"`{field}` cannot be set in a chat")
                 self._fields[field] = value
             elif name:
-                self._fields.pop(request_fields.named(name), None)
+                self._fields.pop(request_fields.field_name(name), None)
             else:
-                tell(json.dumps(self._fields, ensure_ascii=False))
+                print_stderr(json.dumps(self._fields, ensure_ascii=False))
         except (argparse.ArgumentTypeError, request_fields.FieldError) as error:
             self._fail(str(error))
 
 
-def _turn(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _conversation(value: Any) -> list[Message]:
-    """The turns of JSON: `{"messages": [...]}`, or the list alone.
+def _parse_messages(value: Any) -> list[Message]:
+    """Return the messages of JSON: `{"messages": [...]}`, or the list alone.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value has another form.
     """
-    turns = value.get("messages") if isinstance(value, dict) else value
-    if not isinstance(turns, list):
-        raise ValueError('it must be {"messages": [{"role": "user", "content": "…"}, …]}')
-    for number, turn in enumerate(turns):
-        is_turn = isinstance(turn, dict) and set(turn) == {"role", "content"} and turn["role"] in ROLES
-        if not (is_turn and isinstance(turn["content"], str) and turn["content"]):
-            raise ValueError(f"message {number} must have a role, one of {', '.join(ROLES)}, and a content")
-    return turns
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise ValueError('must be {"messages": [{"role": "user", "content": "…"}, …]}')
+    for number, message in enumerate(messages):
+        is_message = isinstance(message, dict) and set(message) == {"role", "content"} and message["role"] in ROLES
+        if not (is_message and isinstance(message["content"], str) and message["content"]):
+            raise ValueError(f"message {number} must have a role ({', '.join(ROLES)}) and nonempty content")
+    return messages

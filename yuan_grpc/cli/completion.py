@@ -1,4 +1,4 @@
-"""`yuan-grpc completion`: a script that teaches a shell the command's options."""
+"""`yuan-grpc completion`: a shell completion script."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from yuan_grpc.cli.common.connection import FAILED, at_the_edge
-from yuan_grpc.cli.common.terminal import complain
+from yuan_grpc.cli.common.errors import EXIT_FAILURE, handle_errors
+from yuan_grpc.cli.common.terminal import print_error
 
 SHELLS = ("bash", "zsh", "fish")
-FILES = ("FILE", "CA", "CERT")
-FOLDERS = ("FOLDER", "PATH_OR_ID")
-"""What options that take a file, or a folder, call their value."""
+FILE_METAVARS = ("FILE", "CA", "CERT")
+FOLDER_METAVARS = ("FOLDER", "PATH_OR_ID")
+"""Metavars of options whose value completes to a file, or to a folder."""
 
 EPILOG = """\
-To have it in every new shell:
+To install it for every new shell:
 
   bash  yuan-grpc completion bash > ~/.local/share/bash-completion/completions/yuan-grpc
   zsh   yuan-grpc completion zsh > ~/.zfunc/_yuan-grpc     (with ~/.zfunc in $fpath, before compinit)
@@ -25,45 +25,45 @@ To have it in every new shell:
 
 
 def add_command(commands: Any) -> None:
-    """Declares the command."""
+    """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "completion",
-        help="print a script for a shell's completion",
-        description="Prints a script that completes this command and its options in a shell.",
+        help="print a shell completion script",
+        description="Print a script that completes the commands and their options in a shell.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("shell", choices=SHELLS)
-    parser.set_defaults(run=at_the_edge(partial(_run, commands)))
+    parser.add_argument("shell", choices=SHELLS, help="shell to print the script for")
+    parser.set_defaults(run=handle_errors(partial(_run, commands)))
 
 
 def _run(commands: Any, options: argparse.Namespace) -> int:
     try:
         import shtab
     except ModuleNotFoundError:
-        complain("completion needs shtab: install yuan-grpc[cli]")
-        return FAILED
+        print_error("completion requires shtab: install yuan-grpc[cli]")
+        return EXIT_FAILURE
     if options.shell not in shtab.SUPPORTED_SHELLS:
-        complain(f"this shtab, {shtab.__version__}, does not know {options.shell}: install a newer one")
-        return FAILED
-    # Made here, for no command is told of the parser that it is part of.
-    whole = argparse.ArgumentParser(prog="yuan-grpc")
-    whole.add_argument("--version", action="version", help="tell the version")
-    whole._add_action(commands)
-    for action in _actions(whole):
-        names = action.metavar if isinstance(action.metavar, tuple) else (action.metavar,)
-        for known, completes in ((FILES, shtab.FILE), (FOLDERS, shtab.DIRECTORY)):
-            if any(name in known for name in names):
-                action.complete = completes  # type: ignore[attr-defined]  # where shtab looks for it
-    print(shtab.complete(whole, shell=options.shell))
+        print_error(f"shtab {shtab.__version__} does not support {options.shell}: install a newer version")
+        return EXIT_FAILURE
+    # Commands have no reference to the root parser, so build one with the same subparsers.
+    root = argparse.ArgumentParser(prog="yuan-grpc")
+    root.add_argument("--version", action="version", help="show the version and exit")
+    root._add_action(commands)
+    for action in _walk_actions(root):
+        metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar,)
+        for candidates, completer in ((FILE_METAVARS, shtab.FILE), (FOLDER_METAVARS, shtab.DIRECTORY)):
+            if any(metavar in candidates for metavar in metavars):
+                action.complete = completer  # type: ignore[attr-defined]  # read by shtab
+    print(shtab.complete(root, shell=options.shell))
     return 0
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All that the parser and those of its commands take."""
+def _walk_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield the actions of the parser and of all its subparsers."""
     for action in parser._actions:
         yield action
-        below = action.choices if isinstance(action, argparse._SubParsersAction) else {}
-        for one in below.values():
-            yield from _actions(one)
+        subparsers = action.choices if isinstance(action, argparse._SubParsersAction) else {}
+        for subparser in subparsers.values():
+            yield from _walk_actions(subparser)

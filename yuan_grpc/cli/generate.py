@@ -1,4 +1,4 @@
-"""`yuan-grpc generate`: answers to one prompt, as they are generated, or to many."""
+"""`yuan-grpc generate`: stream the completion of one prompt, or complete many."""
 
 from __future__ import annotations
 
@@ -11,82 +11,81 @@ from pathlib import Path
 from typing import Any
 
 from yuan_grpc.cli.common import connection, prompts, request_fields
-from yuan_grpc.cli.common.errors import UsageError
+from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.progress import Progress
-from yuan_grpc.cli.common.signals import Interruptible
-from yuan_grpc.cli.common.terminal import DIM, is_terminal, tell
-from yuan_grpc.cli.generate_many import Many
+from yuan_grpc.cli.common.signals import InterruptibleLoop
+from yuan_grpc.cli.common.terminal import DIM, is_terminal, print_stderr
+from yuan_grpc.cli.generate_many import PromptBatch
 from yuan_grpc.client import AsyncClient, Completion, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_TOKENS = 256
-"""More than the API's 16, which would cut nearly every answer that a person waits for."""
+"""Default of `--max-tokens`. The API's default of 16 is too short for reading."""
 
 EPILOG = """\
-A .jsonl file has an object on each line, with `prompt` or `messages` and any other field of the request; of any other
-file each line that is not empty is a prompt.
+Each line of a .jsonl file is an object with `prompt`, `prompt_token_ids` or `messages`, and any other request field.
+Each nonempty line of any other file is a prompt.
 
-Exit status: 0; 1 when a prompt failed; 2 when something is wrong with what was asked; 130 after Ctrl-C, which cancels
-on the server too.
+Exit status: 0 on success, 1 if a prompt failed, 2 for wrong usage, 130 after Ctrl-C (which cancels on the server too).
 """
 
 
 def add_command(commands: Any) -> None:
-    """Declares the command."""
+    """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "generate",
-        help="continue a prompt, or many",
-        description="Continues a prompt, streaming to the terminal, or each prompt of a file.",
+        help="complete one prompt, or every prompt of a file",
+        description="Complete a prompt and stream the text, or complete every prompt of a file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("prompt", nargs="?", help="the text; - for stdin, which is also read when nothing is given")
+    parser.add_argument("prompt", nargs="?", help="prompt text; - or nothing reads stdin")
     add_options(parser)
     connection.add_options(parser)
-    parser.set_defaults(run=connection.at_the_edge(_run))
+    parser.set_defaults(run=handle_errors(_run))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declares what is asked for, and what becomes of answers."""
-    parser.add_argument("--file", type=Path, metavar="FILE", help="prompts, one on each line: .jsonl or text")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each answer, not the text alone")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the answers there")
-    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="prompts at a time (default: 64)")
+    """Add the options for prompts, output and sampling to the parser."""
+    parser.add_argument("--file", type=Path, metavar="FILE", help="read prompts from a file, one per line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file instead of stdout")
+    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="concurrent prompts (default: 64)")
     request_fields.add_options(parser, MAX_TOKENS)
 
 
 def _run(options: argparse.Namespace) -> int:
-    return answer(requests_of([] if options.prompt is None else [options.prompt], options), options)
+    return run_requests(read_requests([] if options.prompt is None else [options.prompt], options), options)
 
 
-def answer(requests: Sequence[pb.GenerateRequest], options: argparse.Namespace) -> int:
-    """Has a server answer, and writes it down; returns the exit status."""
+def run_requests(requests: Sequence[pb.GenerateRequest], options: argparse.Namespace) -> int:
+    """Send the requests, write the completions and return the exit status."""
     if options.concurrency < 1:
         raise UsageError(f"--concurrency must be at least 1, not {options.concurrency}")
     client = connection.connect(options)
-    with Output(options.output) as output, Interruptible() as loop:
+    with Output(options.output) as output, InterruptibleLoop() as loop:
         if options.file or options.json or len(requests) > 1 or requests[0].n > 1:
-            return Many(client, requests, output, options).run(loop)
+            return PromptBatch(client, requests, output, options).run(loop)
         return loop.run(_stream(client, requests[0], output))
 
 
-def requests_of(texts: Sequence[str], options: argparse.Namespace) -> list[pb.GenerateRequest]:
-    """What is asked for: by the arguments that are prompts, by `--file`, by `--set`, or on stdin."""
-    given = request_fields.of(options)
+def read_requests(texts: Sequence[str], options: argparse.Namespace) -> list[pb.GenerateRequest]:
+    """Return the requests given by prompt arguments, by `--file`, by `--set` or on stdin."""
+    fields = request_fields.from_options(options)
     if options.file:
         if texts:
-            raise UsageError("a prompt and --file do not go together")
+            raise UsageError("a prompt argument and --file are mutually exclusive")
         _check_output(options.output, options.file)
-        return prompts.from_file(options.file, given)
+        return prompts.from_file(options.file, fields)
     if texts and list(texts) != ["-"]:
-        return [request_fields.request_of(given | {"prompt": prompts.argument(text)}) for text in texts]
-    if not any(name in given for name in request_fields.PROMPTS):
+        return [request_fields.build_request(fields | {"prompt": prompts.from_argument(text)}) for text in texts]
+    if not any(name in fields for name in request_fields.PROMPT_FIELDS):
         if not texts and is_terminal(sys.stdin):
-            raise UsageError("a prompt, --file, or something on stdin is needed")
-        given["prompt"] = prompts.standard_input()
-    return [request_fields.request_of(given)]
+            raise UsageError("no prompt: pass one as an argument, with --file or on stdin")
+        fields["prompt"] = prompts.from_stdin()
+    return [request_fields.build_request(fields)]
 
 
 def _check_output(output: Path | None, file: Path) -> None:
@@ -95,25 +94,25 @@ def _check_output(output: Path | None, file: Path) -> None:
 
 
 async def _stream(client: AsyncClient, request: pb.GenerateRequest, output: Output) -> int:
-    began = time.monotonic()
+    start = time.monotonic()
     async with client, client.stream(request) as stream:
         try:
-            with Progress("waiting for the first token") as waiting:
+            with Progress("waiting for the first token") as progress:
                 async for delta in stream:
-                    waiting.end()
-                    output.write(output.shown(delta))
+                    progress.end()
+                    output.write(output.sanitize(delta))
         except (asyncio.CancelledError, YuanError):
             if stream.text:
                 output.write("\n")
             raise
         output.write("\n")
         if is_terminal(sys.stderr):
-            tell(ending(stream.answer, time.monotonic() - began), DIM)
+            print_stderr(format_summary(stream.completion, time.monotonic() - start), DIM)
     return 0
 
 
-def ending(answer: Completion, seconds: float) -> str:
-    """Why an answer ended, how long it is, and how fast it came."""
-    reason = answer.choices[0].finish_reason if answer.choices else None
-    tokens = answer.usage.completion_tokens
+def format_summary(completion: Completion, seconds: float) -> str:
+    """Return the finish reason, the number of tokens and their rate as one line."""
+    reason = completion.choices[0].finish_reason if completion.choices else None
+    tokens = completion.usage.completion_tokens
     return f"[{reason}, {tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s]"

@@ -15,9 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from yuan_grpc.cli.common.connection import ADDRESS, FAILED, INTERRUPTED, MISUSED, UNREAD, seconds_above_0
-from yuan_grpc.cli.common.errors import UsageError
-from yuan_grpc.cli.common.terminal import hush, tell, use_utf8, visible
+from yuan_grpc.cli.common.connection import ADDRESS, positive_seconds
+from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
+from yuan_grpc.cli.common.terminal import print_stderr, redirect_to_devnull, sanitize, use_utf8
 from yuan_grpc.client import AsyncClient, Model, Token, YuanError
 from yuan_grpc.humaneval import records, report, scoring
 from yuan_grpc.humaneval.dataset import ProblemError, read_problems, read_prompts
@@ -138,16 +138,16 @@ def _at_the_edge(options: argparse.Namespace) -> int:
     try:
         return part(options)
     except (UsageError, ProblemError) as error:
-        return _complain(str(error), MISUSED)
+        return _complain(str(error), EXIT_USAGE)
     except BrokenPipeError:
-        hush(sys.stdout)
-        return UNREAD
+        redirect_to_devnull(sys.stdout)
+        return EXIT_BROKEN_PIPE
     except (RecordsError, SandboxError, PlotError, OSError) as error:
-        return _complain(str(error), FAILED)
+        return _complain(str(error), EXIT_FAILURE)
     except YuanError as error:
-        return _complain(f"{error.code.name}: {error}", FAILED)
+        return _complain(f"{error.code.name}: {error}", EXIT_FAILURE)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -164,7 +164,7 @@ async def _until_interrupted(work: Any, folder: Path) -> int:
         status: int = await task
     except asyncio.CancelledError:
         return _complain(
-            f"interrupted. To go on: yuan-grpc humaneval generate {folder} and the same options", INTERRUPTED
+            f"interrupted. To go on: yuan-grpc humaneval generate {folder} and the same options", EXIT_INTERRUPTED
         )
     return status
 
@@ -200,7 +200,7 @@ async def _work(kept: Records, targets: list[Target], patience: float) -> int:
     try:
         await Generation(kept, targets, patience, told).run()
     except PatienceError as error:
-        return _complain(f"{error} Run the same again to go on.", FAILED)
+        return _complain(f"{error} Run the same again to go on.", EXIT_FAILURE)
     finally:
         progress.close()
     failed = [record for record in kept.done.values() if record.error]
@@ -209,8 +209,8 @@ async def _work(kept: Records, targets: list[Target], patience: float) -> int:
         flush=True,
     )
     for message, tasks in _messages(failed).items():
-        _complain(f"refused {len(tasks)} samples, the first of {tasks[0]}: {message}", FAILED)
-    return FAILED if failed else 0
+        _complain(f"refused {len(tasks)} samples, the first of {tasks[0]}: {message}", EXIT_FAILURE)
+    return EXIT_FAILURE if failed else 0
 
 
 def _messages(failed: list[Record]) -> dict[str, list[str]]:
@@ -274,7 +274,7 @@ async def _connected(stack: AsyncExitStack, options: argparse.Namespace) -> tupl
 async def _until_ready(clients: list[AsyncClient], addresses: list[str], patience: float) -> None:
     """Waits for all, and says so where that takes longer than a second."""
     sentence = f"yuan-grpc humaneval: waiting for {', '.join(addresses)}, for at most {patience:g} s"
-    telling = asyncio.get_running_loop().call_later(TELL_SECONDS, tell, sentence)
+    telling = asyncio.get_running_loop().call_later(TELL_SECONDS, print_stderr, sentence)
     try:
         await asyncio.gather(*(client.wait_until_ready(patience) for client in clients))
     finally:
@@ -343,7 +343,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    tell(visible(f"yuan-grpc humaneval: {message}"))
+    print_stderr(sanitize(f"yuan-grpc humaneval: {message}"))
     return status
 
 
@@ -355,7 +355,7 @@ def _positive(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    if (seconds := seconds_above_0(text)) == math.inf:
+    if (seconds := positive_seconds(text)) == math.inf:
         raise argparse.ArgumentTypeError(f"must have an end, not be {text!r}")
     return seconds
 

@@ -1,4 +1,4 @@
-"""Load on a server, and what it measures of it."""
+"""A load generator that measures throughput and latency of a server."""
 
 from __future__ import annotations
 
@@ -18,184 +18,185 @@ import grpc
 from yuan_grpc.client import AsyncClient, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-SHARES = (0.5, 0.9, 0.99)
+QUANTILES = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the requests of a measurement are like.
+class Workload:
+    """A description of the requests to send.
 
     Attributes:
-        request: all but the prompt.
-        prompt_tokens: of each prompt, drawn at random.
-        shared_prefix: so many of them, at the beginning, are the same in all prompts.
-        seed: what they are drawn with.
-        vocabulary: how many token ids there are.
+        template: all fields of a request except the prompt and the request ID.
+        prompt_tokens: length of each prompt; its token IDs are random.
+        shared_prefix: number of leading tokens that all prompts share.
+        seed: seed of the random token IDs.
+        vocab_size: upper limit of the token IDs, exclusive.
     """
 
-    request: pb.GenerateRequest
+    template: pb.GenerateRequest
     prompt_tokens: int
     shared_prefix: int
     seed: int
-    vocabulary: int
+    vocab_size: int
 
     def requests(self, name: str) -> Iterator[pb.GenerateRequest]:
-        """Requests without end; another name has other prompts."""
-        run = uuid.uuid4().hex[:8]
-        prefix = self._drawn("prefix", self.shared_prefix)
+        """Yield an endless series of requests. Each name gives other prompts with the same prefix."""
+        run_id = uuid.uuid4().hex[:8]
+        prefix = self._random_token_ids("prefix", self.shared_prefix)
         for number in itertools.count():
-            request = pb.GenerateRequest(request_id=f"bench-{run}-{number}")
-            request.MergeFrom(self.request)
-            own = self._drawn(f"{name}/{number}", self.prompt_tokens - self.shared_prefix)
-            request.prompt_token_ids.ids.extend(prefix + own)
+            request = pb.GenerateRequest(request_id=f"bench-{run_id}-{number}")
+            request.MergeFrom(self.template)
+            suffix = self._random_token_ids(f"{name}/{number}", self.prompt_tokens - self.shared_prefix)
+            request.prompt_token_ids.ids.extend(prefix + suffix)
             yield request
 
-    def _drawn(self, name: str, count: int) -> list[int]:
-        return random.Random(f"{self.seed}/{name}").choices(range(self.vocabulary), k=count)
+    def _random_token_ids(self, name: str, count: int) -> list[int]:
+        return random.Random(f"{self.seed}/{name}").choices(range(self.vocab_size), k=count)
 
 
-class Clock:
-    """When the tokens of a call came.
+class RequestTimer:
+    """Arrival times of the tokens of one request.
 
     Attributes:
-        first: seconds from the call to its first token; None before that.
-        gaps: seconds between tokens. A message of k tokens after a pause counts as k gaps of a k-th of it each.
-        tokens: how many came.
+        ttft: seconds from the call to its first token; None before that.
+        itls: seconds between tokens. A message of k tokens counts as k gaps, each 1/k of the time since the previous
+            message.
+        output_tokens: number of tokens received.
     """
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.first: float | None = None
-        self.gaps: list[float] = []
-        self.tokens = 0
+        self._last_arrival = time.monotonic()
+        self.ttft: float | None = None
+        self.itls: list[float] = []
+        self.output_tokens = 0
 
-    def saw(self, part: pb.GenerateStreamResponse) -> None:
-        """A message has come."""
-        tokens = sum(len(choice.token_ids) for choice in part.choices)
+    def record(self, message: pb.GenerateStreamResponse) -> None:
+        """Record the arrival of a message."""
+        tokens = sum(len(choice.token_ids) for choice in message.choices)
         if not tokens:
             return
         now = time.monotonic()
-        if self.first is None:
-            self.first = now - self._last
+        if self.ttft is None:
+            self.ttft = now - self._last_arrival
         else:
-            self.gaps += [(now - self._last) / tokens] * tokens
-        self._last = now
-        self.tokens += tokens
+            self.itls += [(now - self._last_arrival) / tokens] * tokens
+        self._last_arrival = now
+        self.output_tokens += tokens
 
 
-class Timing(grpc.aio.UnaryStreamClientInterceptor):
-    """Shows the messages of streams to clocks, by the request's name: the client shows only text."""
+class TimingInterceptor(grpc.aio.UnaryStreamClientInterceptor):
+    """A client interceptor that passes stream messages to timers, by request ID. The client itself yields only text."""
 
     def __init__(self) -> None:
-        self.clocks: dict[str, Clock] = {}
+        self.timers: dict[str, RequestTimer] = {}
 
     async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        """gRPC's hook: the call's messages, each seen by the clock first."""
+        """Return the call; if the request has a timer, record each message first."""
         call = await continuation(details, request)
-        clock = self.clocks.get(request.request_id)
-        return call if clock is None else self._seen(call, clock)
+        timer = self.timers.get(request.request_id)
+        return call if timer is None else self._record(call, timer)
 
-    async def _seen(self, call: Any, clock: Clock) -> AsyncIterator[Any]:
-        async for part in call:
-            clock.saw(part)
-            yield part
+    async def _record(self, call: Any, timer: RequestTimer) -> AsyncIterator[Any]:
+        async for message in call:
+            timer.record(message)
+            yield message
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came of a load; times in seconds.
+    """Results of one concurrency level; times in seconds.
 
     Attributes:
-        concurrency: how many requests ran at a time.
-        seconds: from the first request to the last answer's end.
-        answered: requests that ended well.
-        errors: how many requests ended with a status, by its name.
-        tokens: that were generated for those that ended well.
-        first: from each call to its first token.
-        gaps: between tokens.
+        concurrency: number of concurrent requests.
+        seconds: time from the start of the first request to the end of the last.
+        completed: number of successful requests.
+        errors: number of failed requests by status name.
+        output_tokens: number of tokens that successful requests generated.
+        ttfts: time to first token of each successful request.
+        itls: times between tokens of successful requests.
     """
 
     concurrency: int
     seconds: float
-    answered: int
+    completed: int
     errors: Counter[str]
-    tokens: int
-    first: Sequence[float]
-    gaps: Sequence[float]
+    output_tokens: int
+    ttfts: Sequence[float]
+    itls: Sequence[float]
 
     @property
     def requests_per_second(self) -> float:
-        """Of requests that ended well."""
-        return self.answered / self.seconds
+        """Rate of successful requests."""
+        return self.completed / self.seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated, over all requests."""
-        return self.tokens / self.seconds
+        """Rate of generated tokens over all successful requests."""
+        return self.output_tokens / self.seconds
 
 
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """The least value that this share of them does not exceed; None of none."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else None
+def quantile(values: Sequence[float], fraction: float) -> float | None:
+    """Return the smallest value that at least this fraction of the values do not exceed; None without values."""
+    return sorted(values)[max(0, math.ceil(fraction * len(values)) - 1)] if values else None
 
 
-async def ask(client: AsyncClient, timing: Timing, request: pb.GenerateRequest) -> Clock:
-    """Streams an answer; returns when its tokens came.
+async def run_request(client: AsyncClient, interceptor: TimingInterceptor, request: pb.GenerateRequest) -> RequestTimer:
+    """Stream a request to its end and return its timer.
 
     Raises:
-        YuanError: the call did not end well.
+        YuanError: the call failed.
     """
-    clock = timing.clocks[request.request_id] = Clock()
+    timer = interceptor.timers[request.request_id] = RequestTimer()
     try:
         async with client.stream(request) as stream:
             async for _ in stream:
                 pass
     finally:
-        del timing.clocks[request.request_id]
-    return clock
+        del interceptor.timers[request.request_id]
+    return timer
 
 
 async def measure(
     client: AsyncClient,
-    timing: Timing,
+    interceptor: TimingInterceptor,
     requests: Iterator[pb.GenerateRequest],
     *,
     concurrency: int,
     limit: int | None,
     seconds: float,
-    advance: Callable[[], None],
+    on_request_end: Callable[[], None],
 ) -> Measurement:
-    """Keeps so many requests running at a time until the end, and waits for those that have begun.
+    """Keep a fixed number of requests running until the limit, then wait for the running ones.
 
     Args:
-        client: made with `timing` among its interceptors.
-        timing: sees the client's calls.
-        requests: what to send.
-        concurrency: how many run at a time.
-        limit: how many requests there are; None for as many as fit into the time.
-        seconds: after which no other request begins, where there is no limit.
-        advance: is called when a request has ended.
+        client: a client that uses the interceptor.
+        interceptor: times the client's calls.
+        requests: the requests to send.
+        concurrency: number of concurrent requests.
+        limit: number of requests; None to start requests until the time is up.
+        seconds: time after which no request starts; ignored if there is a limit.
+        on_request_end: called after each request.
     """
-    clocks: list[Clock] = []
+    timers: list[RequestTimer] = []
     errors = Counter[str]()
-    began = time.monotonic()
+    start = time.monotonic()
     numbers = itertools.count()
 
-    async def work() -> None:
-        while next(numbers) < limit if limit is not None else time.monotonic() < began + seconds:
+    async def worker() -> None:
+        while next(numbers) < limit if limit is not None else time.monotonic() < start + seconds:
             try:
-                clocks.append(await ask(client, timing, next(requests)))
+                timers.append(await run_request(client, interceptor, next(requests)))
             except YuanError as error:
                 errors[error.code.name] += 1
-            advance()
+            on_request_end()
 
-    await asyncio.gather(*(work() for _ in range(concurrency)))
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
     return Measurement(
         concurrency=concurrency,
-        seconds=time.monotonic() - began,
-        answered=len(clocks),
+        seconds=time.monotonic() - start,
+        completed=len(timers),
         errors=errors,
-        tokens=sum(clock.tokens for clock in clocks),
-        first=[clock.first for clock in clocks if clock.first is not None],
-        gaps=[gap for clock in clocks for gap in clock.gaps],
+        output_tokens=sum(timer.output_tokens for timer in timers),
+        ttfts=[timer.ttft for timer in timers if timer.ttft is not None],
+        itls=[itl for timer in timers for itl in timer.itls],
     )

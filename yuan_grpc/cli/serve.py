@@ -1,4 +1,4 @@
-"""`yuan-grpc serve`: a model over gRPC."""
+"""`yuan-grpc serve`: serve a model over gRPC."""
 
 import argparse
 import asyncio
@@ -12,28 +12,28 @@ from yuan_grpc.server.engine.vllm import env
 
 
 def add_command(commands: Any) -> None:
-    """Declares the command; see `settings` for its options."""
-    parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model", allow_abbrev=False)
+    """Add the command to the subparsers. Its options are declared in `settings`."""
+    parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model over gRPC", allow_abbrev=False)
     settings.add_options(parser, os.environ)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    chosen = settings.read(options, options.engine_flags)
+    config = settings.read(options, options.engine_flags)
     env.set_defaults()
     try:
         from yuan_grpc.server import server
 
-        print(server.startup_banner(chosen), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
+        print(server.startup_banner(config), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
         from yuan_grpc.server.engine.vllm.args import parse_engine_flags
         from yuan_grpc.server.engine.vllm.engine import VllmEngine
-    except ModuleNotFoundError as missing:
-        print(f"yuan-grpc: serving needs {missing.name}: install yuan-grpc[cuda] or yuan-grpc[cpu]", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"yuan-grpc: {error.name} is required: install yuan-grpc[cuda] or yuan-grpc[cpu]", file=sys.stderr)
         return 1
     try:
-        flags = parse_engine_flags(chosen.vllm_flags)
+        flags = parse_engine_flags(config.vllm_flags)
     except (ValueError, OSError) as error:
-        print(f"yuan-grpc: {chosen.model} cannot be served: {error}", file=sys.stderr)
+        print(f"yuan-grpc: {config.model} cannot be served: {error}", file=sys.stderr)
         return 1
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    return asyncio.run(server.serve(chosen, VllmEngine(flags, chosen.lora_folder)))
+    return asyncio.run(server.serve(config, VllmEngine(flags, config.lora_folder)))

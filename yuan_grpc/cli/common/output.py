@@ -1,4 +1,4 @@
-"""Answers on their way out: to stdout or to a file, at once."""
+"""Output of generated text to stdout or to a file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from yuan_grpc.cli.common import terminal
 from yuan_grpc.cli.common.errors import UsageError
-from yuan_grpc.cli.common.terminal import is_terminal, visible
 
 
 class Output:
-    """Where answers go: a file, or stdout."""
+    """Destination of generated text: a file, or stdout."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -34,17 +34,17 @@ class Output:
 
     @property
     def stream(self) -> Any:
-        """What colours depend on: stdout, or None for a file."""
+        """Stream that decides on colors: stdout, or None for a file."""
         return None if self._file else sys.stdout
 
     def write(self, text: str) -> None:
-        """Writes the text, and leaves none of it in a buffer."""
+        """Write the text and flush it."""
         if self._file:
             self._file.write(text.encode())
             self._file.flush()
         else:
             print(text, end="", flush=True)
 
-    def shown(self, text: str) -> str:
-        """The text as it may be written: to a terminal without control characters."""
-        return visible(text) if is_terminal(self.stream) else text
+    def sanitize(self, text: str) -> str:
+        """Return the text, without control characters if the output is a terminal."""
+        return terminal.sanitize(text) if terminal.is_terminal(self.stream) else text

@@ -1,45 +1,70 @@
-"""A progress bar on stderr, for what lasts."""
+"""Progress of long tasks on stderr."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from yuan_grpc.cli.common.terminal import is_terminal
+from yuan_grpc.humaneval.formatting import format_duration
 
 DELAY_SECONDS = 1.0
+"""Delay before a bar appears."""
 PERIOD_SECONDS = 0.25
-_NO_TOTAL = "{desc} {elapsed}"
+"""Interval between updates of a bar."""
+LINE_SECONDS = 10.0
+"""Interval between lines."""
+_CLOCK_FORMAT = "{desc} {elapsed}"
 
 
 class Progress:
-    """A bar that appears after a second, where stderr is a terminal and tqdm is installed; without, nothing.
+    """Progress of a task: a bar if stderr is a terminal and tqdm is installed, otherwise nothing or lines.
 
-    It moves by a thread of its own, so that its clock runs while nothing else happens.
+    A thread updates the bar, so that its clock runs while nothing else happens.
 
     Args:
-        description: what is being done.
-        total: how many units there are; None for a clock alone.
-        unit: what is counted.
+        description: name of the task.
+        total: number of units, or None for a clock without a bar.
+        unit: name of a unit in the bar's rate.
+        initial: number of units completed before; they do not count for the rate.
+        persistent: whether the bar appears at once and stays at the end. Where no bar is shown, a line with rates and
+            the remaining time is then printed every ten seconds and at the end.
+        stream: the stream instead of stderr.
+        clock: source of the time for lines and rates, in seconds.
     """
 
-    def __init__(self, description: str, total: int | None = None, unit: str = "") -> None:
-        self._description, self._total, self._unit = description, total, unit
-        self._done = 0
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        unit: str = "it",
+        *,
+        initial: int = 0,
+        persistent: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._description, self._total, self._unit, self._initial = description, total, unit, initial
+        self._persistent, self._stream, self._clock = persistent, stream or sys.stderr, clock
+        self._done = initial
+        self._counts: Counter[str] = Counter()
+        self._started = self._last_line = clock()
         self._bar: Any = None
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Progress:
-        tqdm = _tqdm() if is_terminal(sys.stderr) else None
+        self._started = self._last_line = self._clock()
+        tqdm = _import_tqdm() if is_terminal(self._stream) else None
         if tqdm:
-            self._thread = threading.Thread(target=self._move, args=(tqdm, time.time()), daemon=True)
+            self._thread = threading.Thread(target=self._update_bar, args=(tqdm, time.time()), daemon=True)
             self._thread.start()
         return self
 
@@ -48,55 +73,31 @@ class Progress:
     ) -> None:
         self.end()
 
-    def advance(self) -> None:
-        """One more unit is done."""
+    def advance(self, **counts: int) -> None:
+        """Count one completed unit, and quantities whose rates are shown, such as `tokens`."""
         self._done += 1
+        self._counts.update(counts)
+        if self._prints_lines and self._clock() - self._last_line >= LINE_SECONDS:
+            self._print_line()
 
     def end(self) -> None:
-        """Takes the bar away; a second time nothing happens."""
+        """Remove or complete the bar, or print the last line. Later calls have no effect."""
+        if self._ended.is_set():
+            return
+        if self._prints_lines:
+            self._print_line()
         self._ended.set()
         if self._thread:
             self._thread.join()
-            self._thread = None
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Keeps the bar out of the way of what is printed inside."""
+    def paused(self) -> Iterator[None]:
+        """Hide the bar while the block prints."""
         with self._lock:
             if self._bar is not None:
                 self._bar.clear()
             yield
 
-    def _move(self, tqdm: Any, began: float) -> None:
-        pause = DELAY_SECONDS
-        while not self._ended.wait(pause):
-            with self._lock:
-                if self._bar is None:
-                    self._bar = self._made(tqdm, began)
-                self._bar.n = self._done
-                self._bar.refresh()
-            pause = PERIOD_SECONDS
-        if self._bar is not None:
-            self._bar.close()
-
-    def _made(self, tqdm: Any, began: float) -> Any:
-        shape = None if self._total is not None else _NO_TOTAL
-        bar = tqdm(
-            total=self._total,
-            desc=self._description,
-            unit=self._unit,
-            leave=False,
-            dynamic_ncols=True,
-            bar_format=shape,
-        )
-        bar.start_t = began  # or its rate would leave the first second out
-        return bar
-
-
-def _tqdm() -> Any:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return None
-    tqdm.monitor_interval = 0  # a thread that we have no use for
-    return tqdm
+    @property
+    def _prints_lines(self) -> bool:
+        return self._persistent and self._thread is None and self._stream is not None

@@ -1,4 +1,4 @@
-"""Prompts: from an argument, from stdin, or from the lines of a file."""
+"""Prompts from an argument, from stdin or from a file."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from yuan_grpc.cli.common.errors import UsageError
-from yuan_grpc.cli.common.request_fields import FieldError, Fields, named, request_of
+from yuan_grpc.cli.common.request_fields import FieldError, Fields, build_request, field_name
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 
 class PromptError(UsageError):
-    """A prompt, or a file of prompts, that cannot be used; the text says where and why."""
+    """An unusable prompt or prompt file. The text names the place and the reason."""
 
 
-def argument(text: str) -> str:
-    """A prompt from the command line, which is UTF-8 whatever the locale says.
+def from_argument(text: str) -> str:
+    """Return a prompt from the command line, decoded as UTF-8 independent of the locale.
 
     Raises:
         PromptError: it is not UTF-8.
     """
     try:
-        # Bytes that the locale could not decode are lone surrogates here.
-        return text if _is_unicode(text) else os.fsencode(text).decode()
+        # The interpreter passes bytes that the locale cannot decode as lone surrogates.
+        return os.fsencode(text).decode() if _has_surrogates(text) else text
     except UnicodeError:
         raise PromptError("the prompt is not UTF-8") from None
 
 
-def standard_input() -> str:
-    """All of stdin but one line break at its end, which `echo` puts there.
+def from_stdin() -> str:
+    """Return all of stdin without one final line break, as `echo` adds it.
 
     Raises:
-        PromptError: it is not UTF-8, or empty.
+        PromptError: stdin is closed, is empty or is not UTF-8.
     """
     if sys.stdin is None:
         raise PromptError("stdin is closed")
@@ -49,21 +49,21 @@ def standard_input() -> str:
 
 
 def from_file(path: Path, defaults: Fields) -> list[pb.GenerateRequest]:
-    """A request for each line: of a `.jsonl` file an object of fields, of any other file a text. Empty lines are none.
+    """Return one request per line. Skip empty lines.
 
     Args:
-        path: the file, in UTF-8.
-        defaults: fields of all requests; a line's own win.
+        path: a UTF-8 file. A line of a `.jsonl` file is an object of request fields, any other line is a prompt.
+        defaults: fields of all requests; the fields of a line take precedence.
 
     Raises:
-        PromptError: it cannot be read, has no prompt, or a line is not right; the text names file and line.
+        PromptError: the file cannot be read, has no prompt or has an invalid line. The text names file and line.
     """
     is_json = path.suffix.lower() == ".jsonl"
     requests = []
-    for number, line in _lines(path):
+    for number, line in _read_lines(path):
         try:
-            fields = _object(line) if is_json else {"prompt": line}
-            requests.append(request_of(defaults | fields))
+            fields = _parse_object(line) if is_json else {"prompt": line}
+            requests.append(build_request(defaults | fields))
         except FieldError as error:
             raise PromptError(f"{path}, line {number}: {error}") from None
     if not requests:
@@ -71,8 +71,8 @@ def from_file(path: Path, defaults: Fields) -> list[pb.GenerateRequest]:
     return requests
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, and their numbers from 1. A byte order mark and carriage returns are left out."""
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not empty with their 1-based numbers, without byte order mark and carriage returns."""
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -86,7 +86,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _object(line: str) -> Fields:
+def _parse_object(line: str) -> Fields:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -95,8 +95,8 @@ def _object(line: str) -> Fields:
         raise FieldError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise FieldError('must be an object such as {"prompt": "…"}')
-    return {named(name): field for name, field in value.items()}
+    return {field_name(name): field for name, field in value.items()}
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,4 +1,4 @@
-"""Fields of a request: from options, from `--set FIELD=JSON` and from JSON, in the contract's names."""
+"""Request fields from options, from `--set FIELD=JSON` and from JSON objects, under their names in the contract."""
 
 from __future__ import annotations
 
@@ -14,132 +14,137 @@ from yuan_grpc.cli.common.errors import UsageError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 Fields = dict[str, Any]
-"""Values by field of GenerateRequest, as its JSON form has them."""
+"""Values by field name of GenerateRequest, in protobuf's JSON form or in the shorter form that `--set` accepts."""
 
-PROMPTS = ("prompt", "prompt_token_ids", "messages")
+PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
 
-_KNOWN: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_name
-_CAMEL: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_camelcase_name
+_FIELDS_BY_NAME: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_name
+_FIELDS_BY_JSON_NAME: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_camelcase_name
 
 _OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("max_tokens", int, "the most tokens of an answer"),
-    ("min_tokens", int, "at least so many tokens before an answer may end"),
-    ("temperature", float, "0 to 2; 0 always takes the most likely token (default: 1)"),
-    ("top_k", int, "sample from so many most likely tokens"),
-    ("top_p", float, "sample from the most likely tokens that have this probability together"),
-    ("min_p", float, "sample from tokens at least this fraction as likely as the likeliest"),
-    ("seed", int, "makes sampling repeatable"),
-    ("presence_penalty", float, "-2 to 2, once for each token that has been generated"),
-    ("frequency_penalty", float, "-2 to 2, for each time a token has been generated"),
-    ("repetition_penalty", float, "above 1 discourages tokens of prompt and answer"),
-    ("best_of", int, "generate so many choices and return the best; the width of a beam search"),
-    ("length_penalty", float, "of beam search: above 0 favours long answers"),
-    ("model", str, "the name of a LoRA adapter"),
+    ("max_tokens", int, "maximum number of generated tokens"),
+    ("min_tokens", int, "minimum number of generated tokens"),
+    ("temperature", float, "sampling temperature, 0 to 2; 0 is greedy (default: 1)"),
+    ("top_k", int, "sample from the N most likely tokens"),
+    ("top_p", float, "sample from the most likely tokens with total probability X"),
+    ("min_p", float, "drop tokens less likely than X times the most likely one"),
+    ("seed", int, "random seed, for repeatable sampling"),
+    ("presence_penalty", float, "penalty for tokens already generated, -2 to 2"),
+    ("frequency_penalty", float, "penalty per occurrence of a generated token, -2 to 2"),
+    ("repetition_penalty", float, "above 1: penalize tokens of the prompt and the output"),
+    ("best_of", int, "generate N choices and return the best; beam width of a beam search"),
+    ("length_penalty", float, "beam search: above 0 favors longer output"),
+    ("model", str, "name of a LoRA adapter"),
 )
 _SWITCHES = (
-    ("use_beam_search", "search for the most likely answer; --best-of is the width"),
-    ("ignore_eos", "go on past the end-of-text token"),
-    ("echo", "put the prompt in front of the answer"),
+    ("use_beam_search", "use beam search with a width of --best-of"),
+    ("ignore_eos", "continue after the end-of-text token"),
+    ("echo", "include the prompt in the output"),
 )
 
 
 class FieldError(UsageError):
-    """A field that does not exist, or a value that it cannot have; the text says which."""
+    """An unknown request field or an invalid value. The text names the field."""
 
 
 def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Declares what a request may have besides its prompt; `max_tokens` is that option's default."""
-    group = parser.add_argument_group("sampling", "Each as in the API, whose reference is docs/api.md.")
+    """Add the request's options except the prompt to the parser.
+
+    Args:
+        parser: the parser of a command.
+        max_tokens: the default of `--max-tokens`.
+    """
+    group = parser.add_argument_group("sampling", "See docs/api.md for each field's exact meaning.")
     for name, kind, text in _OPTIONS:
         metavar = {int: "N", float: "X", str: "NAME"}[kind]
         if name == "max_tokens":
             text += f" (default: {max_tokens})"
         default = max_tokens if name == "max_tokens" else None
         group.add_argument(_flag(name), type=kind, default=default, metavar=metavar, help=text)
-    group.add_argument("-n", "--n", type=int, metavar="N", help="how many choices to generate")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; can be given several times")
+    group.add_argument("-n", "--n", type=int, metavar="N", help="number of choices (default: 1)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="stop at this text; repeatable")
     for name, text in _SWITCHES:
         group.add_argument(_flag(name), action="store_true", default=None, help=text)
     group.add_argument(
         "--set",
         action="append",
         default=[],
-        type=assignment,
+        type=parse_assignment,
         metavar="FIELD=JSON",
-        help="any other field of GenerateRequest; can be given several times",
+        help="set any other field of GenerateRequest; repeatable",
     )
 
 
-def of(options: argparse.Namespace) -> Fields:
-    """The fields that options give; `--set` wins."""
+def from_options(options: argparse.Namespace) -> Fields:
+    """Return the fields set by options. `--set` takes precedence."""
     names = [*(option[0] for option in _OPTIONS), *(switch[0] for switch in _SWITCHES), "n", "stop"]
-    given = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None} | dict(options.set)
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None} | dict(options.set)
 
 
-def assignment(text: str) -> tuple[str, Any]:
-    """A field and its value, of `FIELD=JSON`; the value of a text field may stand without quotes.
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return the field and the value of `FIELD=JSON`. A text value may omit the quotes.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text has another form, the field is unknown or the value is invalid.
     """
-    name, equals, written = text.partition("=")
+    name, equals, value_text = text.partition("=")
     try:
         if not equals:
             raise FieldError(f"must be FIELD=JSON, not {text!r}")
-        name = named(name.strip())
-        value = _value(name, written)
-        _put(pb.GenerateRequest(), name, value)
+        name = field_name(name.strip())
+        value = _parse_value(name, value_text)
+        _set_field(pb.GenerateRequest(), name, value)
     except FieldError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return name, value
 
 
-def named(name: str) -> str:
-    """The field's name in the contract; its JSON name is taken too.
+def field_name(name: str) -> str:
+    """Return the field's name in the contract, given that name or its JSON (camel case) form.
 
     Raises:
-        FieldError: there is none.
+        FieldError: GenerateRequest has no such field.
     """
-    if name in _KNOWN:
+    if name in _FIELDS_BY_NAME:
         return name
-    if name in _CAMEL:
-        return str(_CAMEL[name].name)
-    near = difflib.get_close_matches(name, _KNOWN, n=1)
-    hint = f"; is it `{near[0]}`?" if near else ""
+    if name in _FIELDS_BY_JSON_NAME:
+        return str(_FIELDS_BY_JSON_NAME[name].name)
+    similar = difflib.get_close_matches(name, _FIELDS_BY_NAME, n=1)
+    hint = f"; did you mean `{similar[0]}`?" if similar else ""
     raise FieldError(f"GenerateRequest has no field `{name}`{hint}")
 
 
-def request_of(fields: Mapping[str, Any]) -> pb.GenerateRequest:
-    """The message that has these fields, of which one is the prompt; what is None stays absent.
+def build_request(fields: Mapping[str, Any]) -> pb.GenerateRequest:
+    """Return a request with these fields, exactly one of them a prompt. None leaves a field absent.
 
     Raises:
-        FieldError: a name or a value is not right. (The server says more of values.)
+        FieldError: a field is unknown or has a value of the wrong type. The server checks ranges.
     """
-    given = [name for name in PROMPTS if fields.get(name) is not None]
-    if len(given) != 1:
-        raise FieldError(f"one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
-    return message(fields)
+    prompts = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
+    if len(prompts) != 1:
+        raise FieldError(f"one of {', '.join(PROMPT_FIELDS)} must be set, not {' and '.join(prompts) or 'none'}")
+    return build_partial_request(fields)
 
 
-def message(fields: Mapping[str, Any]) -> pb.GenerateRequest:
-    """The same without a look at the prompt."""
+def build_partial_request(fields: Mapping[str, Any]) -> pb.GenerateRequest:
+    """Return a request with these fields, with or without a prompt; see `build_request`."""
     request = pb.GenerateRequest()
     for name, value in fields.items():
-        _put(request, named(name), value)
+        _set_field(request, field_name(name), value)
     return request
 
 
-def _put(request: pb.GenerateRequest, name: str, value: Any) -> None:
+def _set_field(request: pb.GenerateRequest, name: str, value: Any) -> None:
     try:
-        ParseDict({name: _canonical(name, value)}, request)
+        ParseDict({name: _to_protobuf_json(name, value)}, request)
     except (ParseError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        problem = " ".join(str(error).split()).removeprefix(f"Failed to parse {name} field: ").rstrip(".")
-        raise FieldError(f"`{name}` cannot be {_shown(value)}: {problem}") from None
+        reason = " ".join(str(error).split()).removeprefix(f"Failed to parse {name} field: ").rstrip(".")
+        raise FieldError(f"`{name}` cannot be {_abbreviate(value)}: {reason}") from None
 
 
-def _canonical(name: str, value: Any) -> Any:
-    """What people write for a few fields, as protobuf's JSON has it."""
+def _to_protobuf_json(name: str, value: Any) -> Any:
+    """Expand the shorter forms that some fields accept to protobuf's JSON form."""
     if name in ("stop", "bad_words") and isinstance(value, str):
         return [value]
     if name == "prompt_token_ids" and isinstance(value, list):
@@ -149,11 +154,11 @@ def _canonical(name: str, value: Any) -> Any:
     if name == "heartbeat_interval" and isinstance(value, int | float):
         return f"{value}s"
     if name == "structured_outputs" and isinstance(value, dict):
-        return {kind: _constraint(kind, one) for kind, one in value.items()}
+        return {kind: _expand_constraint(kind, constraint) for kind, constraint in value.items()}
     return value
 
 
-def _constraint(kind: str, value: Any) -> Any:
+def _expand_constraint(kind: str, value: Any) -> Any:
     if kind == "choice" and isinstance(value, list):
         return {"values": value}
     if kind in ("json", "structural_tag") and isinstance(value, dict):
@@ -161,18 +166,18 @@ def _constraint(kind: str, value: Any) -> Any:
     return value
 
 
-def _value(name: str, written: str) -> Any:
-    is_text = _KNOWN[name].cpp_type == _KNOWN[name].CPPTYPE_STRING
+def _parse_value(name: str, text: str) -> Any:
+    is_text = _FIELDS_BY_NAME[name].cpp_type == _FIELDS_BY_NAME[name].CPPTYPE_STRING
     try:
-        value = json.loads(written)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         if not is_text and name not in ("truncation_side", "early_stopping", "heartbeat_interval"):
-            raise FieldError(f"the value of `{name}` must be JSON, not {written!r}") from None
-        return written
-    return written if is_text and not isinstance(value, str | list) else value
+            raise FieldError(f"the value of `{name}` must be JSON, not {text!r}") from None
+        return text
+    return text if is_text and not isinstance(value, str | list) else value
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:60]}…"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, while a command waits for answers."""
+"""Ctrl-C handling while a command waits for a server."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
-from yuan_grpc.cli.common.terminal import silenced
+from yuan_grpc.cli.common.terminal import discard_output
 
 T = TypeVar("T")
 
 
-class Interruptible:
-    """An event loop in which Ctrl-C comes where something is awaited, and nowhere else.
+class InterruptibleLoop:
+    """Event loop in which Ctrl-C cancels the running coroutine at an await, and nowhere else.
 
-    KeyboardInterrupt as Python has it comes between any two steps: behind a line that is written and before it is known
-    to be, or with a lock of gRPC's taken that nobody gives back.
+    Python's own KeyboardInterrupt can arrive between any two instructions: after a line is written and before the
+    program records it, or while gRPC holds a lock.
 
-    While stdout's reader is paused the work stands in a write, and is not told. A second Ctrl-C then lets the write,
-    and what comes after it until the work has ended, go nowhere.
+    If the reader of stdout is paused, the coroutine blocks in a write and does not see the cancellation. A second
+    Ctrl-C then discards that write and all later output of the coroutine.
     """
 
-    def __enter__(self) -> Interruptible:
+    def __enter__(self) -> InterruptibleLoop:
         self._loop = asyncio.new_event_loop()
         return self
 
@@ -36,34 +36,34 @@ class Interruptible:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work returns.
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run the coroutine and return its result.
 
         Raises:
-            KeyboardInterrupt: it was cancelled by Ctrl-C, and has ended.
+            KeyboardInterrupt: Ctrl-C cancelled the coroutine, which has ended.
         """
-        task = self._loop.create_task(work)
-        is_main = threading.current_thread() is threading.main_thread()  # no other is told of signals
-        untold, silence = list[int](), ExitStack()
+        task = self._loop.create_task(coroutine)
+        is_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot handle signals
+        pending_signals, discarding = list[int](), ExitStack()
 
         def cancel() -> None:
-            untold.clear()
+            pending_signals.clear()
             task.cancel()
 
         def interrupt(number: int, _: object) -> None:
-            if untold and sys.stdout is not None:
-                silence.enter_context(silenced(sys.stdout))
-            untold.append(number)
+            if pending_signals and sys.stdout is not None:
+                discarding.enter_context(discard_output(sys.stdout))
+            pending_signals.append(number)
             self._loop.call_soon_threadsafe(cancel)
 
         previous = signal.getsignal(signal.SIGINT)
-        if is_main:  # and not by the loop, which would come to it after the write
+        if is_main_thread:  # loop.add_signal_handler would run only after a blocked write
             signal.signal(signal.SIGINT, interrupt)
         try:
             return self._loop.run_until_complete(task)
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
-            if is_main:
+            if is_main_thread:
                 signal.signal(signal.SIGINT, previous)
-            silence.close()
+            discarding.close()
