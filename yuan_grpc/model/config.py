@@ -12,11 +12,11 @@ UNSUPPORTED = {
     "use_shareqk": "the shared-query-key variant has no localized filtering",
     "use_moe": "the mixture-of-experts models have other layers",
 }
-"""Flags that change the forward pass in ways this model does not compute: refused when set, with the reason."""
+"""Flags that change the forward pass in ways this model does not implement, with the reason to reject them."""
 
-PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 128.0, "original_max_position_embeddings": 8192}
-"""The two ways to rotate, in the words of transformers, with the published numbers."""
+"""The two rotation types, in the notation of transformers, with the published values."""
 
 PUBLISHED_NAMES = {
     "rope_theta": "rope_theta",
@@ -24,9 +24,9 @@ PUBLISHED_NAMES = {
     "yarn_scale_factor": "factor",
     "original_max_position_embeddings": "original_max_position_embeddings",
 }
-"""Where else a `config.json` may have an entry of `rope_parameters`: in a field of its own."""
+"""Top-level fields of `config.json` that set an entry of `rope_parameters`."""
 
-FIXED = {
+FIXED_VALUES = {
     "attn_factor": 1,
     "beta_fast": 32,
     "beta_slow": 1,
@@ -36,17 +36,17 @@ FIXED = {
     "rotary_percent": 1,
     "truncate": True,
 }
-"""What else can be said of a rotation, in a field of its own or in `rope_scaling`, with the only value it has here."""
+"""Other rotation settings, allowed at the top level and in `rope_scaling`, with the only supported value."""
 
 
 class YuanConfig(PretrainedConfig):
-    """The fields of `config.json`, with the published models' values where a file is silent.
+    """The fields of `config.json`, with the published models' values as defaults.
 
-    `rope_parameters` holds all there is to know of the rotation, whichever fields said it; `max_position_embeddings`
-    is how many positions there are, with YaRN those it extends to.
+    `rope_parameters` holds all settings of the rotation, whichever fields set them. `max_position_embeddings` is the
+    number of positions, with YaRN the number that it extends to.
 
     Raises:
-        ValueError: a field asks for a variant that would be computed wrongly, or the sizes do not fit each other.
+        ValueError: a field selects a variant that would be computed wrongly, or the sizes are inconsistent.
     """
 
     model_type = "yuan"
@@ -91,7 +91,7 @@ class YuanConfig(PretrainedConfig):
         else:
             self.max_position_embeddings = limit or 8192
         self.eod_token_id = eod_token_id
-        kwargs.pop("num_key_value_heads", None)  # every Yuan has as many as it has heads
+        kwargs.pop("num_key_value_heads", None)  # always the number of attention heads
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, eod_token_id)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -99,30 +99,30 @@ class YuanConfig(PretrainedConfig):
     def _check_heads(self) -> None:
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             raise ValueError(
-                f"`hidden_size` must be `num_attention_heads` × `head_dim`, not {self.hidden_size} for "
-                f"{self.num_attention_heads} × {self.head_dim}"
+                f"`hidden_size` must be `num_attention_heads` × `head_dim`, {self.num_attention_heads} × "
+                f"{self.head_dim}, not {self.hidden_size}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even, for its halves are rotated together, not {self.head_dim}")
+            raise ValueError(f"`head_dim` must be even, because its halves are rotated together, not {self.head_dim}")
 
 
 def check_split(config: YuanConfig, ranks: int) -> None:
-    """Whether an MLP can be split over tensor-parallel ranks, for vLLM would find out while it loads, by an assertion.
+    """Check that an MLP can be split over tensor-parallel ranks; vLLM itself would fail an assertion while loading.
 
-    It does check the heads in time. Where they come out even, LFA's hidden / 2 does, for a head's dimension is even.
+    vLLM checks the heads early enough. If they can be split, so can LFA's hidden / 2, because `head_dim` is even.
 
     Raises:
-        ValueError: the ranks do not divide the field it names.
+        ValueError: `intermediate_size` is not divisible by the number of ranks.
     """
     if config.intermediate_size % ranks:
         raise ValueError(
-            f"`intermediate_size` must be divisible by the tensor-parallel size, and {config.intermediate_size} is not "
-            f"divisible by {ranks}"
+            f"`intermediate_size` must be divisible by the tensor-parallel size, {ranks}, "
+            f"not {config.intermediate_size}"
         )
 
 
 def check_stages(config: YuanConfig, stages: int) -> None:
-    """Whether every stage of a pipeline has a layer.
+    """Check that every pipeline stage has a layer.
 
     Raises:
         ValueError: there are fewer layers than stages.
@@ -130,28 +130,28 @@ def check_stages(config: YuanConfig, stages: int) -> None:
     if stages > config.num_hidden_layers:
         raise ValueError(
             f"`pipeline_parallel_size` must be at most `num_hidden_layers`, {config.num_hidden_layers}, not {stages}: "
-            "every stage must have a layer"
+            "every stage needs a layer"
         )
 
 
 def _rope_parameters(fields: dict[str, Any], use_yarn: bool | None) -> dict[str, Any]:
-    """What config.json says of the rotation, over the published numbers. Takes the fields that say it.
+    """Return the rotation's settings in config.json over the published values, and remove their fields.
 
-    The length that YaRN extends from is left out where the file does not state it.
+    The length that YaRN extends from is left out if the file does not state it.
     """
     _check_fixed(fields, "config.json")
-    said = _entries(fields, "rope_scaling") | _entries(fields, "rope_parameters")
-    if said.get("rope_type") == "yarn" and use_yarn is False:
+    settings = _entries(fields, "rope_scaling") | _entries(fields, "rope_parameters")
+    if settings.get("rope_type") == "yarn" and use_yarn is False:
         raise ValueError("`use_yarn` must not be false where `rope_scaling` has the `rope_type` 'yarn'")
-    variant = YARN if use_yarn or said.get("rope_type") == "yarn" else PLAIN
-    for name in said.keys() - variant.keys() - FIXED.keys():
-        raise ValueError(f"`rope_scaling` sets `{name}`, which Yuan's rotation of type {variant['rope_type']!r} lacks")
+    defaults = YARN if use_yarn or settings.get("rope_type") == "yarn" else DEFAULT
+    for name in settings.keys() - defaults.keys() - FIXED_VALUES.keys():
+        raise ValueError(f"`rope_scaling` sets `{name}`, which Yuan's rotation of type {defaults['rope_type']!r} lacks")
     for field, name in PUBLISHED_NAMES.items():
         if (value := fields.pop(field, None)) is not None:
-            said.setdefault(name, value)
-    parameters = {name: said.get(name, value) for name, value in variant.items()}
-    parameters["rope_type"] = variant["rope_type"]
-    if "original_max_position_embeddings" not in said:
+            settings.setdefault(name, value)
+    parameters = {name: settings.get(name, value) for name, value in defaults.items()}
+    parameters["rope_type"] = defaults["rope_type"]
+    if "original_max_position_embeddings" not in settings:
         parameters.pop("original_max_position_embeddings", None)
     for name in parameters.keys() - {"rope_type"}:
         value = parameters[name]
@@ -160,30 +160,30 @@ def _rope_parameters(fields: dict[str, Any], use_yarn: bool | None) -> dict[str,
     return parameters
 
 
-def _entries(fields: dict[str, Any], place: str) -> dict[str, Any]:
-    """The entries of `rope_scaling` or `rope_parameters` that say something, under today's names."""
-    said = fields.pop(place, None) or {}
-    if not isinstance(said, dict):
-        raise ValueError(f"`{place}` must be an object, not {said!r}")
-    said = {{"type": "rope_type"}.get(name, name): value for name, value in said.items() if value is not None}
-    if (rope_type := said.get("rope_type", "default")) not in ("default", "yarn"):
-        raise ValueError(f"`{place}` must have the `rope_type` 'default' or 'yarn', not {rope_type!r}")
-    _check_fixed(said, place)
-    return said
+def _entries(fields: dict[str, Any], field: str) -> dict[str, Any]:
+    """Remove `rope_scaling` or `rope_parameters` from the fields and return its non-null entries by current names."""
+    entries = fields.pop(field, None) or {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"`{field}` must be an object, not {entries!r}")
+    entries = {{"type": "rope_type"}.get(name, name): value for name, value in entries.items() if value is not None}
+    if (rope_type := entries.get("rope_type", "default")) not in ("default", "yarn"):
+        raise ValueError(f"`{field}` must have the `rope_type` 'default' or 'yarn', not {rope_type!r}")
+    _check_fixed(entries, field)
+    return entries
 
 
-def _check_fixed(said: dict[str, Any], place: str) -> None:
-    for name, value in FIXED.items():
-        if said.get(name, value) not in (value, None):
-            raise ValueError(f"`{name}` in `{place}` must be {value!r} for a Yuan model, not {said[name]!r}")
+def _check_fixed(entries: dict[str, Any], location: str) -> None:
+    for name, value in FIXED_VALUES.items():
+        if entries.get(name, value) not in (value, None):
+            raise ValueError(f"`{name}` in `{location}` must be {value!r} for a Yuan model, not {entries[name]!r}")
 
 
 def _extended(limit: int | None, parameters: dict[str, Any], fields: dict[str, Any]) -> int:
-    """How many positions YaRN extends to; fills in the length that it extends from.
+    """Return the number of positions that YaRN extends to, and fill in the length that it extends from.
 
-    A published file has the latter in `max_position_embeddings` and the former, if at all, in
-    `scaled_max_position_embeddings`. A file in the words of transformers has the former in `max_position_embeddings`
-    and the latter in `original_max_position_embeddings`.
+    A published file states the original length in `max_position_embeddings` and the extended one, if at all, in
+    `scaled_max_position_embeddings`. A file in the notation of transformers states the extended length in
+    `max_position_embeddings` and the original one in `original_max_position_embeddings`.
     """
     scaled = fields.pop("scaled_max_position_embeddings", None)
     if "original_max_position_embeddings" not in parameters:
@@ -197,7 +197,7 @@ def _extended(limit: int | None, parameters: dict[str, Any], fields: dict[str, A
     positions = int(scaled or limit or parameters["factor"] * original)
     if positions < original:
         raise ValueError(
-            f"`max_position_embeddings` of a YaRN model must be at least `original_max_position_embeddings`, "
-            f"{original}, not {positions}"
+            f"`max_position_embeddings` must be at least `original_max_position_embeddings`, {original}, "
+            f"for a YaRN model, not {positions}"
         )
     return positions

@@ -56,7 +56,7 @@ def place_heads(layer: QueryKeyLinear, joined: torch.Tensor, published: torch.Te
     """Copy the rows of a published projection, or of a LoRA adapter's B, to their positions on this rank.
 
     Args:
-        layer: The layer that defines the heads and the rank.
+        layer: the layer that defines the heads and the rank.
         joined: [2 * hidden / tp, columns]; the rows of the other projection are not changed.
         published: [hidden, columns].
         projection: 0 for q_proj, 1 for k_proj.

@@ -1,9 +1,10 @@
-"""Kernels that begin before the one ahead of them ends: programmatic dependent launch, from Hopper on.
+"""Programmatic dependent launch (PDL): kernels that start before the previous kernel ends, from Hopper on.
 
-What a kernel can do without the results of the one ahead is done meanwhile: its launch, and reading what is older, such
-as weights or the step's plan. There is one rule, which Inductor's kernels (`triton.enable_pdl`) count on, and keep: to
-wait first, and only then let the next one begin. So whatever the kernel before the one ahead wrote is there from the
-start. A kernel that is launched in the ordinary way keeps the rule by itself, as it begins when all others have ended.
+Before it waits, a kernel does everything that does not depend on the previous kernel: its launch, and loads of older
+data such as weights or the step's plan. Every kernel must first wait for the previous one and only then allow the next
+one to start. Inductor's kernels (`triton.enable_pdl`) follow this rule and rely on it. The results of all kernels
+before the previous one are therefore available from the start. A kernel launched without PDL follows the rule
+automatically, because it starts after all earlier kernels have ended.
 """
 
 from functools import cache
@@ -14,16 +15,16 @@ import triton.language as tl
 
 
 @cache
-def early_start(device: torch.device) -> dict[str, bool]:
-    """Options of a launch, and what tells its kernel of them: whether it may begin early."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    early = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Return the launch options that enable or disable PDL, including the kernel's constant `USE_PDL`."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    use_pdl = is_nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"USE_PDL": True, "launch_pdl": True} if use_pdl else {"USE_PDL": False}
 
 
 @triton.jit
-def wait_ahead(EARLY: tl.constexpr) -> None:
-    """Waits until the kernel ahead has ended, then lets the next one begin: once in every program of a kernel."""
-    if EARLY:
+def wait_for_previous_kernel(USE_PDL: tl.constexpr) -> None:
+    """Wait until the previous kernel has ended, then allow the next one to start; call once in every program."""
+    if USE_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,4 +1,4 @@
-"""Rotary embeddings: vLLM's own for the plain model, and Yuan's YaRN on top of them."""
+"""Rotary embeddings: vLLM's for the plain model, and a YaRN variant derived from them."""
 
 import math
 from functools import lru_cache
@@ -10,26 +10,26 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rop
 from yuan_grpc.model.config import YuanConfig
 
 FASTEST, SLOWEST = 32, 1
-"""Rotations over the original length: at more a pair keeps its frequency, at fewer the factor divides all of it."""
+"""Rotations over the original length above which a pair keeps its frequency, and below which it is divided."""
 
 
 def rotary_embedding(config: YuanConfig, positions: int | None = None) -> nn.Module:
-    """What rotates queries and keys: called with [tokens] positions and two [tokens, heads * head_dim], gives the two.
+    """Return the module that rotates queries and keys: (positions [tokens], q, k [tokens, heads * head_dim]) -> (q, k).
 
     Args:
-        config: of the model.
-        positions: how many the engine serves, where that is known. Only YaRN heeds it, which reaches so far that a
-            table of all its positions would take 128 MiB and more.
+        config: the model's configuration.
+        positions: number of positions that the engine serves, if known. Only YaRN uses it, because a table of all
+            positions that it extends to would take 128 MiB or more.
 
     Returns:
-        One module for all layers that ask for the same, as vLLM has it.
+        One module that is shared by all layers with the same arguments, as in vLLM.
 
     Raises:
-        ValueError: the kind of rotation was changed after the configuration had been read.
+        ValueError: the rotation type was overridden after the configuration had been read.
     """
     parameters = config.rope_parameters
     if config.use_yarn != (parameters["rope_type"] == "yarn"):
-        raise ValueError("`use_yarn` must be set in config.json: an override comes after the rotation was read from it")
+        raise ValueError("`use_yarn` must be set in config.json: overrides are applied after the rotation was read")
     if not config.use_yarn:
         return get_rope(config.head_dim, config.max_position_embeddings, is_neox_style=True, rope_parameters=parameters)
     return _shared_yarn(
@@ -43,23 +43,23 @@ def rotary_embedding(config: YuanConfig, positions: int | None = None) -> nn.Mod
 
 
 def yarn_frequencies(head_dim: int, base: float, factor: float, original: int) -> torch.Tensor:
-    """Radians a position of each rotated pair: [head_dim / 2], float32.
+    """Return the frequency of each rotated pair in radians per position, [head_dim / 2], float32.
 
-    Pairs that rotate often within the original length keep their frequency, slow ones have it divided by the factor,
-    and in between it is the wavelengths that are blended. Elsewhere YaRN blends the frequencies, vLLM's included.
+    Pairs that rotate often within the original length keep their frequency, and the frequency of slow pairs is divided
+    by the factor. In between, Yuan blends wavelengths; other YaRN implementations, including vLLM's, blend frequencies.
 
     Args:
         head_dim: twice the number of pairs.
-        base: of the frequencies before YaRN.
-        factor: by how much the original length is extended.
-        original: positions the model was first trained on.
+        base: base of the frequencies without YaRN.
+        factor: factor by which the original length is extended.
+        original: number of positions that the model was first trained on.
     """
 
-    def pair_that_rotates(times: int) -> float:
-        return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
+    def pair_with_rotations(rotations: int) -> float:
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_rotates(FASTEST)), 0)
-    high = min(math.ceil(pair_that_rotates(SLOWEST)), head_dim - 1)
+    low = max(math.floor(pair_with_rotations(FASTEST)), 0)
+    high = min(math.ceil(pair_with_rotations(SLOWEST)), head_dim - 1)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32)
     frequencies = base ** (-2 * pairs / head_dim)
     kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
@@ -67,7 +67,7 @@ def yarn_frequencies(head_dim: int, base: float, factor: float, original: int) -
 
 
 class YarnRotaryEmbedding(RotaryEmbedding):
-    """vLLM's rotary embedding with a table of other cosines and sines."""
+    """vLLM's rotary embedding with the cosines and sines of this YaRN variant."""
 
     def __init__(
         self, head_dim: int, positions: int, base: float, factor: float, original: int, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""What the architecture asks of vLLM's configuration."""
+"""Checks and defaults for the vLLM configuration of a Yuan model."""
 
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
@@ -8,39 +8,36 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from yuan_grpc.model.config import TOKENIZER_MODE, check_split, check_stages
+from yuan_grpc.model.hopper import HOPPER, MULTIPROCESSORS
 from yuan_grpc.model.lfa.cache import check_block_size
 
 GRAMMAR_BACKEND = "xgrammar"
-"""guidance takes fast tokenizers only, outlines counts this one's spaces twice, and lm-format-enforcer does not load.
-vLLM's `auto` falls back to these, and where it does so first it stays with them."""
+"""The only supported backend: guidance requires a fast tokenizer, outlines counts this tokenizer's spaces twice, and
+lm-format-enforcer does not load. vLLM's `auto` falls back to these, and keeps the first backend that it has chosen."""
 
-DRAFTED_FROM_THE_TEXT = ("ngram", "ngram_gpu", "suffix")
-"""Ways of speculative decoding that need no model beside this one."""
+DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
+"""Methods of speculative decoding that need no draft model."""
 
-QUANTIZED_WHILE_LOADING = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
-"""Ways of quantization that start from the published weights."""
+ONLINE_QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
+"""Quantizations that are computed from the published weights while they are loaded."""
 
-CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
-"""Tokens of a step that vLLM captures a CUDA graph for, up to twice as many as there may be sequences."""
-CAPTURED_FOR_PROMPTS = (64, *range(128, 2048, 128), *range(2048, 4097, 256))
-"""And Yuan besides, as far as a host may take longer to launch a layer's kernels than a GPU to run them."""
-LAUNCHED_MEANWHILE = 4096 * 2048**2
-"""How far that is: a step's tokens times a layer's size on each rank, which is as the square of its width."""
-HOPPER = 90
-"""The family of GPUs that all this was measured on; vLLM captures larger steps on the next one by itself."""
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU, at most."""
+VLLM_CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+"""Tokens per step that vLLM captures a CUDA graph for, up to twice the number of sequences."""
+PREFILL_CAPTURE_SIZES = (64, *range(128, 2048, 128), *range(2048, 4097, 256))
+"""Additional sizes for steps with prompts, as far as launching a layer's kernels may take longer than running them."""
+MAX_LAUNCH_BOUND_WORK = 4096 * 2048**2
+"""The limit up to which that holds: tokens of a step times the size of a layer on each rank, its squared width."""
 
 
 class YuanModelConfig(VerifyAndUpdateConfig):
-    """vLLM's hook for one architecture, called while it puts its configuration together."""
+    """Hook that vLLM calls while it builds its configuration."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Reads the tokenizer with our class, for transformers' encodes differently without saying so.
+        """Select YuanTokenizer, because transformers' tokenizer encodes differently without an error.
 
         Raises:
-            ValueError: another tokenizer mode was asked for.
+            ValueError: another tokenizer mode is configured.
         """
         if model_config.tokenizer_mode not in ("auto", TOKENIZER_MODE):
             raise ValueError(
@@ -50,10 +47,10 @@ class YuanModelConfig(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Refuses what would be computed wrongly or end the engine at a later request, and chooses what is left open.
+        """Reject options that would compute wrong results or stop the engine later, and set defaults for unset ones.
 
         Raises:
-            ValueError: the option, and why.
+            ValueError: an option is not supported; the message names it and the reason.
         """
         _check_split(vllm_config)
         _check_drafts(vllm_config)
@@ -65,11 +62,11 @@ class YuanModelConfig(VerifyAndUpdateConfig):
             raise ValueError(f"the structured outputs `backend` must be '{GRAMMAR_BACKEND}', not '{outputs.backend}'")
         outputs.backend = GRAMMAR_BACKEND
         if current_platform.is_cuda():
-            _start_compiled_kernels_early(vllm_config)
-            _capture_more(vllm_config)
-            _make_room_for_few_splits(vllm_config)
+            _enable_pdl(vllm_config)
+            _extend_capture_sizes(vllm_config)
+            _limit_attention_splits(vllm_config)
             if envs.VLLM_BATCH_INVARIANT and vllm_config.attention_config.backend is None:
-                # FlashAttention computes a token otherwise if there are prompts in its step.
+                # With FlashAttention a token's result depends on whether its step has prompts.
                 vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
 
 
@@ -80,23 +77,23 @@ def _check_split(vllm_config: VllmConfig) -> None:
     if parallel.pipeline_parallel_size > 1 and model.enforce_eager and current_platform.is_cpu():
         raise ValueError(
             "`enforce_eager` must be false for a pipeline on CPUs, not true: "
-            "vLLM makes room for what a stage hands on only when it compiles"
+            "vLLM allocates the buffers between stages only when it compiles"
         )
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (ranks := getattr(parallel, option)) > 1:
-            raise ValueError(f"`{option}` must be 1 for Yuan, not {ranks}: LFA's state is not split")
+            raise ValueError(f"`{option}` must be 1 for Yuan, not {ranks}: the LFA state is not split over the context")
     if parallel.use_ubatching:
-        raise ValueError("`enable_dbo` must be false for Yuan, not true: LFA's state is planned for whole steps")
+        raise ValueError("`enable_dbo` must be false for Yuan, not true: the LFA state is planned for whole steps")
 
 
 def _check_drafts(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in DRAFTED_FROM_THE_TEXT:
+    if speculative is not None and speculative.method not in DRAFT_METHODS:
         raise ValueError(
-            f"`speculative_config` must name one of the methods {', '.join(DRAFTED_FROM_THE_TEXT)} for Yuan, "
-            f"not '{speculative.method}': no draft model of Yuan's is known"
+            f"`speculative_config` must name one of the methods {', '.join(DRAFT_METHODS)} for Yuan, "
+            f"not '{speculative.method}': there is no known draft model for Yuan"
         )
-    if vllm_config.cache_config.user_specified_block_size:  # otherwise not known yet
+    if vllm_config.cache_config.user_specified_block_size:  # vLLM chooses other sizes later
         check_block_size(vllm_config)
 
 
@@ -105,17 +102,17 @@ def _check_quantization(model_config: ModelConfig) -> None:
     if stored is not None:
         raise ValueError(
             f"`quantization_config` in config.json must be absent for Yuan, not '{stored.get('quant_method')}': "
-            "LFA's product and the values' are one here, and such checkpoints quantise the values' alone"
+            "LFA's first convolution and v_proj are one product here, and such checkpoints quantize only v_proj"
         )
-    if model_config.quantization not in (None, *QUANTIZED_WHILE_LOADING):
+    if model_config.quantization not in (None, *ONLINE_QUANTIZATIONS):
         raise ValueError(
-            f"`quantization` must be one of {', '.join(QUANTIZED_WHILE_LOADING)} for Yuan, "
-            f"not '{model_config.quantization}': no other is known to suit LFA's joined products"
+            f"`quantization` must be one of {', '.join(ONLINE_QUANTIZATIONS)} for Yuan, "
+            f"not '{model_config.quantization}': no other is known to work with LFA's joined products"
         )
 
 
 def _check_transfer(vllm_config: VllmConfig) -> None:
-    reason = "it is not known to move LFA's state with the keys and values"  # some connectors see attention layers only
+    reason = "it is not known to transfer the LFA state with the keys and values"  # some handle attention layers only
     if (transfer := vllm_config.kv_transfer_config) is not None:
         raise ValueError(f"`kv_transfer_config` must be unset for Yuan, not '{transfer.kv_connector}': {reason}")
     if (size := vllm_config.cache_config.kv_offloading_size) is not None:
@@ -125,43 +122,47 @@ def _check_transfer(vllm_config: VllmConfig) -> None:
 def _check_invariance() -> None:
     if envs.VLLM_BATCH_INVARIANT and current_platform.is_cpu():
         raise ValueError(
-            "`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1: vLLM has that mode on GPUs alone, "
-            "and in float32 a request gets the same tokens in any batch here"
+            "`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1: vLLM supports it on GPUs only, "
+            "and in float32 a request gets the same tokens in any batch on CPUs"
         )
 
 
-def _start_compiled_kernels_early(vllm_config: VllmConfig) -> None:
-    """Has them begin before the one ahead ends, as Yuan's own do: see `early`.
+def _enable_pdl(vllm_config: VllmConfig) -> None:
+    """Let compiled kernels start before the previous kernel ends, like the kernels of this package: see `pdl`.
 
-    Not where ranks add up their results, for which vLLM may take kernels of FlashInfer's. Of these it says that what
-    begins early behind them may read what is not there yet.
+    Not with tensor parallelism: vLLM may then use FlashInfer's all-reduce kernels, and documents that a kernel that
+    starts early after one of them can read incomplete results.
     """
-    alone = vllm_config.parallel_config.tensor_parallel_size == 1
-    if alone and current_platform.is_device_capability_family(HOPPER):
+    is_single_rank = vllm_config.parallel_config.tensor_parallel_size == 1
+    if is_single_rank and current_platform.is_device_capability_family(HOPPER):
         vllm_config.compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
 
 
-def _capture_more(vllm_config: VllmConfig) -> None:
-    """Has vLLM capture CUDA graphs of larger steps, too, where no one has chosen and it has no reason for its own."""
+def _extend_capture_sizes(vllm_config: VllmConfig) -> None:
+    """Capture CUDA graphs of larger steps too, unless the operator chose sizes or vLLM has a reason for its own.
+
+    Only on Hopper, where this was measured; vLLM captures larger steps on newer GPUs by default.
+    """
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
-    chosen = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
-    own_reason = vllm_config.speculative_config is not None or vllm_config.performance_mode != "balanced"
-    if chosen or own_reason or not current_platform.is_device_capability_family(HOPPER):
+    is_chosen = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
+    is_special = vllm_config.speculative_config is not None or vllm_config.performance_mode != "balanced"
+    if is_chosen or is_special or not current_platform.is_device_capability_family(HOPPER):
         return
     width, ranks = vllm_config.model_config.get_hidden_size(), vllm_config.parallel_config.tensor_parallel_size
-    largest_prompt = min(LAUNCHED_MEANWHILE * ranks // width**2, CAPTURED_FOR_PROMPTS[-1])
-    largest_of_vllms = min(2 * scheduler.max_num_seqs, CAPTURED[-1])
-    most = min(max(largest_prompt, largest_of_vllms), scheduler.max_num_batched_tokens)
-    sizes = {size for size in CAPTURED if size <= largest_of_vllms}
-    sizes |= {size for size in CAPTURED_FOR_PROMPTS if size <= largest_prompt}
+    prefill_limit = min(MAX_LAUNCH_BOUND_WORK * ranks // width**2, PREFILL_CAPTURE_SIZES[-1])
+    vllm_limit = min(2 * scheduler.max_num_seqs, VLLM_CAPTURE_SIZES[-1])
+    limit = min(max(prefill_limit, vllm_limit), scheduler.max_num_batched_tokens)
+    sizes = {size for size in VLLM_CAPTURE_SIZES if size <= vllm_limit}
+    sizes |= {size for size in PREFILL_CAPTURE_SIZES if size <= prefill_limit}
     sizes |= {scheduler.max_num_seqs, scheduler.max_num_batched_tokens}
-    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)
+    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= limit)
 
 
-def _make_room_for_few_splits(vllm_config: VllmConfig) -> None:
-    """Bounds into how many parts FlashAttention may cut a sequence's keys, for it makes room for that many.
+def _limit_attention_splits(vllm_config: VllmConfig) -> None:
+    """Limit the number of splits of a sequence's keys that FlashAttention allocates memory for.
 
-    It cuts them to keep all multiprocessors busy, which takes no more parts than there are multiprocessors to a head.
+    FlashAttention splits keys to keep all multiprocessors busy. One sequence with H heads needs at most
+    `MULTIPROCESSORS / H` splits for that.
     """
     heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
     attention = vllm_config.attention_config

@@ -1,4 +1,4 @@
-"""Yuan 2.0, top to bottom, on vLLM's layers."""
+"""The Yuan 2.0 model, top to bottom, built from vLLM's layers."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -33,15 +33,16 @@ from yuan_grpc.model.attention.backend import attention_backend
 from yuan_grpc.model.checkpoint.loader import Placement, load_checkpoint
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa.layer import LocalizedFiltering
-from yuan_grpc.model.lfa.ops import multiply_with_product, new_plan
+from yuan_grpc.model.lfa.ops import new_plan
 from yuan_grpc.model.linear import InputLinear, QueryKeyLinear
+from yuan_grpc.model.patches import cpu_lora_slots, cpu_seeds, lora_classes
 from yuan_grpc.model.rotary import rotary_embedding
 
 logger = init_logger("vllm.yuan_grpc.model")
 
 
 class YuanAttention(nn.Module):
-    """Attention whose queries and keys come from the filtered input, and whose values from the input itself."""
+    """Attention with queries and keys computed from the filtered input and values from the unfiltered input."""
 
     def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -67,8 +68,8 @@ class YuanAttention(nn.Module):
 
     def forward(self, positions: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
         projected, _ = self.input_proj(y)  # [tokens, 2 * hidden / ranks]
-        parts, v = projected.chunk(2, dim=-1)
-        qk, _ = self.qk_proj(self.lf_gate(parts, y, plan))
+        contributions, v = projected.chunk(2, dim=-1)
+        qk, _ = self.qk_proj(self.lf_gate(contributions, y, plan))
         q, k = qk.chunk(2, dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
@@ -76,7 +77,7 @@ class YuanAttention(nn.Module):
 
 
 class YuanMLP(nn.Module):
-    """The gated MLP, with the activation on `up`: down(silu(up(x)) * gate(x))."""
+    """Gated MLP with the activation on `up`: down(silu(up(x)) * gate(x))."""
 
     def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class YuanMLP(nn.Module):
 
 
 class YuanDecoderLayer(nn.Module):
-    """One layer; the sum of what came before travels beside it as `residual`, which the norms add in."""
+    """Decoder layer; the residual stream is a separate tensor, `residual`, which the norms add to their input."""
 
     def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class YuanDecoderLayer(nn.Module):
 
 @support_torch_compile
 class YuanModel(nn.Module):
-    """The decoder: embedding, layers, final norm."""
+    """Decoder: embedding, layers, final norm."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class YuanModel(nn.Module):
         else:
             assert intermediate_tensors is not None
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        plan = new_plan(hidden)  # ahead of all layers, whose kernels read it before they wait: see `early`
+        plan = new_plan(hidden)  # before all layers, because their kernels read it before they wait: see `pdl`
         torch.ops.vllm.yuan_plan(plan, self.lfa_name)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden, residual = layer(positions, hidden, residual, plan)
@@ -168,7 +169,7 @@ class YuanModel(nn.Module):
         return normed
 
 
-JOINED = {
+JOINED_MODULES = {
     "self_attn.lf_gate.conv1": ("self_attn.input_proj", (0, 1)),
     "self_attn.v_proj": ("self_attn.input_proj", (2,)),
     "self_attn.q_proj": ("self_attn.qk_proj", (0,)),
@@ -176,22 +177,22 @@ JOINED = {
     "mlp.up_proj": ("mlp.up_gate_proj", (0,)),
     "mlp.gate_proj": ("mlp.up_gate_proj", (1,)),
 }
-"""Published modules that are parts of another here: in which, and which. A convolution is two, one for each token."""
+"""Published module -> the module here that contains it, and its parts there. A convolution has one part per tap."""
 
 
-def place_of(published: str) -> tuple[str, tuple[int, ...]]:
-    """A published weight's name -> the parameter that it goes to, and to which parts of that (none: all of it)."""
+def parameter_of(published: str) -> tuple[str, tuple[int, ...]]:
+    """Return the parameter that a published weight is loaded into, and the parts of it; no parts mean all of it."""
     path, _, kind = published.rpartition(".")
-    if kind == "bias":  # of a convolution, whose product has none
+    if kind == "bias":  # only convolutions have one; here it is a parameter next to the product
         return f"{path}_bias", ()
-    for module, (joined, parts) in JOINED.items():
+    for module, (joined, parts) in JOINED_MODULES.items():
         if path.endswith(f".{module}"):
             return f"{path.removesuffix(module)}{joined}.{kind}", parts
     return published, ()
 
 
 class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
-    """What vLLM loads and runs: the decoder, its head, and the way their weights are found in a checkpoint."""
+    """The model that vLLM loads and runs: decoder, head and checkpoint loading."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "input_proj": ["lf_gate.conv1", "v_proj"],
@@ -201,14 +202,10 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        cpu_seeds.apply()
         if vllm_config.lora_config is not None:
-            from yuan_grpc.model import lora  # which knows the layers above, and is needed by few
-
-            lora.prepare()
-        if current_platform.is_cpu():
-            from yuan_grpc.model.patches import cpu_seeds  # which only a CPU has what it imports for
-
-            cpu_seeds.prepare()
+            cpu_lora_slots.apply()
+            lora_classes.apply()
         self.vllm_config = vllm_config
         self.config: YuanConfig = vllm_config.model_config.hf_config
         self.prefix = prefix
@@ -219,11 +216,13 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
             self.lm_head = head.tie_weights(self.model.embed_tokens) if self.config.tie_word_embeddings else head
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-        # The embedding has more rows than there are tokens; the rest is padding and must never be sampled.
+        # The embedding has more rows than the tokenizer has tokens; the others are padding and must never be sampled.
         self.known_tokens = self.config.vocab_size if tokenizer is None else len(tokenizer)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if current_platform.is_cuda() and vllm_config.kernel_config.linear_backend == "auto":
-            multiply_with_product(self)
+            from yuan_grpc.model import skinny_gemm  # here, because it needs Triton
+
+            skinny_gemm.multiply_with_product(self)
 
     def _new_head(self) -> ParallelLMHead:
         return ParallelLMHead(
@@ -234,7 +233,7 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[tokens] -> [tokens, hidden]."""
+        """Return the embeddings of [tokens] ids, [tokens, hidden]."""
         embedded: torch.Tensor = self.model.embed_tokens(input_ids)
         return embedded
 
@@ -245,35 +244,35 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """[tokens] ids and positions -> [tokens, hidden] on the last pipeline rank."""
+        """Return the hidden states of [tokens] ids and positions: [tokens, hidden] on the last pipeline rank."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """[rows, hidden] -> [rows, vocab_size], minus infinity on padding ids; None on ranks that do not sample."""
+        """Return logits, [rows, vocab_size], with minus infinity for padding ids; None on ranks that do not sample."""
         logits: torch.Tensor | None = self.logits_processor(self.lm_head, hidden)
         if logits is not None:
             logits[:, self.known_tokens :] = float("-inf")
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Streams a published checkpoint into place.
+        """Load a published checkpoint, one weight at a time.
 
         Returns:
-            Names of the parameters that were loaded.
+            Names of the loaded parameters.
 
         Raises:
-            ValueError: a weight is missing, unknown or of another shape; the message names it.
+            ValueError: a weight is missing, unknown or has the wrong shape; the message names it.
         """
         loaded: set[str] = set()
 
         def placement(name: str) -> Placement | None:
-            target, parts = place_of(name)
-            if is_pp_missing_parameter(target, self):  # another pipeline rank has it
+            target, parts = parameter_of(name)
+            if is_pp_missing_parameter(target, self):  # it belongs to another pipeline rank
                 return None
             loaded.add(target)
             return Placement(self.get_parameter(target), parts)
 
-        # vLLM would read a `.bin` whole, beside the model; what is mapped, Linux can take back.
+        # vLLM would read a `.bin` file completely into memory; Linux can reclaim the pages of a mapped file.
         with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
             stored_head = load_checkpoint(weights, self.config, placement)
         if stored_head is not None and get_pp_group().is_last_rank:
@@ -281,13 +280,13 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         return loaded
 
     def _load_head(self, stored: torch.Tensor) -> None:
-        """Loads a head stored beside a tied embedding; a second copy is kept only where the two really differ."""
-        tokens = cast(VocabParallelEmbedding, self.model.embed_tokens)
-        embedding, share = tokens.weight, tokens.shard_indices
-        mine = stored[share.org_vocab_start_index : share.org_vocab_end_index]
-        if torch.equal(mine.to(embedding), embedding[: len(mine)]):
+        """Load the head that a checkpoint stores despite a tied embedding; keep a second copy only if they differ."""
+        embed_tokens = cast(VocabParallelEmbedding, self.model.embed_tokens)
+        embedding, indices = embed_tokens.weight, embed_tokens.shard_indices
+        shard = stored[indices.org_vocab_start_index : indices.org_vocab_end_index]
+        if torch.equal(shard.to(embedding), embedding[: len(shard)]):
             return
-        logger.warning("config.json ties lm_head to the embedding, but the stored ones differ: using lm_head.weight")
+        logger.warning("config.json ties lm_head to the embedding, but the stored weights differ: using lm_head.weight")
         with embedding.device:
             head = self._new_head()
         head.to(embedding.dtype)

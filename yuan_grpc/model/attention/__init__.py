@@ -1,1 +1,1 @@
-"""Attention of the Yuan model."""
+"""Attention of the Yuan model: the vLLM backend and the decoding kernels."""

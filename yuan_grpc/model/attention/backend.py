@@ -1,4 +1,4 @@
-"""The attention of Yuan on Hopper: FlashAttention, but for steps that only decode, which `decoding` takes."""
+"""Attention backend for Hopper: FlashAttention for steps with prompts, `decode_kernel` for steps that only decode."""
 
 from typing import ClassVar
 
@@ -15,44 +15,44 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from yuan_grpc.model.vllm_config import HOPPER
+from yuan_grpc.model.hopper import HOPPER
 
 logger = init_logger("vllm.yuan_grpc.model")
 
-FLASH_ATTENTION = 3
-"""The version that Hopper has."""
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+FLASH_ATTENTION_VERSION = 3
+"""FlashAttention's version for Hopper."""
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128)
-"""That `decoding` takes."""
+"""Head dimensions that `decode_kernel` supports."""
 
 
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
-    """Yuan's, where vLLM would take FlashAttention 3 if left to itself; or None, for vLLM to choose.
+    """Return Yuan's backend where vLLM would choose FlashAttention 3 by default; otherwise None, so that vLLM chooses.
 
-    `decoding` knows steps of one token of each sequence, so no drafts, and nothing but keys and values of 16 bits, all
-    of which are attended to. CUDA graphs of steps with and without prompts alike (`FULL`) are beyond it, too.
+    `decode_kernel` supports steps with one token per sequence, so no drafts, and 16-bit keys and values without a
+    sliding window. It does not support CUDA graphs shared by steps with and without prompts (`FULL`).
     """
     attention, cache = vllm_config.attention_config, vllm_config.cache_config
-    left_open = attention.backend is None and not attention.backend_per_kind
-    plain = cache.cache_dtype == "auto" and cache.sliding_window is None and vllm_config.speculative_config is None
-    suits = vllm_config.model_config.dtype in SIXTEEN_BITS and head_dim in HEAD_DIMS
+    is_unset = attention.backend is None and not attention.backend_per_kind
+    is_plain = cache.cache_dtype == "auto" and cache.sliding_window is None and vllm_config.speculative_config is None
+    is_supported = vllm_config.model_config.dtype in SUPPORTED_DTYPES and head_dim in HEAD_DIMS
     if (
-        left_open
-        and plain
-        and suits
+        is_unset
+        and is_plain
+        and is_supported
         and FlashAttentionBackend.supports_block_size(cache.block_size)
         and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.FULL
         and current_platform.is_cuda()
         and current_platform.is_device_capability_family(HOPPER)
-        and get_flash_attn_version(head_size=head_dim) == FLASH_ATTENTION
+        and get_flash_attn_version(head_size=head_dim) == FLASH_ATTENTION_VERSION
     ):
-        logger.info_once("FlashAttention for steps with prompts, Yuan's own attention for decoding")
+        logger.info_once("Using FlashAttention for steps with prompts and Yuan's attention kernel for decoding")
         return YuanAttentionBackend
     return None
 
 
 class YuanAttentionImpl(FlashAttentionImpl):
-    """One layer's."""
+    """Attention for one layer."""
 
     def forward(
         self,
@@ -66,13 +66,15 @@ class YuanAttentionImpl(FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Writes to `output`, [tokens, heads, head_dim], from keys and values that are in the cache already."""
+        """Write the attention to `output`, [tokens, heads, head_dim]; the cache already has the new keys and values."""
         if attn_metadata is None or attn_metadata.max_query_len > 1:
             scales = (output_scale, output_block_scale)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         from yuan_grpc.model.attention import decode_kernel
 
-        decode_kernel.attend(query, kv_cache, attn_metadata.block_table, attn_metadata.seq_lens, output, self.scale)
+        decode_kernel.decode_attention(
+            query, kv_cache, attn_metadata.block_table, attn_metadata.seq_lens, output, self.scale
+        )
         return output
 
     def do_kv_cache_update(
@@ -83,38 +85,38 @@ class YuanAttentionImpl(FlashAttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Puts new keys and values, [tokens, heads, head_dim], into the cache."""
+        """Write new keys and values, [tokens, heads, head_dim], to the cache."""
         from yuan_grpc.model.attention import decode_kernel
 
-        if slot_mapping.shape[0] <= decode_kernel.MOST_KEPT:
-            decode_kernel.keep(key, value, kv_cache, slot_mapping)
+        if slot_mapping.shape[0] <= decode_kernel.MAX_WRITE_TOKENS:
+            decode_kernel.write_kv_cache(key, value, kv_cache, slot_mapping)
         else:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
 
 class YuanAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
-    """FlashAttention's, without its schedule where it is not used."""
+    """FlashAttention's metadata builder, without its schedule for steps that do not use it."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    """A graph of decoding is of no use to a step that has prompts, too."""
+    """A CUDA graph captured for decoding cannot be used for a step with prompts."""
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
-        """A step's."""
-        decodes = common_attn_metadata.max_query_len == 1
-        return super().build(common_prefix_len, common_attn_metadata, fast_build or decodes)
+        """Return the metadata of a step."""
+        is_decode = common_attn_metadata.max_query_len == 1
+        return super().build(common_prefix_len, common_attn_metadata, fast_build or is_decode)
 
 
 class YuanAttentionBackend(FlashAttentionBackend):
-    """What vLLM asks of an attention; under FlashAttention's name, which it is in all but decoding."""
+    """The backend that vLLM uses, under FlashAttention's name because it differs from it in decoding only."""
 
     @staticmethod
     def get_impl_cls() -> type[YuanAttentionImpl]:
-        """What computes."""
+        """Return the implementation class."""
         return YuanAttentionImpl
 
     @staticmethod
     def get_builder_cls() -> type[YuanAttentionMetadataBuilder]:
-        """What prepares a step."""
+        """Return the metadata builder class."""
         return YuanAttentionMetadataBuilder

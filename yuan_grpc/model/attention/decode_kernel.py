@@ -1,9 +1,10 @@
-"""Attention of decoding, where each sequence has one new token: little slower than reading many keys and values.
+"""Attention kernels for decoding, where each sequence has one new token.
 
-All published models have keys of their own for every head of queries, so a head reads its keys for one query alone.
-Kernels made for prompts, or for heads that share keys, are not bound by that reading. Here a program owns a head of a
-sequence or, if these are few, a part of its keys; parts are put together by a second kernel. `keep` writes the new
-tokens' keys and values, in a launch of its own: one sequence may read what another one writes in the same step.
+All published models have one key head per query head, so each head reads its keys for a single query. Kernels written
+for prompts, or for heads that share keys, are not limited by that read. Here a program handles one head of a sequence
+or, if there are few heads, one split of its keys; a second kernel merges the splits. The time is close to that of
+reading the keys and values. `write_kv_cache` stores the new tokens' keys and values in a separate launch, because a
+sequence may read what another one writes in the same step.
 """
 
 import math
@@ -12,42 +13,43 @@ import torch
 import triton
 import triton.language as tl
 
-from yuan_grpc.model.pdl import early_start, wait_ahead
+from yuan_grpc.model.pdl import pdl_options, wait_for_previous_kernel
 
 TILE = 64
-"""Keys that are read at once. With these warps and stages, one of the best of 46 ways over all batches on an H100."""
+"""Keys loaded at once. With these warps and stages, among the best of 46 configurations over all batches on an H100."""
 WARPS = 4
+"""Warps per program."""
 STAGES = 2
-"""Tiles on their way at once."""
-PROGRAMS = 1024
-"""As many as keep an H100's memory busy."""
-MOST_PARTS = 16
-"""Of a head's keys."""
-QUERIES = 16
-"""The least that tensor cores multiply; there is one, and the rest is zeros."""
-MOST_KEPT = 32
-"""Tokens that `keep` is for; with 64 vLLM's own kernel is as fast."""
-HEADS = 16
-"""That a program of `keep` writes."""
+"""Tiles in flight at once."""
+TARGET_PROGRAMS = 1024
+"""Number of programs that saturates the memory bandwidth of an H100."""
+MAX_SPLITS = 16
+"""Largest number of splits of a head's keys."""
+QUERY_ROWS = 16
+"""Smallest number of rows that tensor cores multiply; one holds the query and the others are zero."""
+MAX_WRITE_TOKENS = 32
+"""Largest number of tokens to use `write_kv_cache` for; with 64 tokens vLLM's kernel is as fast."""
+WRITE_HEADS = 16
+"""Heads written per program of `write_kv_cache`."""
 
 
-def parts_of(heads: int) -> int:
-    """Into how many parts, a power of two, the keys of each of so many heads are cut."""
-    wanted = max(1, min(PROGRAMS // heads, MOST_PARTS))
+def num_splits_for(heads: int) -> int:
+    """Return the number of splits of each head's keys, a power of two, for this number of heads in all sequences."""
+    wanted = max(1, min(TARGET_PROGRAMS // heads, MAX_SPLITS))
     return 1 << (wanted.bit_length() - 1)
 
 
-def keep(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """Writes new keys and values to their places.
+def write_kv_cache(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write new keys and values to the cache.
 
     Args:
-        key: [tokens, heads, head_dim], and there may be more tokens than slots.
-        value: the same.
-        cache: as `attend` has it.
-        slots: [tokens], int64: a block's number times block_size, plus the place in it; or -1, for padding.
+        key: [tokens, heads, head_dim]; there may be more tokens than slots.
+        value: the same shape as `key`.
+        cache: as in `decode_attention`.
+        slots: [tokens], int64: block number times block_size plus the position in the block, or -1 for padding.
     """
     _, heads, dim = key.shape
-    _keep[(slots.shape[0], triton.cdiv(heads, HEADS))](
+    _write_kv_cache_kernel[(slots.shape[0], triton.cdiv(heads, WRITE_HEADS))](
         key,
         value,
         cache,
@@ -58,47 +60,47 @@ def keep(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: tor
         heads,
         DIM=dim,
         BLOCK_SIZE=cache.shape[2],
-        HEADS=HEADS,
+        HEADS=WRITE_HEADS,
         num_warps=2,
-        **early_start(key.device),
+        **pdl_options(key.device),
     )
 
 
-def attend(
+def decode_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     out: torch.Tensor,
     scale: float,
-    parts: int | None = None,
+    num_splits: int | None = None,
 ) -> None:
-    """softmax(q Kᵀ · scale) V for each head of each sequence, whose newest token is the one that asks.
+    """Compute softmax(q Kᵀ · scale) V for each head of each sequence, where q is the query of its newest token.
 
     Args:
-        q: [tokens, heads, head_dim]: row i is sequence i's, and there may be more rows than sequences.
-        cache: [blocks, heads, block_size, 2 * head_dim], a token's keys and then its values; of q's dtype. head_dim is
-            a power of two, and at least 16.
+        q: [tokens, heads, head_dim]; row i belongs to sequence i, and there may be more rows than sequences.
+        cache: [blocks, heads, block_size, 2 * head_dim], each token's key followed by its value, in q's dtype. head_dim
+            is a power of two and at least 16.
         block_table: [sequences, blocks], int32.
-        seq_lens: [sequences], int32, the newest token included; zero for padding, which gets zeros.
-        out: [tokens, heads, head_dim], whose first rows are overwritten.
-        scale: of the products.
-        parts: to cut a head's keys into, in place of `parts_of`'s.
+        seq_lens: [sequences], int32, including the newest token; zero for padding, whose output is zero.
+        out: [tokens, heads, head_dim]; the first rows are overwritten.
+        scale: scale of the attention scores.
+        num_splits: overrides `num_splits_for`.
     """
     sequences, (_, heads, dim) = seq_lens.shape[0], q.shape
-    parts = parts or parts_of(sequences * heads)
-    early = early_start(q.device)
-    split = parts > 1
-    sums = q.new_empty((sequences, heads, parts, dim), dtype=torch.float32) if split else out
-    tops = q.new_empty((sequences, heads, parts, 2), dtype=torch.float32) if split else out
-    _attend[(heads, sequences, parts)](
+    num_splits = num_splits or num_splits_for(sequences * heads)
+    pdl = pdl_options(q.device)
+    is_split = num_splits > 1
+    partial_acc = q.new_empty((sequences, heads, num_splits, dim), dtype=torch.float32) if is_split else out
+    partial_ml = q.new_empty((sequences, heads, num_splits, 2), dtype=torch.float32) if is_split else out
+    _decode_attention_kernel[(heads, sequences, num_splits)](
         q,
         cache,
         block_table,
         seq_lens,
         out,
-        sums,
-        tops,
+        partial_acc,
+        partial_ml,
         q.stride(0),
         out.stride(0),
         block_table.stride(0),
@@ -107,21 +109,23 @@ def attend(
         DIM=dim,
         BLOCK_SIZE=cache.shape[2],
         TILE=TILE,
-        QUERIES=QUERIES,
+        QUERY_ROWS=QUERY_ROWS,
         STAGES=STAGES,
-        SPLIT=split,
+        IS_SPLIT=is_split,
         num_warps=WARPS,
-        **early,
+        **pdl,
     )
-    if split:
-        _join[(heads, sequences)](out, sums, tops, out.stride(0), DIM=dim, PARTS=parts, num_warps=2, **early)
+    if is_split:
+        _merge_splits_kernel[(heads, sequences)](
+            out, partial_acc, partial_ml, out.stride(0), DIM=dim, NUM_SPLITS=num_splits, num_warps=2, **pdl
+        )
 
 
 @triton.jit
-def _over_keys(
+def _attend_to_keys(
     query: tl.tensor,
-    cache: tl.tensor,  # where the head's part of it begins
-    blocks: tl.tensor,  # the sequence's row of the table
+    cache: tl.tensor,  # the start of the head's part
+    blocks: tl.tensor,  # the sequence's row of the block table
     start: tl.tensor,
     end: tl.tensor,
     block_stride: tl.tensor,
@@ -130,80 +134,80 @@ def _over_keys(
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    QUERIES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of the positions from start to end: the largest score, the sum of weights, and the weighted sum of values, [DIM].
+    """Return the largest score m_i, the sum of weights l_i and the weighted sum of values acc, [DIM], of start to end.
 
-    Weights are powers of two, of how far a score is from the largest.
+    A position's weight is 2 ** (score - m_i).
     """
     column = tl.arange(0, DIM)
-    own = tl.arange(0, QUERIES) == 0  # the row of the one query
-    queries = tl.where(own[:, None], query[None, :], 0.0).to(query.dtype)
-    top = tl.full((QUERIES,), -float("inf"), tl.float32)  # the largest so far
-    total = tl.zeros((QUERIES,), tl.float32)
-    weighted = tl.zeros((QUERIES, DIM), tl.float32)
+    is_query = tl.arange(0, QUERY_ROWS) == 0
+    queries = tl.where(is_query[:, None], query[None, :], 0.0).to(query.dtype)
+    m_i = tl.full((QUERY_ROWS,), -float("inf"), tl.float32)
+    l_i = tl.zeros((QUERY_ROWS,), tl.float32)
+    acc = tl.zeros((QUERY_ROWS, DIM), tl.float32)
     for first in tl.range(start, end, TILE, num_stages=STAGES):
         position = first + tl.arange(0, TILE)
         inside = position < end
         block = tl.load(blocks + position // BLOCK_SIZE, mask=inside, other=0)
         token = block.to(tl.int64) * block_stride + position % BLOCK_SIZE * token_stride
-        keys = tl.load(cache + token[None, :] + column[:, None], mask=inside[None, :], other=0.0)
-        scores = tl.where(inside[None, :], tl.dot(queries, keys) * scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        faded = tl.exp2(top - new_top)
-        values = tl.load(cache + DIM + token[:, None] + column[None, :], mask=inside[:, None], other=0.0)
-        weighted = tl.dot(weights.to(values.dtype), values, weighted * faded[:, None])
-        total = total * faded + tl.sum(weights, axis=1)
-        top = new_top
+        k = tl.load(cache + token[None, :] + column[:, None], mask=inside[None, :], other=0.0)
+        scores = tl.where(inside[None, :], tl.dot(queries, k) * scale, -float("inf"))
+        m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+        p = tl.exp2(scores - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        v = tl.load(cache + DIM + token[:, None] + column[None, :], mask=inside[:, None], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        m_i = m_new
     return (
-        tl.max(tl.where(own, top, -float("inf")), axis=0),
-        tl.sum(tl.where(own, total, 0.0), axis=0),
-        tl.sum(tl.where(own[:, None], weighted, 0.0), axis=0),
+        tl.max(tl.where(is_query, m_i, -float("inf")), axis=0),
+        tl.sum(tl.where(is_query, l_i, 0.0), axis=0),
+        tl.sum(tl.where(is_query[:, None], acc, 0.0), axis=0),
     )
 
 
 @triton.jit
-def _write(out: tl.tensor, weighted: tl.tensor, total: tl.tensor) -> None:
-    """The weighted mean of values; zeros where there are none."""
-    mean = tl.where(total > 0, weighted / total, 0.0)
+def _store_mean(out: tl.tensor, acc: tl.tensor, l_i: tl.tensor) -> None:
+    """Store the weighted mean of values, or zeros if there are no values."""
+    mean = tl.where(l_i > 0, acc / l_i, 0.0)
     tl.store(out, mean.to(out.dtype.element_ty))
 
 
 @triton.jit
-def _attend(
+def _decode_attention_kernel(
     q: tl.tensor,
     cache: tl.tensor,
     block_table: tl.tensor,
     seq_lens: tl.tensor,
     out: tl.tensor,
-    sums: tl.tensor,
-    tops: tl.tensor,
+    partial_acc: tl.tensor,
+    partial_ml: tl.tensor,
     q_stride: tl.tensor,
     out_stride: tl.tensor,
     table_stride: tl.tensor,
     block_stride: tl.tensor,
     head_stride: tl.tensor,
     token_stride: tl.tensor,
-    scale: tl.tensor,  # for powers of two
+    scale: tl.tensor,  # includes log2(e), because weights are powers of two
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    QUERIES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EARLY: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
-    head, sequence, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens + sequence)
-    share = tl.cdiv(tl.cdiv(length, TILE), tl.num_programs(2)) * TILE
-    start = part * share
-    end = tl.minimum(start + share, length)
-    wait_ahead(EARLY)
+    split_length = tl.cdiv(tl.cdiv(length, TILE), tl.num_programs(2)) * TILE
+    start = split * split_length
+    end = tl.minimum(start + split_length, length)
+    wait_for_previous_kernel(USE_PDL)
     column = tl.arange(0, DIM)
     query = tl.load(q + sequence * q_stride + head * DIM + column)
-    top, total, weighted = _over_keys(
+    m_i, l_i, acc = _attend_to_keys(
         query,
         cache + head * head_stride,
         block_table + sequence * table_stride,
@@ -215,42 +219,42 @@ def _attend(
         DIM,
         BLOCK_SIZE,
         TILE,
-        QUERIES,
+        QUERY_ROWS,
         STAGES,
     )
-    if SPLIT:
-        place = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + part
-        tl.store(sums + place * DIM + column, weighted)
-        tl.store(tops + place * 2, top)
-        tl.store(tops + place * 2 + 1, total)
+    if IS_SPLIT:
+        index = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + split
+        tl.store(partial_acc + index * DIM + column, acc)
+        tl.store(partial_ml + index * 2, m_i)
+        tl.store(partial_ml + index * 2 + 1, l_i)
     else:
-        _write(out + sequence * out_stride + head * DIM + column, weighted, total)
+        _store_mean(out + sequence * out_stride + head * DIM + column, acc, l_i)
 
 
 @triton.jit
-def _join(
+def _merge_splits_kernel(
     out: tl.tensor,
-    sums: tl.tensor,
-    tops: tl.tensor,
+    partial_acc: tl.tensor,
+    partial_ml: tl.tensor,
     out_stride: tl.tensor,
     DIM: tl.constexpr,
-    PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
-    """Weighs the parts of a head by how far each one's largest score is from the largest of all."""
+    """Merge the splits of a head, each scaled by 2 ** (its largest score - the largest score of all splits)."""
     head, sequence = tl.program_id(0), tl.program_id(1)
-    wait_ahead(EARLY)
+    wait_for_previous_kernel(USE_PDL)
     column = tl.arange(0, DIM)
-    place = (sequence * tl.num_programs(0) + head) * PARTS + tl.arange(0, PARTS)
-    top = tl.load(tops + place * 2)
-    total = tl.load(tops + place * 2 + 1)
-    weight = tl.where(total > 0, tl.exp2(top - tl.max(top, axis=0)), 0.0)
-    weighted = tl.sum(tl.load(sums + place[:, None] * DIM + column[None, :]) * weight[:, None], axis=0)
-    _write(out + sequence * out_stride + head * DIM + column, weighted, tl.sum(total * weight, axis=0))
+    index = (sequence * tl.num_programs(0) + head) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
+    m_i = tl.load(partial_ml + index * 2)
+    l_i = tl.load(partial_ml + index * 2 + 1)
+    alpha = tl.where(l_i > 0, tl.exp2(m_i - tl.max(m_i, axis=0)), 0.0)
+    acc = tl.sum(tl.load(partial_acc + index[:, None] * DIM + column[None, :]) * alpha[:, None], axis=0)
+    _store_mean(out + sequence * out_stride + head * DIM + column, acc, tl.sum(l_i * alpha, axis=0))
 
 
 @triton.jit
-def _keep(
+def _write_kv_cache_kernel(
     key: tl.tensor,
     value: tl.tensor,
     cache: tl.tensor,
@@ -264,17 +268,17 @@ def _keep(
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
     token = tl.program_id(0)
     slot = tl.load(slots + token)
-    wait_ahead(EARLY)
+    wait_for_previous_kernel(USE_PDL)
     if slot >= 0:
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
         column = tl.arange(0, DIM)[None, :]
         inside = head < heads
-        place = (
+        target = (
             cache + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * token_stride + head * head_stride + column
         )
-        tl.store(place, tl.load(key + token * key_stride + head * DIM + column, mask=inside), mask=inside)
-        tl.store(place + DIM, tl.load(value + token * value_stride + head * DIM + column, mask=inside), mask=inside)
+        tl.store(target, tl.load(key + token * key_stride + head * DIM + column, mask=inside), mask=inside)
+        tl.store(target + DIM, tl.load(value + token * value_stride + head * DIM + column, mask=inside), mask=inside)

@@ -1,14 +1,14 @@
-"""Where LFA's state lives: a few slots in every block of the attention cache.
+"""Cache of the LFA state: a few slots in every block of the attention cache.
 
-A layer's filter needs two vectors of the token before: what its two convolutions made of it for the next one. Kept with
-the block that the token's keys and values are in, they need no bookkeeping of their own: one block table serves both,
-a full block holds the state at its end (so any prefix of whole blocks that is found in the cache can be continued), and
-preemption, sharing and eviction are those of blocks. vLLM lets a sequence share a block in the very step that fills it,
-which suits attention, as all keys and values are written before any is read. A state that would be read from such a
-block is taken from where it is made instead: see `ops.plan`.
+A layer's filter needs two vectors of the previous token: the contributions of its two convolutions to the next token.
+They are stored with the block that holds the token's keys and values and need no bookkeeping of their own. One block
+table serves both. A full block holds the state at its end, so any cached prefix of whole blocks can be continued.
+Preemption, sharing and eviction are those of blocks. vLLM lets a sequence share a block in the step that fills it. This
+suits attention, because all keys and values are written before any is read. A state in such a block is read from the
+row that computes it instead: see `ops.plan`.
 
-A block has one slot, which its last token so far owns. With speculative decoding it has two more than drafted tokens:
-positions take slots in turn, so that the state before a rejected draft is still there.
+A block has one slot, which belongs to its last token so far. With speculative decoding it has two more slots than draft
+tokens: positions use the slots in turn, so that the state before a rejected draft is still available.
 """
 
 from dataclasses import dataclass
@@ -27,48 +27,48 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 SEQUENCE_START = -1
-"""In a plan's first row: nothing came before this token."""
+"""Entry in a plan's first row: the token has no predecessor."""
 IN_BATCH = -2
-"""In a plan's first row: the token before is itself of this step's batch. Its row 0 is this number, row 1 one less."""
+"""Entry in a plan's first row: the predecessor is in this step's batch, in row 0; `IN_BATCH - n` means row n."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How many slots a block has, and how many tokens at a step's end must keep their state."""
+    """Number of slots per block, and number of tokens at the end of a step whose state is kept."""
 
-    kept: int
-    """Every token that may turn out to be the last: the sampled one and the drafts."""
-    in_block: int
-    """One more than kept, so that a step never writes over the state it begins with; one, where one is kept: see
-    `ops.plan`."""
+    kept_tokens: int
+    """Every token that may turn out to be the last: the sampled token and the drafts."""
+    per_block: int
+    """One more than `kept_tokens`, so that a step never overwrites the state it begins with; with one kept token a
+    single slot is enough: see `ops.plan`."""
 
     @staticmethod
-    def of(vllm_config: VllmConfig) -> "Slots":
-        """What the engine's speculative decoding asks for."""
+    def from_config(vllm_config: VllmConfig) -> "Slots":
+        """Return the slots for the engine's speculative decoding."""
         drafts: int = vllm_config.num_speculative_tokens
-        return Slots(kept=drafts + 1, in_block=drafts + 2 if drafts else 1)
+        return Slots(kept_tokens=drafts + 1, per_block=drafts + 2 if drafts else 1)
 
 
 def check_block_size(vllm_config: VllmConfig) -> None:
-    """Whether a block of the attention cache has room for the slots.
+    """Check that a block of the attention cache is large enough for the slots.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the block size is too small.
     """
-    slots, block_size = Slots.of(vllm_config).in_block, vllm_config.cache_config.block_size
+    slots, block_size = Slots.from_config(vllm_config).per_block, vllm_config.cache_config.block_size
     if slots > block_size:
         raise ValueError(
             f"`block_size` must be at least {slots} for {slots - 2} speculative tokens, not {block_size}: "
-            "a block keeps the states before them"
+            "a block stores the states before them"
         )
 
 
 def cache_spec(vllm_config: VllmConfig, dim: int) -> FullAttentionSpec:
-    """One layer's cache, which vLLM lays out as [blocks, 1, slots, dim] in the model's dtype."""
-    check_block_size(vllm_config)  # of vLLM's choosing, which it has not made when it reads its configuration
+    """Return the specification of one layer's cache: [blocks, 1, slots, dim] in the model's dtype."""
+    check_block_size(vllm_config)  # vLLM may choose the block size after it has verified its configuration
     block_size = vllm_config.cache_config.block_size
     dtype = vllm_config.model_config.dtype
-    slots = Slots.of(vllm_config).in_block
+    slots = Slots.from_config(vllm_config).per_block
     return FullAttentionSpec(
         block_size=block_size,
         num_kv_heads=1,
@@ -81,20 +81,20 @@ def cache_spec(vllm_config: VllmConfig, dim: int) -> FullAttentionSpec:
 
 @dataclass
 class StateMetadata(AttentionMetadata):
-    """One step's sequences, as the scheduler laid them out."""
+    """The sequences of one step, in the scheduler's order."""
 
     query_start_loc: torch.Tensor
-    """[sequences + 1]: each one's first row in the batch, and the end of the last."""
+    """[sequences + 1]: the first row of each sequence in the batch, and the end of the last."""
     seq_lens: torch.Tensor
-    """[sequences]: tokens of each, this step's included."""
+    """[sequences]: number of tokens of each sequence, including this step's."""
     block_table: torch.Tensor
-    """[sequences, blocks]: each one's blocks in the cache."""
+    """[sequences, blocks]: blocks of each sequence in the cache."""
     block_size: int
     slots: Slots
 
 
 class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
-    """Hands on what all layers share: nothing is computed on the CPU for a step."""
+    """Builds the metadata from what all layers share, without any computation on the CPU."""
 
     _cudagraph_support = AttentionCGSupport.ALWAYS
 
@@ -102,12 +102,12 @@ class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
         self, kv_cache_spec: FullAttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.slots = Slots.of(vllm_config)
+        self.slots = Slots.from_config(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StateMetadata:
-        """The step's, by reference: a captured graph reads the same tensors at every replay."""
+        """Return the step's metadata by reference: a captured graph reads the same tensors at every replay."""
         return StateMetadata(
             common_attn_metadata.query_start_loc,
             common_attn_metadata.seq_lens,
@@ -118,29 +118,29 @@ class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
 
 
 class StateBackend(AttentionBackend):
-    """What vLLM asks of the owner of a cache; the reading and writing is in `ops`."""
+    """The backend that vLLM requires for a layer with a cache; `ops` reads and writes it."""
 
     @staticmethod
     def get_name() -> str:
-        """Its name in vLLM's logs."""
+        """Return the name in vLLM's logs."""
         return "YUAN_LFA_STATE"
 
     @staticmethod
     def get_impl_cls() -> type:
-        """There is none: it is no attention."""
+        """Raise NotImplementedError, because LFA is not attention."""
         raise NotImplementedError
 
     @staticmethod
     def get_builder_cls() -> type[StateMetadataBuilder]:
-        """Its metadata's."""
+        """Return the metadata builder class."""
         return StateMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: FullAttentionSpec | None = None) -> list[int | MultipleOf]:
-        """Whole blocks. vLLM would cut them up for an attention that takes small ones only, and slots cannot be cut."""
+        """Return the whole block only, because slots cannot be split as vLLM splits blocks for other attention."""
         return [MultipleOf(1)] if kv_cache_spec is None else [kv_cache_spec.block_size]
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        """A token's state depends on its own sequence alone."""
+        """Return True: a token's state depends on its own sequence only."""
         return True

@@ -1,11 +1,12 @@
-"""Localized filtering (LFA): two causal convolutions of width two over the tokens, ahead of queries and keys.
+"""Localized filtering (LFA): two causal convolutions of width two over the tokens, before queries and keys.
 
     h1[t]     = A0 y[t-1]  + A1 y[t]  + a        hidden     -> hidden / 2
     h2[t]     = B0 h1[t-1] + B1 h1[t] + b        hidden / 2 -> hidden
     LFA(y)[t] = RMSNorm(h2[t] + y[t])            y and h1 are zero before a sequence's first token
 
-Each token makes both its own part of the sum, A1 y[t], and the next token's, A0 y[t], in one matrix product. So what a
-sequence carries from step to step is not y and h1 but A0 y[t] and B0 h1[t], beside its keys and values: see `state`.
+One matrix product per token computes its contributions to its own sum, A1 y[t], and to the next token's, A0 y[t]. The
+state that a sequence carries from step to step is therefore A0 y[t] and B0 h1[t] instead of y and h1. It is stored next
+to the keys and values: see `cache`.
 """
 
 import torch
@@ -32,62 +33,62 @@ NORM_EPS = 1e-6
 
 
 class LocalizedFiltering(nn.Module, AttentionLayerBase):
-    """LFA of one layer, but for conv1's product, which is made together with the values: see `InputLinear`.
+    """LFA of one layer, except the product of conv1, which `InputLinear` computes together with the values.
 
-    Tensor parallel: conv1 splits its outputs, conv2 its inputs; what is summed over ranks is h2.
+    With tensor parallelism conv1 splits its outputs and conv2 its inputs, and h2 is summed over ranks.
     """
 
     def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         hidden, ranks = config.hidden_size, get_tensor_model_parallel_world_size()
-        self.dims = [hidden // 2 // ranks, hidden]  # of the two states
+        self.dims = [hidden // 2 // ranks, hidden]  # sizes of the two states
         self.conv1_bias = nn.Parameter(torch.empty(self.dims[0]), requires_grad=False)
         self.conv1_bias.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
         self.conv2 = SecondConvolution(config, vllm_config, f"{prefix}.conv2")
         self.conv2_bias = nn.Parameter(torch.empty(hidden), requires_grad=False)
         self.output_layernorm = RMSNorm(hidden, eps=NORM_EPS)
-        self.alone, self.first_rank = ranks == 1, get_tensor_model_parallel_rank() == 0
-        self.fused = self.alone and current_platform.is_cuda()
-        self.layer_name = _encode_layer_name(prefix)  # which lets layers share what is compiled
+        self.is_single_rank, self.is_first_rank = ranks == 1, get_tensor_model_parallel_rank() == 0
+        self.fused = self.is_single_rank and current_platform.is_cuda()
+        self.layer_name = _encode_layer_name(prefix)  # lets layers share compiled code
         self.kv_cache: list[torch.Tensor] = []
-        """[blocks, slots, dim] of what each convolution keeps, once the engine knows how much memory it has."""
+        """State of each convolution, [blocks, slots, dim]; empty until the engine has allocated its caches."""
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
-    def forward(self, parts: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
-        """Filters the normalized layer input.
+    def forward(self, contributions: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
+        """Filter the normalized layer input.
 
         Args:
-            parts: [tokens, hidden / ranks]: A0 y and A1 y, side by side.
+            contributions: [tokens, hidden / ranks]: A0 y and A1 y, concatenated.
             y: [tokens, hidden].
-            plan: the step's, of `ops.plan`.
+            plan: the step's plan from `ops.plan`.
 
         Returns:
             [tokens, hidden].
         """
         h1 = y.new_empty(y.shape[0], self.dims[0])
-        torch.ops.vllm.yuan_shift_add(parts, self.conv1_bias, h1, plan, self.layer_name, 0)
-        parts, _ = self.conv2(h1)  # [tokens, 2 * hidden]
+        torch.ops.vllm.yuan_shift_add(contributions, self.conv1_bias, h1, plan, self.layer_name, 0)
+        contributions, _ = self.conv2(h1)  # [tokens, 2 * hidden]
         z = torch.empty_like(y)
         norm = self.output_layernorm
         if self.fused:
             torch.ops.vllm.yuan_shift_add_norm(
-                parts, self.conv2_bias, y, norm.weight, norm.variance_epsilon, z, plan, self.layer_name, 1
+                contributions, self.conv2_bias, y, norm.weight, norm.variance_epsilon, z, plan, self.layer_name, 1
             )
             return z
-        bias = self.conv2_bias if self.first_rank else None
-        torch.ops.vllm.yuan_shift_add(parts, bias, z, plan, self.layer_name, 1)
-        h2 = z if self.alone else tensor_model_parallel_all_reduce(z)
+        bias = self.conv2_bias if self.is_first_rank else None
+        torch.ops.vllm.yuan_shift_add(contributions, bias, z, plan, self.layer_name, 1)
+        h2 = z if self.is_single_rank else tensor_model_parallel_all_reduce(z)
         filtered: torch.Tensor = norm(h2 + y)
         return filtered
 
     def get_attn_backend(self) -> type[StateBackend]:
-        """Of its cache, not of an attention."""
+        """Return the backend that manages the state cache."""
         return StateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        """Both states of a slot lie together."""
+        """Return the cache specification; the two states of a slot are stored together."""
         return cache_spec(vllm_config, sum(self.dims))
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Takes what `get_kv_cache_spec` asked for, [blocks, 1, slots, sum of dims]."""
+        """Use the cache that was allocated for `get_kv_cache_spec`, [blocks, 1, slots, sum of dims]."""
         self.kv_cache = list(torch.split(kv_cache[:, 0], self.dims, dim=-1))
