@@ -13,7 +13,7 @@ HEADS, HEAD_DIM, HIDDEN = 6, 2, 12
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_every_rank_gets_the_queries_and_keys_of_its_heads(ranks: int) -> None:
-    from yuan_grpc.model.yuan import QueryKeyLinear
+    from yuan_grpc.model.linear import QueryKeyLinear
 
     q_proj, k_proj = torch.randn(2, HIDDEN, HIDDEN).unbind()
     of_head = torch.cat([q_proj, k_proj]).view(HEADS, 2, HEAD_DIM, HIDDEN)  # the published view: head, (query | key)

@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another tokenizer": ({"tokenizer_mode": "hf"}, "`tokenizer_mode` must be 'yuan' for a Yuan model, not 'hf'"),
     "more stages than layers": ({"pipeline_parallel_size": 3}, "`pipeline_parallel_size` must be at most .*, 2, not 3"),
     "heads that cannot be split": ({"tensor_parallel_size": 2}, r"heads \(3\) must be divisible by .* size \(2\)"),
-    "an MLP that cannot be split": ({"tensor_parallel_size": 3}, "`intermediate_size` must be .*, and 256 is not"),
+    "an MLP that cannot be split": ({"tensor_parallel_size": 3}, "`intermediate_size` must be .*, 3, not 256"),
     "halved steps": ({"enable_dbo": True}, "`enable_dbo` must be false for Yuan, not true"),
     "too many drafts for a block": (
         {"speculative_config": DRAFTS | {"num_speculative_tokens": 31}, "block_size": 32},
