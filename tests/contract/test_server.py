@@ -1,4 +1,4 @@
-"""Starting and stopping, in order, with an engine by hand; the real one's turn is in test_command.py."""
+"""Startup and shutdown in order, with a fake engine. The real engine is tested in test_serve_command.py."""
 
 import asyncio
 import os
@@ -13,10 +13,10 @@ from typing import Any
 
 import grpc
 import pytest
-import serving
 from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
+from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.server import serve, startup_banner
@@ -29,14 +29,14 @@ STATUS = health_pb2.HealthCheckResponse
 
 @pytest.fixture
 def settings() -> Settings:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     return Settings(model=DEMO, host="127.0.0.1", port=port, grace_seconds=3600, engine_flags=())
 
 
-class Running:
-    """A server in this process, and someone watching its health."""
+class RunningServer:
+    """A server in this process, and a watch of its health."""
 
     def __init__(self, settings: Settings, engine: FakeEngine) -> None:
         self.exit_status = asyncio.ensure_future(serve(settings, engine))
@@ -44,102 +44,102 @@ class Running:
         self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
         self._watch = health_stub(self.channel).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
 
-    async def health(self) -> int:
-        """The next change of health."""
+    async def next_health(self) -> int:
+        """Return the next change of health."""
         return int((await self._watch.read()).status)
 
-    async def tell_to_stop(self) -> None:
+    async def send_sigterm(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    async def ended(self) -> int:
-        """The exit status. Health is watched to the end, which must not hold the end up."""
+    async def wait_for_exit(self) -> int:
+        """Return the exit status. The health watch stays open until then and must not delay the shutdown."""
         status = await self.exit_status
         await self.channel.close()
         return status
 
 
-async def with_a_call_in_flight(settings: Settings) -> tuple[Running, FakeEngine, Any]:
-    """A server with a stream that has begun and does not end."""
+async def start_with_running_stream(settings: Settings) -> tuple[RunningServer, FakeEngine, Any]:
+    """Return a server, its engine, and a stream that has started and does not end."""
     engine = FakeEngine(more("a"), hangs=True)
     engine.may_start.set()
-    running = Running(settings, engine)
-    await running.health()
-    call = running.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
-    while not (await call.read()).choices:
+    server = RunningServer(settings, engine)
+    await server.next_health()
+    stream = server.stub.GenerateStream(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
+    while not (await stream.read()).choices:
         pass
-    return running, engine, call
+    return server, engine, stream
 
 
-async def test_it_serves_only_after_the_engine_has_started(settings: Settings) -> None:
+async def test_health_is_serving_only_after_the_engine_has_started(settings: Settings) -> None:
     engine = FakeEngine(last("yes"))
-    running = Running(settings, engine)
-    assert await running.health() == STATUS.NOT_SERVING
+    server = RunningServer(settings, engine)
+    assert await server.next_health() == STATUS.NOT_SERVING
     engine.may_start.set()
-    assert await running.health() == STATUS.SERVING
-    assert (await running.stub.Generate(pb.GenerateRequest(prompt="AB"))).choices[0].text == "yes"
-    await running.tell_to_stop()
-    assert await running.health() == STATUS.NOT_SERVING
-    assert await running.ended() == 0
+    assert await server.next_health() == STATUS.SERVING
+    assert (await server.stub.Generate(pb.GenerateRequest(prompt="AB"))).choices[0].text == "yes"
+    await server.send_sigterm()
+    assert await server.next_health() == STATUS.NOT_SERVING
+    assert await server.wait_for_exit() == 0
     assert engine.stopped
 
 
-async def test_a_call_in_flight_is_finished_before_it_stops(settings: Settings) -> None:
-    running, engine, call = await with_a_call_in_flight(settings)
-    await running.tell_to_stop()
-    while await running.health() != STATUS.NOT_SERVING:
+async def test_the_server_waits_for_running_calls_before_it_stops(settings: Settings) -> None:
+    server, engine, stream = await start_with_running_stream(settings)
+    await server.send_sigterm()
+    while await server.next_health() != STATUS.NOT_SERVING:
         pass
     assert not engine.stopped
-    call.cancel()
-    assert await running.ended() == 0
+    stream.cancel()
+    assert await server.wait_for_exit() == 0
 
 
-class LateEngine(FakeEngine):
-    """Answers everybody when it is let go."""
+class WaitingEngine(FakeEngine):
+    """An engine that finishes all requests when `may_finish` is set."""
 
     def __init__(self) -> None:
         super().__init__()
         self.may_start.set()
-        self.go = asyncio.Event()
+        self.may_finish = asyncio.Event()
 
     async def generate(
         self, engine_request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
         self.running += 1
         yield StepOutput()
-        await self.go.wait()
+        await self.may_finish.wait()
         yield last("yes")
 
 
-async def test_what_is_finished_in_the_time_left_is_answered(settings: Settings) -> None:
-    engine = LateEngine()
-    running = Running(settings, engine)
-    while await running.health() != STATUS.SERVING:
+async def test_calls_that_finish_within_the_grace_period_get_their_responses(settings: Settings) -> None:
+    engine = WaitingEngine()
+    server = RunningServer(settings, engine)
+    while await server.next_health() != STATUS.SERVING:
         pass
     request = pb.GenerateRequest(prompt="AB")
 
-    async def answer() -> pb.GenerateResponse:
-        response: pb.GenerateResponse = await running.stub.Generate(request)
+    async def generate() -> pb.GenerateResponse:
+        response: pb.GenerateResponse = await server.stub.Generate(request)
         return response
 
-    async def batch() -> list[pb.GenerateBatchResponse]:
+    async def generate_batch() -> list[pb.GenerateBatchResponse]:
         items = [pb.GenerateBatchRequest(request=request)] * 20
-        return [item async for item in running.stub.GenerateBatch(iter(items))]
+        return [result async for result in server.stub.GenerateBatch(iter(items))]
 
-    calls = [asyncio.ensure_future(answer()) for _ in range(20)]
-    answers = asyncio.ensure_future(batch())
+    calls = [asyncio.ensure_future(generate()) for _ in range(20)]
+    batch = asyncio.ensure_future(generate_batch())
     while engine.running < 40:  # noqa: ASYNC110 - the fake engine has no event for it
         await asyncio.sleep(0)
-    await running.tell_to_stop()
-    while await running.health() != STATUS.NOT_SERVING:
+    await server.send_sigterm()
+    while await server.next_health() != STATUS.NOT_SERVING:
         pass
-    engine.go.set()
+    engine.may_finish.set()
     assert {response.choices[0].text for response in await asyncio.gather(*calls)} == {"yes"}
-    assert [answer.response.choices[0].text for answer in await answers] == ["yes"] * 20
-    assert await running.ended() == 0
+    assert [result.response.choices[0].text for result in await batch] == ["yes"] * 20
+    assert await server.wait_for_exit() == 0
 
 
-def called(path: bytes) -> bytes:
-    """The bytes of a connection that calls a method."""
+def encode_call(path: bytes) -> bytes:
+    """Return the bytes of an HTTP/2 connection that calls a method."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
@@ -151,25 +151,49 @@ def called(path: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("path", [b"/\xff", b"/yuan.v1.YuanService/\xe4\xb8", b"/yuan.v1.YuanService/Nothing"])
-async def test_a_method_that_nobody_has_is_refused_whatever_its_name(path: bytes) -> None:
-    async with serving.served(FakeEngine()) as address, grpc.aio.insecure_channel(address) as channel:
+async def test_an_unknown_method_is_rejected_and_the_server_continues(path: bytes) -> None:
+    async with serve_grpc(FakeEngine()) as address, grpc.aio.insecure_channel(address) as channel:
         host, _, port = address.partition(":")
         for _ in range(3):
             reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(called(path))
+            writer.write(encode_call(path))
             assert b"grpc-status\x0212" in await reader.readuntil(b"Method not found!")
             writer.close()
         stub: Any = health_pb2_grpc.HealthStub(channel)
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == STATUS.NOT_SERVING
 
 
-def test_the_process_ends_for_its_supervisor_when_grpcs_server_does(settings: Settings) -> None:
-    """As grpcio's own does at a path that is not UTF-8."""
+def test_grpcio_still_stops_at_a_path_that_is_not_utf_8() -> None:
+    program = """
+import asyncio, os, grpc
+async def main():
+    server = grpc.aio.server()
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    while server._server.is_running():
+        await asyncio.sleep(0.01)
+    os._exit(3)  # a normal exit can hang
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            with socket.create_connection(("127.0.0.1", int(process.stdout.readline()))) as connection:
+                connection.sendall(encode_call(b"/\xff"))
+                assert process.wait(timeout=10) == 3
+        except subprocess.TimeoutExpired:
+            pytest.fail("grpcio survives the call: the workaround in server/grpc/unknown_methods.py can be removed")
+        finally:
+            process.kill()
+
+
+def test_the_process_exits_when_the_grpc_server_stops_by_itself(settings: Settings) -> None:
+    """Without the workaround of `unknown_methods`, a path that is not UTF-8 stops the gRPC server."""
     program = f"""
 import asyncio, os
 from fake_engine import FakeEngine
 from yuan_grpc.server.grpc import unknown_methods
-unknown_methods._NEEDED = ("nothing that it has",), ()
+unknown_methods._SERVER_NAMES = ("a name that grpcio does not have",)
 from yuan_grpc.server.server import serve
 from yuan_grpc.server.settings import Settings
 engine = FakeEngine()
@@ -186,42 +210,44 @@ raise SystemExit(asyncio.run(serve({settings!r}, engine)))
         try:
             while next(watch).status != STATUS.SERVING:
                 pass
-            with socket.create_connection(("127.0.0.1", settings.port)) as caller:
-                caller.sendall(called(b"/\xff"))
+            with socket.create_connection(("127.0.0.1", settings.port)) as connection:
+                connection.sendall(encode_call(b"/\xff"))
                 assert process.wait(timeout=20) == 1
         finally:
-            process.kill()  # where it has not ended, nobody waits for it
+            process.kill()  # otherwise a failed test would wait for it forever
 
 
-async def test_told_twice_it_does_not_wait_for_calls_in_flight(settings: Settings) -> None:
-    running, engine, call = await with_a_call_in_flight(settings)
-    await running.tell_to_stop()
-    while await running.health() != STATUS.NOT_SERVING:
+async def test_a_second_signal_stops_the_server_without_waiting_for_running_calls(settings: Settings) -> None:
+    server, engine, stream = await start_with_running_stream(settings)
+    await server.send_sigterm()
+    while await server.next_health() != STATUS.NOT_SERVING:
         pass
-    await running.tell_to_stop()
-    assert await call.code() is grpc.StatusCode.UNAVAILABLE
-    assert await running.ended() == 0
+    await server.send_sigterm()
+    assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+    assert await server.wait_for_exit() == 0
     assert engine.freed.is_set()
 
 
-async def test_calls_that_outlast_the_grace_are_ended_and_freed(settings: Settings) -> None:
-    running, engine, call = await with_a_call_in_flight(replace(settings, grace_seconds=0))
-    await running.tell_to_stop()
-    assert await call.code() is grpc.StatusCode.UNAVAILABLE
-    assert await running.ended() == 0
+async def test_calls_that_exceed_the_grace_period_are_ended_and_freed(settings: Settings) -> None:
+    server, engine, stream = await start_with_running_stream(replace(settings, grace_seconds=0))
+    await server.send_sigterm()
+    assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+    assert await server.wait_for_exit() == 0
     assert engine.freed_before_stop
 
 
-async def test_it_can_be_stopped_while_the_engine_starts(settings: Settings) -> None:
+async def test_the_server_can_be_stopped_while_the_engine_starts(settings: Settings) -> None:
     engine = FakeEngine()
-    running = Running(settings, engine)
-    await running.health()
-    await running.tell_to_stop()
-    assert await running.ended() == 0
+    server = RunningServer(settings, engine)
+    await server.next_health()
+    await server.send_sigterm()
+    assert await server.wait_for_exit() == 0
     assert engine.stopped
 
 
-async def test_an_engine_that_does_not_start_ends_it(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_server_stops_if_the_engine_fails_to_start(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = FakeEngine()
     engine.start_error = RuntimeError("no such weights")
     assert await serve(settings, engine) == 1
@@ -229,32 +255,32 @@ async def test_an_engine_that_does_not_start_ends_it(settings: Settings, caplog:
     assert "no such weights" in caplog.text
 
 
-async def test_an_engine_that_dies_ends_it(settings: Settings) -> None:
+async def test_the_server_stops_if_the_engine_dies(settings: Settings) -> None:
     engine = FakeEngine()
     engine.may_start.set()
-    running = Running(settings, engine)
-    while await running.health() != STATUS.SERVING:
+    server = RunningServer(settings, engine)
+    while await server.next_health() != STATUS.SERVING:
         pass
     engine.died.set()
-    assert await running.health() == STATUS.NOT_SERVING
-    assert await running.ended() == 1
+    assert await server.next_health() == STATUS.NOT_SERVING
+    assert await server.wait_for_exit() == 1
     assert engine.stopped
 
 
-async def test_a_port_that_is_taken_is_said_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", settings.port))
-        taken.listen()
+async def test_a_port_in_use_is_logged_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", settings.port))
+        other.listen()
         assert await serve(settings, FakeEngine()) == 1
     assert caplog.messages == [
-        f"cannot listen on 127.0.0.1:{settings.port}: is it taken, or not an address of this machine?"
+        f"cannot listen on 127.0.0.1:{settings.port}: the port is in use, or this machine does not have the address"
     ]
 
 
-async def test_the_first_lines_say_what_where_and_how(settings: Settings) -> None:
-    said = startup_banner(settings)
-    assert f"on       127.0.0.1:{settings.port}" in said
-    assert "demo" in said
-    assert f"http://127.0.0.1:{settings.port}/yuan.v1.YuanService/Generate" in said
-    assert "a free port" in startup_banner(replace(settings, port=0))
+async def test_the_banner_names_the_model_the_address_and_a_command(settings: Settings) -> None:
+    banner = startup_banner(settings)
+    assert f"grpc     127.0.0.1:{settings.port} (plaintext)" in banner
+    assert "demo" in banner
+    assert f"http://127.0.0.1:{settings.port}/yuan.v1.YuanService/Generate" in banner
+    assert "any free port" in startup_banner(replace(settings, port=0))
     assert "http://[::1]:1/" in startup_banner(replace(settings, host="::1", port=1))

@@ -1,4 +1,4 @@
-"""The contract, over a real port, with an engine by hand: statuses, cancellation, streams, health."""
+"""The gRPC contract over a real port, with a fake engine: statuses, cancellation, streams and health."""
 
 import asyncio
 import logging
@@ -8,12 +8,12 @@ from typing import Any
 
 import grpc
 import pytest
-import serving
 from fake_engine import FakeEngine, last, more
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
+from servers import serve_grpc
 
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
@@ -28,9 +28,9 @@ REQUEST = pb.GenerateRequest(prompt="AB")
 
 
 @asynccontextmanager
-async def served(engine: FakeEngine, health: Health | None = None) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to a server of this engine's."""
-    async with serving.served(engine, health) as address, grpc.aio.insecure_channel(address) as channel:
+async def connect(engine: FakeEngine, health: Health | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    """Serve an engine; yield a channel to its server."""
+    async with serve_grpc(engine, health) as address, grpc.aio.insecure_channel(address) as channel:
         yield channel
 
 
@@ -38,11 +38,11 @@ def stub_of(channel: grpc.aio.Channel) -> yuan_pb2_grpc.YuanServiceStub:
     return yuan_pb2_grpc.YuanServiceStub(channel)
 
 
-async def status_from(
+async def failed_generate(
     engine: FakeEngine, request: pb.GenerateRequest = REQUEST
 ) -> tuple[grpc.aio.AioRpcError, list[str]]:
-    """The error of a unary call, and the types of its details."""
-    async with served(engine) as channel:
+    """Call Generate; return its error and the types of the error's details."""
+    async with connect(engine) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub_of(channel).Generate(request)
     trailers = dict(raised.value.trailing_metadata() or ())
@@ -51,52 +51,54 @@ async def status_from(
     return raised.value, [detail.TypeName() for detail in status.details]
 
 
-async def test_generate_answers_once() -> None:
-    async with served(FakeEngine(last("yes"))) as channel:
+async def test_generate_returns_one_response() -> None:
+    async with connect(FakeEngine(last("yes"))) as channel:
         response = await stub_of(channel).Generate(pb.GenerateRequest(prompt="AB", request_id="mine"))
     assert (response.request_id, response.model, response.choices[0].text) == ("mine", "fake", "yes")
     assert response.usage == pb.Usage(prompt_tokens=2, completion_tokens=3)
 
 
-async def test_a_stream_is_the_steps_one_by_one() -> None:
-    async with served(FakeEngine(more("a"), more("b"), last("c"))) as channel:
-        first, *parts = [part async for part in stub_of(channel).GenerateStream(REQUEST)]
+async def test_a_stream_has_one_message_per_engine_output() -> None:
+    async with connect(FakeEngine(more("a"), more("b"), last("c"))) as channel:
+        first, *messages = [message async for message in stub_of(channel).GenerateStream(REQUEST)]
     assert (first.usage, len(first.choices)) == (pb.Usage(prompt_tokens=2), 0)
-    assert [part.choices[0].text for part in parts] == ["a", "b", "c"]
-    assert len({part.request_id for part in parts}) == 1
+    assert [message.choices[0].text for message in messages] == ["a", "b", "c"]
+    assert len({message.request_id for message in messages}) == 1
 
 
-async def test_an_absent_request_id_is_made_up() -> None:
-    async with served(FakeEngine(last())) as channel:
+async def test_the_server_generates_an_absent_request_id() -> None:
+    async with connect(FakeEngine(last())) as channel:
         first, second = [await stub_of(channel).Generate(REQUEST) for _ in range(2)]
     assert first.request_id
     assert first.request_id != second.request_id
 
 
-@pytest.mark.parametrize("by_ids", [False, True])
-async def test_echo_puts_the_prompt_in_front(by_ids: bool) -> None:
+@pytest.mark.parametrize("as_token_ids", [False, True])
+async def test_echo_prepends_the_prompt(as_token_ids: bool) -> None:
     request = pb.GenerateRequest(echo=True)
-    if by_ids:
+    if as_token_ids:
         request.prompt_token_ids.ids.extend([65, 66])
     else:
         request.prompt = "AB"
-    async with served(FakeEngine(more("c"), last("d"))) as channel:
-        parts = [part async for part in stub_of(channel).GenerateStream(request)]
-    assert "".join(choice.text for part in parts for choice in part.choices) == "ABcd"
+    async with connect(FakeEngine(more("c"), last("d"))) as channel:
+        messages = [message async for message in stub_of(channel).GenerateStream(request)]
+    assert "".join(choice.text for message in messages for choice in message.choices) == "ABcd"
 
 
-async def test_a_bad_request_never_reaches_the_engine() -> None:
+async def test_an_invalid_request_does_not_reach_the_engine() -> None:
     engine = FakeEngine(last())
-    error, details = await status_from(engine, pb.GenerateRequest(prompt="AB", temperature=-1))
+    error, details = await failed_generate(engine, pb.GenerateRequest(prompt="AB", temperature=-1))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error.details() == "`temperature` must be between 0 and 2, not -1.0"
     assert details == ["google.rpc.ErrorInfo", "google.rpc.BadRequest"]
     assert engine.requests == []
 
 
-@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no UTF-8"])
-async def test_bytes_that_are_no_request_are_an_invalid_argument(raw: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    async with served(FakeEngine()) as channel:
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["invalid message", "invalid UTF-8"])
+async def test_a_message_that_cannot_be_parsed_is_an_invalid_argument(
+    raw: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connect(FakeEngine()) as channel:
         call: Any = channel.unary_unary(f"/{NAME}/Generate")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await call(raw)
@@ -105,49 +107,49 @@ async def test_bytes_that_are_no_request_are_an_invalid_argument(raw: bytes, cap
     assert "Traceback" not in caplog.text
 
 
-async def test_every_call_leaves_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_every_call_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(more("a"), hangs=True)
     with caplog.at_level(logging.INFO):
-        async with served(engine) as channel:
+        async with connect(engine) as channel:
             with pytest.raises(grpc.aio.AioRpcError):
                 await stub_of(channel).Generate(pb.GenerateRequest(request_id="bad"))
-            call = stub_of(channel).GenerateStream(pb.GenerateRequest(prompt="AB", request_id="cut"))
+            call = stub_of(channel).GenerateStream(pb.GenerateRequest(prompt="AB", request_id="cancelled"))
             await call.read()
             call.cancel()
             await engine.freed.wait()
     lines = [line.split(" after")[0] for line in caplog.messages if line.startswith("Generate")]
-    assert lines == ["Generate 'bad': INVALID_ARGUMENT", "GenerateStream 'cut': CANCELLED"]
+    assert lines == ["Generate 'bad': INVALID_ARGUMENT", "GenerateStream 'cancelled': CANCELLED"]
 
 
 async def test_a_lost_engine_is_unavailable() -> None:
-    error, details = await status_from(FakeEngine(UnavailableError("the engine was lost")))
+    error, details = await failed_generate(FakeEngine(UnavailableError("the engine was lost")))
     assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine was lost")
     assert details == ["google.rpc.ErrorInfo"]
 
 
 async def test_an_engine_that_is_not_ready_is_unavailable() -> None:
-    error, _ = await status_from(FakeEngine(last(), is_ready=False))
+    error, _ = await failed_generate(FakeEngine(last(), is_ready=False))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_full_queue_says_when_to_try_again() -> None:
-    error, details = await status_from(FakeEngine(OverloadedError("the engine's queue is full")))
+async def test_a_full_queue_reports_when_to_retry() -> None:
+    error, details = await failed_generate(FakeEngine(OverloadedError("the request queue is full (limit 4)")))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details == ["google.rpc.ErrorInfo", "google.rpc.RetryInfo"]
     assert 1000 <= int(dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"]) <= 2000
 
 
-async def test_an_unknown_error_tells_the_log_and_not_the_caller(caplog: pytest.LogCaptureFixture) -> None:
-    request = pb.GenerateRequest(prompt="AB", request_id="the-one")
+async def test_an_unexpected_error_is_logged_but_not_reported_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    request = pb.GenerateRequest(prompt="AB", request_id="mine")
     with caplog.at_level(logging.ERROR):
-        error, _ = await status_from(FakeEngine(KeyError("/secret/path")), request)
+        error, _ = await failed_generate(FakeEngine(KeyError("/secret/path")), request)
     assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE)
-    assert "the-one" in caplog.text
+    assert "mine" in caplog.text
     assert "/secret/path" in caplog.text
 
 
-async def test_an_error_in_the_middle_of_a_stream_ends_it_with_a_status() -> None:
-    async with served(FakeEngine(more("a"), UnavailableError("lost"))) as channel:
+async def test_an_error_during_a_stream_ends_it_with_a_status() -> None:
+    async with connect(FakeEngine(more("a"), UnavailableError("lost"))) as channel:
         call = stub_of(channel).GenerateStream(REQUEST)
         await call.read()
         assert (await call.read()).choices[0].text == "a"
@@ -155,10 +157,10 @@ async def test_an_error_in_the_middle_of_a_stream_ends_it_with_a_status() -> Non
             await call.read()
 
 
-async def test_a_live_request_id_is_not_given_twice() -> None:
+async def test_the_request_id_of_a_running_call_is_rejected() -> None:
     engine = FakeEngine(more("a"), hangs=True)
     request = pb.GenerateRequest(prompt="AB", request_id="mine")
-    async with served(engine) as channel:
+    async with connect(engine) as channel:
         running = stub_of(channel).GenerateStream(request)
         await running.read()
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -168,16 +170,16 @@ async def test_a_live_request_id_is_not_given_twice() -> None:
         running.cancel()
 
 
-async def test_a_request_id_is_free_again_when_its_call_has_ended() -> None:
-    async with served(FakeEngine(last())) as channel:
+async def test_a_request_id_can_be_reused_after_its_call() -> None:
+    async with connect(FakeEngine(last())) as channel:
         request = pb.GenerateRequest(prompt="AB", request_id="mine")
         for _ in range(2):
             await stub_of(channel).Generate(request)
 
 
-async def test_a_cancelled_unary_call_frees_its_request() -> None:
+async def test_a_cancelled_unary_call_frees_its_engine_request() -> None:
     engine = FakeEngine(hangs=True)
-    async with served(engine) as channel:
+    async with connect(engine) as channel:
         call = stub_of(channel).Generate(REQUEST)
         waiting = asyncio.ensure_future(call.code())
         await engine.began.wait()
@@ -186,18 +188,18 @@ async def test_a_cancelled_unary_call_frees_its_request() -> None:
         await engine.freed.wait()
 
 
-async def test_a_cancelled_stream_frees_its_request() -> None:
+async def test_a_cancelled_stream_frees_its_engine_request() -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as channel:
+    async with connect(engine) as channel:
         call = stub_of(channel).GenerateStream(REQUEST)
         await call.read()
         call.cancel()
         await engine.freed.wait()
 
 
-async def test_a_stream_nobody_reads_frees_its_request_when_cancelled() -> None:
-    engine = FakeEngine(*[more("x" * 65536)] * 1000)  # more than HTTP/2's windows hold: the server has to wait
-    async with served(engine) as channel:
+async def test_a_cancelled_stream_that_is_not_read_frees_its_engine_request() -> None:
+    engine = FakeEngine(*[more("x" * 65536)] * 1000)  # exceeds the HTTP/2 flow-control windows, so the server waits
+    async with connect(engine) as channel:
         call = stub_of(channel).GenerateStream(REQUEST)
         await engine.began.wait()
         await call.read()
@@ -206,39 +208,39 @@ async def test_a_stream_nobody_reads_frees_its_request_when_cancelled() -> None:
         await engine.freed.wait()
 
 
-async def test_a_dropped_connection_frees_its_request() -> None:
+async def test_a_closed_connection_frees_its_engine_request() -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as channel:
+    async with connect(engine) as channel:
         call = stub_of(channel).GenerateStream(REQUEST)
         await call.read()
         await channel.close()
         await engine.freed.wait()
 
 
-async def test_who_is_found_gone_while_a_message_is_written_has_cancelled() -> None:
-    class Gone:
+async def test_a_write_to_a_disconnected_client_raises_cancelled_error() -> None:
+    class DisconnectedContext:
         async def send_initial_metadata(self, metadata: object) -> None: ...
 
         async def write(self, message: object) -> None:
             raise grpc.aio.InternalError("the call has ended")
 
-    gone: Any = Gone()
+    context: Any = DisconnectedContext()
     with pytest.raises(asyncio.CancelledError):
-        await StreamWriter(gone).write(pb.GenerateStreamResponse())
+        await StreamWriter(context).write(pb.GenerateStreamResponse())
 
 
-async def test_a_deadline_frees_its_request() -> None:
+async def test_a_call_past_its_deadline_frees_its_engine_request() -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as channel:
+    async with connect(engine) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            [part async for part in stub_of(channel).GenerateStream(REQUEST, timeout=0.2)]
+            [message async for message in stub_of(channel).GenerateStream(REQUEST, timeout=0.2)]
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await engine.freed.wait()
 
 
-async def test_health_is_true_from_start_to_stop() -> None:
+async def test_health_watchers_see_every_change() -> None:
     health = Health(NAME)
-    async with served(FakeEngine(), health) as channel:
+    async with connect(FakeEngine(), health) as channel:
         watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest(service=NAME))
         seen = [(await watch.read()).status]
         await health.set_serving()
@@ -250,15 +252,15 @@ async def test_health_is_true_from_start_to_stop() -> None:
     assert seen == [status.NOT_SERVING, status.SERVING, status.NOT_SERVING]
 
 
-async def test_other_services_keep_their_own_statuses() -> None:
-    async with served(FakeEngine()) as channel:
+async def test_the_interceptor_leaves_other_services_unchanged() -> None:
+    async with connect(FakeEngine()) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await health_stub(channel).Check(health_pb2.HealthCheckRequest(service="unknown"))
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_the_details_name_the_field() -> None:
-    async with served(FakeEngine()) as channel:
+async def test_error_details_name_the_field() -> None:
+    async with connect(FakeEngine()) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub_of(channel).Generate(pb.GenerateRequest(prompt="AB", n=0))
     trailers = dict(raised.value.trailing_metadata() or ())
@@ -271,50 +273,50 @@ async def test_the_details_name_the_field() -> None:
     assert (reason.reason, reason.domain) == ("INVALID_REQUEST", "yuan.v1")
 
 
-async def test_prompt_logprobs_come_before_any_token() -> None:
-    position = TokenLogprobs(RankedToken(65, "A", 0.0, 0), ())
+async def test_prompt_logprobs_are_sent_before_any_token() -> None:
+    prompt_logprobs = TokenLogprobs(RankedToken(65, "A", 0.0, 0), ())
     delta = ChoiceDelta(0, "a", [97], finish_reason=FinishReason.LENGTH)
-    engine = FakeEngine(StepOutput([delta], prompt_logprobs=[position]))
+    engine = FakeEngine(StepOutput([delta], prompt_logprobs=[prompt_logprobs]))
     request = pb.GenerateRequest(prompt="AB", prompt_logprobs=0)
-    async with served(engine) as channel:
-        first, *rest = [part async for part in stub_of(channel).GenerateStream(request)]
-        whole = await stub_of(channel).Generate(request)
+    async with connect(engine) as channel:
+        first, *others = [message async for message in stub_of(channel).GenerateStream(request)]
+        response = await stub_of(channel).Generate(request)
     assert (len(first.prompt_logprobs), len(first.choices)) == (1, 0)
-    assert [part.choices[0].text for part in rest] == ["a"]
-    assert whole.prompt_logprobs == first.prompt_logprobs
+    assert [message.choices[0].text for message in others] == ["a"]
+    assert response.prompt_logprobs == first.prompt_logprobs
 
 
-async def test_the_seed_that_was_used_comes_back() -> None:
-    async with served(engine := FakeEngine(last())) as channel:
+async def test_the_response_has_the_seed_that_was_used() -> None:
+    async with connect(engine := FakeEngine(last())) as channel:
         stub = stub_of(channel)
-        own = await stub.Generate(pb.GenerateRequest(prompt="AB", seed=0))
+        given = await stub.Generate(pb.GenerateRequest(prompt="AB", seed=0))
         drawn = await stub.Generate(REQUEST)
         first = await stub.GenerateStream(REQUEST).read()
         greedy = await stub.Generate(pb.GenerateRequest(prompt="AB", temperature=0, seed=5))
-    assert (own.HasField("seed"), own.seed) == (True, 0)
+    assert (given.HasField("seed"), given.seed) == (True, 0)
     assert [engine_request.sampling.seed for engine_request in engine.requests] == [0, drawn.seed, first.seed, None]
     assert drawn.seed != first.seed
     assert not greedy.HasField("seed")
 
 
-async def test_a_stream_shows_that_it_lives() -> None:
+async def test_an_idle_stream_sends_heartbeats() -> None:
     request = pb.GenerateRequest(prompt="AB", heartbeat_interval=Duration(nanos=100_000_000))
-    async with served(FakeEngine(hangs=True)) as channel:
+    async with connect(FakeEngine(hangs=True)) as channel:
         call = stub_of(channel).GenerateStream(request)
-        first, *beats = [await call.read() for _ in range(3)]
+        first, *heartbeats = [await call.read() for _ in range(3)]
         call.cancel()
     assert first.HasField("usage")
-    assert [(beat.model, len(beat.choices), beat.HasField("usage")) for beat in beats] == [("fake", 0, False)] * 2
+    assert [(m.model, len(m.choices), m.HasField("usage")) for m in heartbeats] == [("fake", 0, False)] * 2
 
 
 @pytest.mark.parametrize("best_of", [2, 3])
-async def test_a_deadline_gives_what_there_is_where_asked(best_of: int) -> None:
+async def test_partial_on_deadline_returns_partial_output(best_of: int) -> None:
     request = pb.GenerateRequest(prompt="AB", partial_on_deadline=True, n=2, best_of=best_of)
-    async with served(engine := FakeEngine(more("a", 0), last("b", 1, -1.0), hangs=True)) as channel:
+    async with connect(engine := FakeEngine(more("a", 0), last("b", 1, -1.0), hangs=True)) as channel:
         response = await stub_of(channel).Generate(request, timeout=1)
-        parts = [part async for part in stub_of(channel).GenerateStream(request, timeout=1)]
+        messages = [message async for message in stub_of(channel).GenerateStream(request, timeout=1)]
     texts: dict[int, str] = {}
-    for choice in [choice for part in parts for choice in part.choices]:
+    for choice in [choice for message in messages for choice in message.choices]:
         texts[choice.index] = texts.get(choice.index, "") + choice.text
     assert list(texts.values()) == [choice.text for choice in response.choices]
     assert {choice.text for choice in response.choices} == {"a", "b"}
@@ -325,26 +327,26 @@ async def test_a_deadline_gives_what_there_is_where_asked(best_of: int) -> None:
     assert engine.running == 0
 
 
-async def test_a_conversation_is_a_prompt_in_the_models_format() -> None:
+async def test_messages_are_formatted_with_the_chat_template() -> None:
     messages = [pb.Message(role="user", content="A"), pb.Message(role="assistant", content="B")]
     messages.append(pb.Message(role="user", content="C"))
-    async with served(engine := FakeEngine(last("d"))) as channel:
+    async with connect(engine := FakeEngine(last("d"))) as channel:
         response = await stub_of(channel).Generate(pb.GenerateRequest(messages=messages, echo=True))
         tokens = await stub_of(channel).Tokenize(pb.TokenizeRequest(messages=messages))
     assert response.choices[0].text == "A|B|C>d"
     assert (tokens.text, [token.id for token in tokens.tokens]) == ("A|B|C>", list(engine.requests[0].prompt))
 
 
-async def test_a_cut_prompt_is_what_is_echoed_and_counted() -> None:
+async def test_a_truncated_prompt_is_echoed_and_counted_truncated() -> None:
     request = pb.GenerateRequest(prompt="ABC", truncate_prompt_tokens=2, echo=True, return_prompt_token_ids=True)
-    async with served(FakeEngine(last("d"))) as channel:
+    async with connect(FakeEngine(last("d"))) as channel:
         response = await stub_of(channel).Generate(request)
     assert response.choices[0].text == "BCd"
     assert (response.usage.prompt_tokens, list(response.prompt_token_ids)) == (2, [66, 67])
 
 
-async def test_tokens_have_their_stretches_and_come_back_as_text() -> None:
-    async with served(FakeEngine()) as channel:
+async def test_tokens_have_offsets_and_detokenize_to_the_text() -> None:
+    async with connect(FakeEngine()) as channel:
         stub = stub_of(channel)
         response = await stub.Tokenize(pb.TokenizeRequest(prompt="AB"))
         text = await stub.Detokenize(pb.DetokenizeRequest(token_ids=[token.id for token in response.tokens]))
@@ -363,17 +365,25 @@ async def test_tokens_have_their_stretches_and_come_back_as_text() -> None:
         ("Generate", pb.GenerateRequest(prompt="AB", model="gpt"), grpc.StatusCode.NOT_FOUND),
         ("Generate", pb.GenerateRequest(prompt="AB", priority=1), grpc.StatusCode.FAILED_PRECONDITION),
     ],
-    ids=["no text", "no token", "no name", "not running", "not loaded", "no model", "no priorities"],
+    ids=[
+        "no text",
+        "invalid token",
+        "no request id",
+        "not running",
+        "not loaded",
+        "unknown model",
+        "priority disabled",
+    ],
 )
-async def test_each_rpc_says_what_is_wrong(method: str, request_: Any, code: grpc.StatusCode) -> None:
-    async with served(FakeEngine()) as channel:
+async def test_each_rpc_reports_invalid_requests(method: str, request_: Any, code: grpc.StatusCode) -> None:
+    async with connect(FakeEngine()) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await getattr(stub_of(channel), method)(request_)
     assert raised.value.code() is code
 
 
-async def test_the_model_tells_its_limits_and_adapters() -> None:
-    async with served(FakeEngine()) as channel:
+async def test_get_model_returns_limits_and_adapters() -> None:
+    async with connect(FakeEngine()) as channel:
         stub = stub_of(channel)
         await stub.LoadLora(pb.LoadLoraRequest(name="style"))
         model = await stub.GetModel(pb.GetModelRequest())
@@ -385,23 +395,23 @@ async def test_the_model_tells_its_limits_and_adapters() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_aborted_call_ends_with_cancelled_and_is_free(stream: bool) -> None:
+async def test_an_aborted_call_is_cancelled_and_frees_its_engine_request(stream: bool) -> None:
     request = pb.GenerateRequest(prompt="AB", request_id="mine")
-    async with served(engine := FakeEngine(more("a"), hangs=True)) as channel:
+    async with connect(engine := FakeEngine(more("a"), hangs=True)) as channel:
         stub = stub_of(channel)
 
         async def call() -> None:
             if stream:
-                [part async for part in stub.GenerateStream(request)]
+                [message async for message in stub.GenerateStream(request)]
             else:
                 await stub.Generate(request)
 
-        calling = asyncio.ensure_future(call())
+        running = asyncio.ensure_future(call())
         await engine.began.wait()
         await stub.Abort(pb.AbortRequest(request_id="mine"))
         assert engine.running == 0
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await calling
+            await running
     assert raised.value.code() is grpc.StatusCode.CANCELLED
     trailers = dict(raised.value.trailing_metadata() or ())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
@@ -410,35 +420,37 @@ async def test_an_aborted_call_ends_with_cancelled_and_is_free(stream: bool) -> 
     assert info.reason == "ABORTED"
 
 
-async def test_a_stream_nobody_reads_can_be_aborted() -> None:
+async def test_a_stream_that_is_not_read_can_be_aborted() -> None:
     engine = FakeEngine(*[more("x" * 65536)] * 1000)
-    async with served(engine) as channel:
+    async with connect(engine) as channel:
         stub = stub_of(channel)
         call = stub.GenerateStream(pb.GenerateRequest(prompt="AB", request_id="mine"))
         await engine.began.wait()
         await stub.Abort(pb.AbortRequest(request_id="mine"))
         assert engine.running == 0
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            [part async for part in call]
+            [message async for message in call]
         assert raised.value.code() is grpc.StatusCode.CANCELLED
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    """Returns when it holds; the test's timeout is the limit."""
-    while not holds():  # noqa: ASYNC110 - the fake engine has no event for it
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when the condition is true; the test's timeout is the limit."""
+    while not condition():  # noqa: ASYNC110 - the fake engine has no event for it
         await asyncio.sleep(0)
 
 
-def batch_of(*requests: pb.GenerateRequest) -> list[pb.GenerateBatchRequest]:
+def batch_items(*requests: pb.GenerateRequest) -> list[pb.GenerateBatchRequest]:
     return [pb.GenerateBatchRequest(request=request) for request in requests]
 
 
-async def test_a_batch_answers_each_request_with_a_result_or_a_status() -> None:
-    items = batch_of(REQUEST, pb.GenerateRequest(prompt="AB", n=0), pb.GenerateRequest(prompt="AB", request_id="mine"))
+async def test_a_batch_returns_a_response_or_a_status_for_each_request() -> None:
+    items = batch_items(
+        REQUEST, pb.GenerateRequest(prompt="AB", n=0), pb.GenerateRequest(prompt="AB", request_id="mine")
+    )
     items.append(pb.GenerateBatchRequest())
-    async with served(FakeEngine(last("yes"))) as channel:
-        answers = [answer async for answer in stub_of(channel).GenerateBatch(iter(items))]
-    by_index = {answer.index: answer for answer in answers}
+    async with connect(FakeEngine(last("yes"))) as channel:
+        results = [result async for result in stub_of(channel).GenerateBatch(iter(items))]
+    by_index = {result.index: result for result in results}
     assert [by_index[i].WhichOneof("result") for i in range(4)] == ["response", "error", "response", "error"]
     assert by_index[2].request_id == by_index[2].response.request_id == "mine"
     status = status_pb2.Status.FromString(by_index[1].error.SerializeToString())
@@ -446,46 +458,48 @@ async def test_a_batch_answers_each_request_with_a_result_or_a_status() -> None:
     assert status.details[1].Is(error_details_pb2.BadRequest.DESCRIPTOR)
 
 
-async def test_a_batch_runs_a_bounded_number_at_a_time() -> None:
-    items = batch_of(*[pb.GenerateRequest(prompt="AB", request_id=str(i)) for i in range(MAX_IN_FLIGHT + 10)])
-    async with served(engine := FakeEngine(hangs=True)) as channel:
+async def test_a_batch_runs_a_limited_number_of_requests_at_a_time() -> None:
+    items = batch_items(*[pb.GenerateRequest(prompt="AB", request_id=str(i)) for i in range(MAX_IN_FLIGHT + 10)])
+    async with connect(engine := FakeEngine(hangs=True)) as channel:
         stub = stub_of(channel)
         call = stub.GenerateBatch(iter(items))
         for ended in range(3):
-            await until(lambda: len(engine.requests) >= MAX_IN_FLIGHT + ended)  # noqa: B023 - awaited in the loop
+            await wait_until(lambda: len(engine.requests) >= MAX_IN_FLIGHT + ended)  # noqa: B023 - awaited in the loop
             await stub.Abort(pb.AbortRequest(request_id=str(ended)))
             assert len(engine.requests) <= MAX_IN_FLIGHT + ended + 1
             assert (await call.read()).request_id == str(ended)
         call.cancel()
-        await until(lambda: not engine.running)
+        await wait_until(lambda: not engine.running)
 
 
-async def test_an_answer_that_is_too_large_harms_no_other_of_its_batch() -> None:
+async def test_a_too_large_response_fails_alone_in_its_batch() -> None:
     large = StepOutput([ChoiceDelta(0, "x" * (4 << 20), [1], finish_reason=FinishReason.LENGTH)])
-    async with served(FakeEngine(large)) as channel:
-        (answer,) = [answer async for answer in stub_of(channel).GenerateBatch(iter(batch_of(REQUEST)))]
-    assert answer.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-    assert answer.error.message.startswith(
+    async with connect(FakeEngine(large)) as channel:
+        (result,) = [result async for result in stub_of(channel).GenerateBatch(iter(batch_items(REQUEST)))]
+    assert result.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert result.error.message.startswith(
         "the response to a request of a batch must be at most 4190208 bytes, not 41943"
     )
 
 
 async def test_one_request_of_a_batch_can_be_aborted() -> None:
-    items = batch_of(pb.GenerateRequest(prompt="AB", request_id="a"), pb.GenerateRequest(prompt="AB", request_id="b"))
-    async with served(engine := FakeEngine(hangs=True)) as channel:
+    items = batch_items(
+        pb.GenerateRequest(prompt="AB", request_id="a"), pb.GenerateRequest(prompt="AB", request_id="b")
+    )
+    async with connect(engine := FakeEngine(hangs=True)) as channel:
         stub = stub_of(channel)
         call = stub.GenerateBatch(iter(items))
-        await until(lambda: engine.running == 2)
+        await wait_until(lambda: engine.running == 2)
         await stub.Abort(pb.AbortRequest(request_id="b"))
-        answer = await call.read()
-        assert (answer.request_id, answer.error.code) == ("b", grpc.StatusCode.CANCELLED.value[0])
+        result = await call.read()
+        assert (result.request_id, result.error.code) == ("b", grpc.StatusCode.CANCELLED.value[0])
         assert engine.running == 1
         call.cancel()
 
 
-async def test_a_message_that_is_none_ends_its_batch_and_what_runs() -> None:
-    good = batch_of(REQUEST)[0].SerializeToString()
-    async with served(engine := FakeEngine(hangs=True)) as channel:
+async def test_an_invalid_message_ends_its_batch_and_running_requests() -> None:
+    good = batch_items(REQUEST)[0].SerializeToString()
+    async with connect(engine := FakeEngine(hangs=True)) as channel:
         method: Any = channel.stream_stream(f"/{NAME}/GenerateBatch")
         call = method(iter([good, b"\xff\xff"]))
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -494,6 +508,6 @@ async def test_a_message_that_is_none_ends_its_batch_and_what_runs() -> None:
     assert engine.running == 0
 
 
-def test_every_reason_is_documented() -> None:
-    told = {ServiceError.reason, *(error.reason for error in ServiceError.__subclasses__())}
-    assert told == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
+def test_every_error_reason_of_the_contract_is_used() -> None:
+    reasons = {ServiceError.reason, *(error.reason for error in ServiceError.__subclasses__())}
+    assert reasons == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}

@@ -1,4 +1,4 @@
-"""Stubs whose published types lack their methods."""
+"""A health client that type checkers accept: the published stubs lack the methods' types."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from grpc_health.v1 import health_pb2_grpc
 
 
 def health_stub(channel: Any) -> Any:
-    """A client of the standard health service."""
+    """Return a client of the standard health service."""
     return health_pb2_grpc.HealthStub(channel)
