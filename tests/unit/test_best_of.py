@@ -37,7 +37,7 @@ def test_pieces_of_a_choice_are_put_together() -> None:
     gathering.add(
         StepOutput([ChoiceDelta(1, "b", [2], [position], -2.0, FinishReason.STOP, "x"), ChoiceDelta(0, "c", [3])])
     )
-    whole = gathering.whole()
+    whole = gathering.combined()
     assert whole.deltas == [
         ChoiceDelta(0, "c", [3]),
         ChoiceDelta(1, "ab", [1, 2], [position] * 2, -2.0, FinishReason.STOP, "x"),

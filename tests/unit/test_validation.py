@@ -1,6 +1,7 @@
-"""What is said of bad requests."""
+"""Validation of requests."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from fake_engine import INFO
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import NULL_VALUE, Value
 
+from yuan_grpc.server.core.convert import ParsedRequest, to_sampling
 from yuan_grpc.server.core.validation import validate_generate, validate_messages, validate_tokenize
 from yuan_grpc.server.engine.types import ModelInfo
 from yuan_grpc.server.errors import InvalidRequestError, ModelNotFoundError, NotEnabledError
@@ -16,20 +18,26 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 PROMPT = [65, 66]
 
 
-def complaints_about(
+def validate(
+    request: pb.GenerateRequest, prompt: list[int] = PROMPT, info: ModelInfo = INFO, loras: Sequence[str] = ()
+) -> None:
+    validate_generate(ParsedRequest(request, prompt, request.prompt, to_sampling(request)), info, loras)
+
+
+def violations_of(
     request: pb.GenerateRequest, prompt: list[int] = PROMPT, info: ModelInfo = INFO
 ) -> list[tuple[str, str]]:
-    """All violations, field and description."""
+    """Return all violations, as field and description."""
     with pytest.raises(InvalidRequestError) as raised:
-        validate_generate(request, prompt, info, ["style"])
+        validate(request, prompt, info, ["style"])
     return [(violation.field, violation.description) for violation in raised.value.violations]
 
 
-def complaint_about(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, str]:
-    """The one violation of an otherwise right request."""
+def violation_of(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, str]:
+    """Return the only violation of a request that is valid apart from these fields."""
     request = pb.GenerateRequest(**({"prompt": "AB"} | fields))  # type: ignore[arg-type]
-    (complaint,) = complaints_about(request, info=info)
-    return complaint
+    (violation,) = violations_of(request, info=info)
+    return violation
 
 
 @pytest.mark.parametrize(
@@ -49,7 +57,7 @@ def complaint_about(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, s
         ("repetition_penalty", math.inf, "`repetition_penalty` must be between 0.001 and 1000, not inf"),
         ("seed", -1, "`seed` must be between 0 and 9223372036854775679, not -1"),
         ("seed", 2**63 - 1, "`seed` must be between 0 and 9223372036854775679, not 9223372036854775807"),
-        ("request_id", "a\nb", "`request_id` must have printable characters only, not 'a\\nb'"),
+        ("request_id", "a\nb", "`request_id` must have only printable characters, not 'a\\nb'"),
         ("logprobs", 21, "`logprobs` must be between 0 and 20, not 21"),
         ("min_tokens", -1, "`min_tokens` must be at least 0, not -1"),
         ("min_tokens", 17, "`min_tokens` must be at most `max_tokens`, 16, not 17"),
@@ -72,16 +80,16 @@ def complaint_about(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, s
         ("stop_token_ids", [1] * 1025, "`stop_token_ids` must have at most 1024 ids, not 1025"),
     ],
 )
-def test_a_wrong_value_is_named_with_field_and_rule(field: str, value: object, description: str) -> None:
-    complaints = complaints_about(pb.GenerateRequest(**{"prompt": "AB", field: value}))  # type: ignore[arg-type]
-    assert description in [said for _, said in complaints]
+def test_an_invalid_value_is_reported_with_field_and_rule(field: str, value: object, description: str) -> None:
+    violations = violations_of(pb.GenerateRequest(**{"prompt": "AB", field: value}))  # type: ignore[arg-type]
+    assert description in [text for _, text in violations]
 
 
-def test_a_wrong_entry_of_a_list_is_named_by_its_place() -> None:
-    assert complaint_about(stop=["a", "", ""]) == ("stop[1]", "`stop[1]` must be 1 to 1024 characters long, not 0")
-    assert complaint_about(stop_token_ids=[1, 0x110000]) == (
+def test_an_invalid_list_entry_is_reported_by_index() -> None:
+    assert violation_of(stop=["a", "", ""]) == ("stop[1]", "`stop[1]` must be 1 to 1024 characters long, not 0")
+    assert violation_of(stop_token_ids=[1, 0x110000]) == (
         "stop_token_ids[1]",
-        "`stop_token_ids[1]` must be below 1114112, the number of tokens, not 1114112",
+        "`stop_token_ids[1]` must be below 1114112, the vocabulary size, not 1114112",
     )
 
 
@@ -94,64 +102,64 @@ def test_a_wrong_entry_of_a_list_is_named_by_its_place() -> None:
         (
             pb.GenerateRequest(prompt="A" * 64),
             [65] * 64,
-            "`prompt` must be at most 63 tokens long, for the model's context is 64, not 64",
+            "`prompt` must be at most 63 tokens long (the model's context is 64), not 64",
         ),
         (
             pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[0, 0x110000, 0x110001])),
             [0, 0x110000, 0x110001],
-            "`prompt_token_ids.ids[1]` must be below 1114112, the number of tokens, not 1114112",
+            "`prompt_token_ids.ids[1]` must be below 1114112, the vocabulary size, not 1114112",
         ),
     ],
-    ids=["none", "no text", "no ids", "too long", "unknown id"],
+    ids=["no input", "empty text", "no ids", "too long", "unknown id"],
 )
-def test_a_wrong_prompt_is_refused(request_: pb.GenerateRequest, prompt: list[int], description: str) -> None:
-    assert [complaint for _, complaint in complaints_about(request_, prompt)] == [description]
+def test_an_invalid_prompt_is_rejected(request_: pb.GenerateRequest, prompt: list[int], description: str) -> None:
+    assert [text for _, text in violations_of(request_, prompt)] == [description]
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
-    complaints = complaints_about(pb.GenerateRequest(n=0, top_p=2, stop=[""]), [])
-    assert [field for field, _ in complaints] == ["prompt", "n", "top_p", "stop[0]"]
+def test_all_violations_are_reported_together() -> None:
+    violations = violations_of(pb.GenerateRequest(n=0, top_p=2, stop=[""]), [])
+    assert [field for field, _ in violations] == ["prompt", "n", "top_p", "stop[0]"]
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": -1}, {"n": -3, "best_of": 2, "top_k": 1}], ids=str)
-def test_nothing_is_said_of_what_is_right_beside_what_is_wrong(fields: dict[str, int]) -> None:
-    assert complaint_about(**fields)[0] == next(iter(fields))
+def test_an_invalid_field_causes_no_violation_of_a_valid_one(fields: dict[str, int]) -> None:
+    assert violation_of(**fields)[0] == next(iter(fields))
 
 
-def test_more_choices_than_the_server_ever_takes_are_no_matter_of_waiting() -> None:
+def test_more_choices_than_the_queue_can_hold_are_invalid() -> None:
     small = replace(INFO, max_num_queued_reqs=5)
-    rule = "must be at most 5, which is as many choices as the server takes at a time, not 6"
-    assert complaint_about(small, n=6) == ("n", f"`n` {rule}")
-    assert complaint_about(small, n=2, best_of=6) == ("best_of", f"`best_of` {rule}")
+    rule = "must be at most 5, the number of choices the server accepts at a time, not 6"
+    assert violation_of(small, n=6) == ("n", f"`n` {rule}")
+    assert violation_of(small, n=2, best_of=6) == ("best_of", f"`best_of` {rule}")
     for fields in ({"n": 5}, {"n": 6, "top_k": 1}, {"n": 6, "best_of": 6, "use_beam_search": True}):
-        validate_generate(pb.GenerateRequest(prompt="AB", **fields), PROMPT, small, [])  # type: ignore[arg-type]
+        validate(pb.GenerateRequest(prompt="AB", **fields), info=small)  # type: ignore[arg-type]
 
 
-def test_log_probabilities_have_an_end_in_all() -> None:
+def test_the_total_number_of_logprobs_is_limited() -> None:
     long = replace(INFO, max_model_len=8192)
     fields = {"n": 32, "max_tokens": 2048}
-    rule = "must be so few that choices × `max_tokens` × (`logprobs` + 1) is at most 1048576, not 1114112"
-    assert complaint_about(long, **fields, logprobs=16) == ("logprobs", f"`logprobs` {rule}")
-    assert complaint_about(long, **fields, logprob_token_ids=range(16))[0] == "logprob_token_ids"
-    validate_generate(pb.GenerateRequest(prompt="AB", n=32, max_tokens=2048, logprobs=15), PROMPT, long, [])
+    rule = "must keep choices × `max_tokens` × (`logprobs` + 1) at most 1048576, not 1114112"
+    assert violation_of(long, **fields, logprobs=16) == ("logprobs", f"`logprobs` {rule}")
+    assert violation_of(long, **fields, logprob_token_ids=range(16))[0] == "logprob_token_ids"
+    validate(pb.GenerateRequest(prompt="AB", n=32, max_tokens=2048, logprobs=15), info=long)
 
 
-def test_other_wrong_entries_are_named_by_their_places() -> None:
-    assert complaint_about(bad_words=["a", " "])[0] == "bad_words[1]"
-    assert complaint_about(logit_bias={7: 101.0}) == (
+def test_invalid_words_and_ids_are_reported_by_index() -> None:
+    assert violation_of(bad_words=["a", " "])[0] == "bad_words[1]"
+    assert violation_of(logit_bias={7: 101.0}) == (
         "logit_bias[7]",
         "`logit_bias[7]` must be between -100 and 100, not 101.0",
     )
-    assert complaint_about(logit_bias={7: math.nan})[0] == "logit_bias[7]"
-    assert complaint_about(logprob_token_ids=[1, 2], logprobs=3)[0] == "logprobs"
-    assert complaint_about(stop_token_ids=[1] * 128, min_tokens=1)[0] == "stop_token_ids"
+    assert violation_of(logit_bias={7: math.nan})[0] == "logit_bias[7]"
+    assert violation_of(logprob_token_ids=[1, 2], logprobs=3)[0] == "logprobs"
+    assert violation_of(stop_token_ids=[1] * 128, min_tokens=1)[0] == "stop_token_ids"
 
 
-def test_min_tokens_must_fit_behind_the_prompt() -> None:
+def test_min_tokens_must_fit_after_the_prompt() -> None:
     request = pb.GenerateRequest(prompt="A" * 60, max_tokens=16, min_tokens=5)
-    ((field, description),) = complaints_about(request, [65] * 60)
+    ((field, description),) = violations_of(request, [65] * 60)
     assert field == "min_tokens"
-    assert "4, which is what the prompt leaves" in description
+    assert "4, the context that the prompt leaves" in description
 
 
 @pytest.mark.parametrize(
@@ -164,8 +172,8 @@ def test_min_tokens_must_fit_behind_the_prompt() -> None:
     ids=["empty", "sizes", "count"],
 )
 def test_a_repetition_needs_a_pattern_and_a_count(detection: pb.RepetitionDetection, field: str) -> None:
-    complaints = complaints_about(pb.GenerateRequest(prompt="AB", repetition_detection=detection))
-    assert f"repetition_detection.{field}" in [said for said, _ in complaints]
+    violations = violations_of(pb.GenerateRequest(prompt="AB", repetition_detection=detection))
+    assert f"repetition_detection.{field}" in [name for name, _ in violations]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +191,7 @@ def test_a_repetition_needs_a_pattern_and_a_count(detection: pb.RepetitionDetect
         (pb.StructuredOutputs(choice=pb.StringList(values=["a", ""])), "structured_outputs.choice.values[1]"),
     ],
     ids=[
-        "none",
+        "no constraint",
         "no schema",
         "no object",
         "long regex",
@@ -195,8 +203,8 @@ def test_a_repetition_needs_a_pattern_and_a_count(detection: pb.RepetitionDetect
         "empty choice",
     ],
 )
-def test_a_constraint_must_say_something(outputs: pb.StructuredOutputs, field: str) -> None:
-    assert complaint_about(structured_outputs=outputs)[0] == field
+def test_an_invalid_constraint_is_rejected(outputs: pb.StructuredOutputs, field: str) -> None:
+    assert violation_of(structured_outputs=outputs)[0] == field
 
 
 @pytest.mark.parametrize(
@@ -215,8 +223,8 @@ def test_a_constraint_must_say_something(outputs: pb.StructuredOutputs, field: s
     ],
     ids=lambda given: next(iter(given)),
 )
-def test_beam_search_takes_nothing_that_changes_probabilities(given: dict[str, object]) -> None:
-    assert complaint_about(use_beam_search=True, best_of=4, **given)[0] == next(iter(given))
+def test_beam_search_rejects_fields_that_change_probabilities(given: dict[str, object]) -> None:
+    assert violation_of(use_beam_search=True, best_of=4, **given)[0] == next(iter(given))
 
 
 @pytest.mark.parametrize(
@@ -224,19 +232,19 @@ def test_beam_search_takes_nothing_that_changes_probabilities(given: dict[str, o
     [Value(bool_value=True), Value(string_value="never"), Value(null_value=NULL_VALUE)],
     ids=["true", "never", "null"],
 )
-def test_beam_search_takes_its_own_parameters(early_stopping: Value) -> None:
+def test_beam_search_accepts_its_own_parameters(early_stopping: Value) -> None:
     request = pb.GenerateRequest(prompt="AB", use_beam_search=True, best_of=4, n=2, temperature=0, top_p=1, top_k=-1)
     request.length_penalty = 0
     request.early_stopping.CopyFrom(early_stopping)
-    validate_generate(request, PROMPT, INFO, [])
+    validate(request)
 
 
-def test_the_best_of_several_likeliest_would_be_all_the_same() -> None:
-    assert complaint_about(best_of=3, top_k=1)[0] == "best_of"
-    validate_generate(pb.GenerateRequest(prompt="AB", best_of=3, n=3, top_k=1), PROMPT, INFO, [])
+def test_best_of_with_greedy_sampling_must_be_n() -> None:
+    assert violation_of(best_of=3, top_k=1)[0] == "best_of"
+    validate(pb.GenerateRequest(prompt="AB", best_of=3, n=3, top_k=1))
 
 
-def test_a_conversation_has_known_roles_and_ends_with_a_question() -> None:
+def test_a_conversation_has_known_roles_and_ends_with_the_user() -> None:
     def fields(*turns: tuple[str, str]) -> list[str]:
         with pytest.raises(InvalidRequestError) as raised:
             validate_messages([pb.Message(role=role, content=content) for role, content in turns])
@@ -248,39 +256,39 @@ def test_a_conversation_has_known_roles_and_ends_with_a_question() -> None:
 
 
 @pytest.mark.parametrize("other", [{"ignore_eos": True}, {"min_tokens": 3}], ids=["ignore_eos", "min_tokens"])
-def test_nothing_goes_on_behind_a_constraint(other: dict[str, int]) -> None:
-    assert complaint_about(structured_outputs=pb.StructuredOutputs(regex="a"), **other)[0] == next(iter(other))
+def test_a_constraint_excludes_options_that_continue_after_it(other: dict[str, int]) -> None:
+    assert violation_of(structured_outputs=pb.StructuredOutputs(regex="a"), **other)[0] == next(iter(other))
 
 
-def test_what_is_to_fit_beside_the_answer_needs_room() -> None:
-    assert complaint_about(truncate_prompt_tokens=-1, max_tokens=64)[0] == "max_tokens"
+def test_truncation_to_fit_needs_context_for_the_prompt() -> None:
+    assert violation_of(truncate_prompt_tokens=-1, max_tokens=64)[0] == "max_tokens"
 
 
-def test_a_text_to_tokenize_has_an_end() -> None:
+def test_the_text_to_tokenize_is_limited() -> None:
     with pytest.raises(InvalidRequestError, match="131072 characters"):
         validate_tokenize(pb.TokenizeRequest(prompt="x" * 131_073))
     validate_tokenize(pb.TokenizeRequest(prompt="x" * 131_072))
 
 
-def test_a_conversation_is_not_given_beside_a_prompt() -> None:
-    assert complaint_about(messages=[pb.Message(role="user", content="a")])[0] == "messages"
+def test_a_conversation_and_a_prompt_exclude_each_other() -> None:
+    assert violation_of(messages=[pb.Message(role="user", content="a")])[0] == "messages"
 
 
-def test_the_model_is_the_served_one_or_an_adapter() -> None:
+def test_the_model_is_the_served_one_or_a_loaded_adapter() -> None:
     for model in ("", "fake", "style"):
-        validate_generate(pb.GenerateRequest(prompt="AB", model=model), PROMPT, INFO, ["style"])
+        validate(pb.GenerateRequest(prompt="AB", model=model), loras=["style"])
     with pytest.raises(ModelNotFoundError, match="must be fake or a loaded LoRA adapter, not gpt"):
-        validate_generate(pb.GenerateRequest(prompt="AB", model="gpt"), PROMPT, INFO, ["style"])
+        validate(pb.GenerateRequest(prompt="AB", model="gpt"), loras=["style"])
 
 
-def test_priority_needs_a_scheduler_that_minds_it() -> None:
+def test_priority_needs_priority_scheduling() -> None:
     with pytest.raises(NotEnabledError, match="--scheduling-policy priority"):
-        validate_generate(pb.GenerateRequest(prompt="AB", priority=1), PROMPT, INFO, [])
+        validate(pb.GenerateRequest(prompt="AB", priority=1))
 
 
-def test_what_is_said_stays_small_enough_for_headers() -> None:
+def test_the_violations_stay_small_enough_for_headers() -> None:
     request = pb.GenerateRequest(messages=[pb.Message(role="x" * 5000)] * 1000)
     with pytest.raises(InvalidRequestError) as raised:
-        validate_generate(request, PROMPT, INFO, [])
+        validate(request)
     assert len(str(raised.value)) <= 600
     assert sum(len(violation.description) for violation in raised.value.violations) <= 2000

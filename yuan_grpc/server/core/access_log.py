@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outcome:
-    """What is to be logged of a call, filled in when it is known: the name of a request or an adapter, and the end."""
+    """The outcome of a call for the log, set while the call runs: the ID or adapter name, and the status code."""
 
     def __init__(self) -> None:
         self.subject = ""
@@ -20,17 +20,17 @@ class Outcome:
 
 @contextmanager
 def log_call(name: str) -> Iterator[Outcome]:
-    """Leaves one line in the log when the call ends, however it does."""
-    began, outcome = time.monotonic(), Outcome()
+    """Yield the call's outcome, and log it when the block ends."""
+    start, outcome = time.monotonic(), Outcome()
     try:
         yield outcome
     finally:
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         logger.info("%s %.256r: %s after %.3f s", name, outcome.subject, outcome.code.name, seconds)
 
 
 def log_error(error: Exception, code: grpc.StatusCode, subject: str) -> None:
-    """Tells the log what the caller, who gets the code, is not told."""
+    """Log what the status does not show the caller: the traceback of an internal error, or the cause of another."""
     if code is grpc.StatusCode.INTERNAL:
         logger.error("request %.256r failed", subject, exc_info=error)
     elif error.__cause__:

@@ -1,4 +1,4 @@
-"""How a request is run that is more than one job's choices. Beam search has a room of its own."""
+"""Best-of sampling, replicated greedy choices, and accumulation of outputs. Beam search has its own module."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -11,48 +11,48 @@ from yuan_grpc.server.engine.types import ChoiceDelta, EngineRequest, Progress, 
 
 
 class OutputAccumulator:
-    """Puts the pieces of every choice together.
+    """Joins the deltas of every choice.
 
     Args:
-        choices: how many there will be.
+        choices: number of choices.
     """
 
     def __init__(self, choices: int) -> None:
         self._choices: list[list[ChoiceDelta]] = [[] for _ in range(choices)]
-        self._rest = StepOutput()
+        self._output = StepOutput()
 
     def add(self, output: StepOutput) -> None:
-        """Appends what is new."""
+        """Add the next output."""
         for delta in output.deltas:
             self._choices[delta.index].append(delta)
-        self._rest = StepOutput(
-            cached_tokens=output.cached_tokens or self._rest.cached_tokens,
-            prompt_logprobs=output.prompt_logprobs or self._rest.prompt_logprobs,
-            discarded_tokens=output.discarded_tokens + self._rest.discarded_tokens,
+        self._output = StepOutput(
+            cached_tokens=output.cached_tokens or self._output.cached_tokens,
+            prompt_logprobs=output.prompt_logprobs or self._output.prompt_logprobs,
+            discarded_tokens=output.discarded_tokens + self._output.discarded_tokens,
         )
 
-    def whole(self) -> StepOutput:
-        """All of every choice so far, as one step. A search may find fewer than were asked for."""
-        return replace(self._rest, deltas=[_joined(deltas) for deltas in self._choices if deltas])
+    def combined(self) -> StepOutput:
+        """Return one output with all of every choice so far. A search may have found fewer choices than requested."""
+        return replace(self._output, deltas=[_joined(deltas) for deltas in self._choices if deltas])
 
 
 def _joined(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
     if len(deltas) == 1:
         return deltas[0]
-    summed = [delta.cumulative_logprob for delta in deltas if delta.cumulative_logprob is not None]
+    logprobs = [delta.cumulative_logprob for delta in deltas if delta.cumulative_logprob is not None]
     return replace(
         deltas[-1],
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
         logprobs=[token for delta in deltas for token in delta.logprobs],
-        cumulative_logprob=summed[-1] if summed else None,
+        cumulative_logprob=logprobs[-1] if logprobs else None,
     )
 
 
 async def replicate_choices(
     outputs: AsyncGenerator[StepOutput, None], choices: int
 ) -> AsyncGenerator[StepOutput, None]:
-    """The steps of a job of one choice, for so many that can only be equal to it."""
+    """Yield the outputs of a request with one choice, repeated for `choices` identical ones."""
     async with aclosing(outputs):
         async for output in outputs:
             yield replace(
@@ -63,21 +63,21 @@ async def replicate_choices(
 async def best_of(
     engine: Engine, request: EngineRequest, choices: int, *, deadline: asyncio.Event | None = None
 ) -> AsyncGenerator[StepOutput, None]:
-    """More choices than are asked for, of which those with the highest cumulative log-probability are returned.
+    """Sample more choices than requested, and return those with the highest cumulative log-probability.
 
     Args:
-        engine: what generates.
-        job: what is asked of it; `n` is how many choices are returned.
-        choices: how many are sampled.
-        cut: see `Engine.generate`; then they are the best of what there is.
+        engine: the engine to sample on.
+        request: its `n` is the number of choices to return.
+        choices: number of choices to sample.
+        deadline: see `Engine.generate`; the result is then the best of the partial choices.
 
     Yields:
         Progress, and at the end the best choices.
     """
     sampling = request.sampling
     keeps_logprobs = sampling.logprobs is not None or bool(sampling.logprob_token_ids)
-    logprobs = sampling.logprobs if keeps_logprobs else 0  # without which nothing is summed up
-    gathering, tokens, finished = OutputAccumulator(choices), 0, 0
+    logprobs = sampling.logprobs if keeps_logprobs else 0  # None gives no cumulative log-probability
+    accumulator, tokens, finished = OutputAccumulator(choices), 0, 0
     outputs = engine.generate(
         replace(request, sampling=replace(sampling, n=choices, logprobs=logprobs)),
         stream=True,
@@ -85,22 +85,22 @@ async def best_of(
     )
     async with aclosing(outputs):
         async for output in outputs:
-            gathering.add(output)
-            tokens += _tokens(output.deltas)
+            accumulator.add(output)
+            tokens += _num_tokens(output.deltas)
             finished += sum(delta.finish_reason is not None for delta in output.deltas)
             yield replace(output, deltas=(), progress=Progress(tokens, finished) if output.deltas else None)
-    whole = gathering.whole()
-    best = sorted(whole.deltas, key=_likelihood, reverse=True)
-    returned = [replace(delta, index=index) for index, delta in enumerate(best[: sampling.n])]
+    combined = accumulator.combined()
+    ranked = sorted(combined.deltas, key=_likelihood, reverse=True)
+    best = [replace(delta, index=index) for index, delta in enumerate(ranked[: sampling.n])]
     if not keeps_logprobs:
-        returned = [replace(delta, logprobs=()) for delta in returned]
-    yield StepOutput(returned, cached_tokens=whole.cached_tokens, discarded_tokens=_tokens(best[sampling.n :]))
+        best = [replace(delta, logprobs=()) for delta in best]
+    yield StepOutput(best, cached_tokens=combined.cached_tokens, discarded_tokens=_num_tokens(ranked[sampling.n :]))
 
 
 def _likelihood(delta: ChoiceDelta) -> float:
-    """What has no token yet is no good."""
+    """Return the sort key of a choice; empty choices rank last."""
     return -inf if delta.cumulative_logprob is None or not delta.token_ids else delta.cumulative_logprob
 
 
-def _tokens(deltas: Iterable[ChoiceDelta]) -> int:
+def _num_tokens(deltas: Iterable[ChoiceDelta]) -> int:
     return sum(len(delta.token_ids) for delta in deltas)

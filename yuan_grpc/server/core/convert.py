@@ -1,13 +1,17 @@
-"""Messages to plain values. Takes a request for right: `checks` has seen it."""
+"""Conversion of generate requests from protobuf to plain values.
+
+Nothing here rejects a value; `validation` checks the result.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from yuan_grpc.server.engine.types import BeamSearchParams, Constraint, EngineRequest, ModelInfo, Repetition, Sampling
+from yuan_grpc.server.engine.protocol import Engine
+from yuan_grpc.server.engine.types import Constraint, ModelInfo, Repetition, Sampling
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-_NUMBERS = (
+_OPTIONAL_FIELDS = (
     "n",
     "max_tokens",
     "min_tokens",
@@ -19,6 +23,7 @@ _NUMBERS = (
     "frequency_penalty",
     "repetition_penalty",
     "seed",
+    "skip_special_tokens",
     "logprobs",
     "prompt_logprobs",
     "stream_interval",
@@ -28,113 +33,96 @@ _NUMBERS = (
 
 
 @dataclass(frozen=True)
-class RequestPlan:
-    """A request, checked: what the engine is to do, and how it is answered.
+class ParsedRequest:
+    """A generate request whose prompt is tokenized and whose sampling parameters are converted, not yet validated.
 
     Attributes:
-        job: with `n` choices to sample; with `beam` or `best_of`, what a search of its own makes of it.
-        beam: beam search's parameters, or None.
-        best_of: how many choices to sample, of which the job's `n` best are returned.
+        request: the message.
+        prompt: the prompt's token ids, after truncation.
+        prompt_text: the text of `prompt`; None if it was given as token ids or has been truncated.
+        sampling: the sampling parameters as requested.
     """
 
-    engine_request: EngineRequest
-    beam: BeamSearchParams | None = None
-    best_of: int = 1
+    request: pb.GenerateRequest
+    prompt: Sequence[int]
+    prompt_text: str | None
+    sampling: Sampling
+
+    @property
+    def best_of(self) -> int:
+        """Number of choices to generate, of which the best `n` are returned; the width of a beam search."""
+        return self.request.best_of if self.request.HasField("best_of") else self.sampling.n
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences the engine starts with: one for a beam search, and one for identical greedy choices."""
+        starts_with_one = self.request.use_beam_search or self.sampling.is_greedy
+        return 1 if starts_with_one and self.best_of > 1 else self.best_of
+
+    @property
+    def top_logprobs(self) -> int | None:
+        """Number of log-probabilities to return per generated token, not counting its own; None for none at all."""
+        if self.sampling.logprobs is not None:
+            return self.sampling.logprobs
+        return len(self.sampling.logprob_token_ids) or None
 
 
-def plan_request(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelInfo) -> RequestPlan:
-    """What the engine is to do, given the tokenized, truncated prompt."""
-    sampling = sampling_of(request)
-    n, width = sampling.n, width_of(request)
-    if request.use_beam_search:
-        sampling = replace(sampling, n=1, temperature=0.0, seed=None)
-    engine_request = EngineRequest(
-        request_id=request.request_id,
-        prompt=prompt,
-        sampling=sampling,
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-        lora="" if request.model == info.name else request.model,
-    )
-    if not request.use_beam_search:
-        return RequestPlan(engine_request, best_of=width)
-    length_penalty = request.length_penalty if request.HasField("length_penalty") else BeamSearchParams.length_penalty
-    early_stopping = early_stopping_of(request) or False
-    return RequestPlan(
-        engine_request, BeamSearchParams(n=n, width=width, length_penalty=length_penalty, early_stopping=early_stopping)
-    )
+async def parse_request(request: pb.GenerateRequest, engine: Engine) -> ParsedRequest:
+    """Tokenize and truncate a request's prompt, and convert its sampling parameters."""
+    sampling = to_sampling(request)
+    token_ids, text = list(request.prompt_token_ids.ids), None
+    if not token_ids:
+        text = _prompt_text(request, engine)
+        token_ids = await engine.tokenize(text)
+    prompt = truncate_prompt(request, token_ids, sampling.max_tokens, engine.info)
+    return ParsedRequest(request, prompt, text if len(prompt) == len(token_ids) else None, sampling)
 
 
-def sampling_of(request: pb.GenerateRequest) -> Sampling:
-    """The sampling parameters of a request; those that a search replaces as they are."""
-    given = {name: getattr(request, name) for name in _NUMBERS if request.HasField(name)}
-    detection = request.repetition_detection
+def _prompt_text(request: pb.GenerateRequest, engine: Engine) -> str:
+    if request.messages and request.WhichOneof("input") is None:
+        return engine.apply_chat_template([message.content for message in request.messages])
+    return request.prompt
+
+
+def truncate_prompt(
+    request: pb.GenerateRequest, token_ids: Sequence[int], max_tokens: int, info: ModelInfo
+) -> Sequence[int]:
+    """Return the prompt truncated to `truncate_prompt_tokens`, or unchanged if that is absent or invalid.
+
+    Args:
+        max_tokens: the tokens of context to leave for a choice if `truncate_prompt_tokens` is -1.
+    """
+    limit = request.truncate_prompt_tokens
+    if limit == -1:
+        limit = info.max_model_len - max(1, max_tokens)
+    if limit < 1 or len(token_ids) <= limit:
+        return token_ids
+    return token_ids[:limit] if request.truncation_side == pb.TRUNCATION_SIDE_RIGHT else token_ids[-limit:]
+
+
+def to_sampling(request: pb.GenerateRequest) -> Sampling:
+    """Return a request's sampling parameters, with defaults for absent fields."""
+    given = {name: getattr(request, name) for name in _OPTIONAL_FIELDS if request.HasField(name)}
     return Sampling(
         **given,
         stop=tuple(request.stop),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         include_stop_str_in_output=request.include_stop_str_in_output,
-        skip_special_tokens=skips_special_tokens(request),
         logprob_token_ids=tuple(request.logprob_token_ids),
         logit_bias=dict(request.logit_bias),
         allowed_token_ids=tuple(request.allowed_token_ids),
         bad_words=tuple(request.bad_words),
-        repetition_detection=Repetition(detection.max_pattern_size, detection.min_pattern_size, detection.min_count)
-        if request.HasField("repetition_detection")
-        else None,
+        repetition_detection=_repetition(request),
         structured_outputs=_constraint(request),
     )
 
 
-def width_of(request: pb.GenerateRequest) -> int:
-    """How many choices are generated, of which `n` are returned."""
-    return request.best_of if request.HasField("best_of") else num_choices(request)
-
-
-def jobs_of(request: pb.GenerateRequest) -> int:
-    """How many choices are computed to begin with. Beam search begins with one, and greedy choices are all alike."""
-    width = width_of(request)
-    return 1 if width > 1 and (request.use_beam_search or sampling_of(request).is_greedy) else width
-
-
-def logprobs_beside(request: pb.GenerateRequest) -> int | None:
-    """How many log-probabilities are asked for beside that of each generated token; None where none are."""
-    if request.HasField("logprobs"):
-        return request.logprobs
-    return len(request.logprob_token_ids) or None
-
-
-def num_choices(request: pb.GenerateRequest) -> int:
-    """How many choices are returned."""
-    return request.n if request.HasField("n") else Sampling.n
-
-
-def max_tokens_of(request: pb.GenerateRequest) -> int:
-    """The most tokens of a choice."""
-    return request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
-
-
-def skips_special_tokens(request: pb.GenerateRequest) -> bool:
-    """Whether the request's texts leave `<eod>` and its like out."""
-    return request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-
-
-def early_stopping_of(request: pb.GenerateRequest) -> bool | Literal["never"] | None:
-    """What is asked for, or None where it is none of the three."""
-    value = request.early_stopping
-    kind = value.WhichOneof("kind")
-    if kind in (None, "null_value"):
-        return False
-    if kind == "bool_value":
-        return value.bool_value
-    return "never" if value.string_value == "never" else None
-
-
-def heartbeat_seconds(request: pb.GenerateRequest) -> float | None:
-    """After how many seconds without a message a stream sends an empty one; None for never."""
-    interval = request.heartbeat_interval
-    return interval.seconds + interval.nanos / 1e9 if request.HasField("heartbeat_interval") else None
+def _repetition(request: pb.GenerateRequest) -> Repetition | None:
+    if not request.HasField("repetition_detection"):
+        return None
+    detection = request.repetition_detection
+    return Repetition(detection.max_pattern_size, detection.min_pattern_size, detection.min_count)
 
 
 def _constraint(request: pb.GenerateRequest) -> Constraint | None:
@@ -145,11 +133,23 @@ def _constraint(request: pb.GenerateRequest) -> Constraint | None:
     return Constraint(kind, tuple(outputs.choice.values) if kind == "choice" else getattr(outputs, kind))
 
 
-def truncated(request: pb.GenerateRequest, prompt: Sequence[int], info: ModelInfo) -> Sequence[int]:
-    """The prompt, cut as `truncate_prompt_tokens` says. A malformed value cuts nothing: it is complained of later."""
-    most = request.truncate_prompt_tokens
-    if most == -1:
-        most = info.max_model_len - max(1, max_tokens_of(request))
-    if most < 1 or len(prompt) <= most:
-        return prompt
-    return prompt[:most] if request.truncation_side == pb.TRUNCATION_SIDE_RIGHT else prompt[-most:]
+def num_choices(request: pb.GenerateRequest) -> int:
+    """Return the number of choices in the response."""
+    return request.n if request.HasField("n") else Sampling.n
+
+
+def early_stopping(request: pb.GenerateRequest) -> bool | Literal["never"] | None:
+    """Return the requested `early_stopping`; None if it has none of the three values."""
+    value = request.early_stopping
+    kind = value.WhichOneof("kind")
+    if kind in (None, "null_value"):
+        return False
+    if kind == "bool_value":
+        return value.bool_value
+    return "never" if value.string_value == "never" else None
+
+
+def heartbeat_seconds(request: pb.GenerateRequest) -> float | None:
+    """Return the silence after which a stream sends a heartbeat, in seconds; None for no heartbeats."""
+    interval = request.heartbeat_interval
+    return interval.seconds + interval.nanos / 1e9 if request.HasField("heartbeat_interval") else None

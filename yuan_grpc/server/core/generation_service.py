@@ -1,32 +1,48 @@
-"""Answers to requests, whole or in parts: what every way into the service shares."""
+"""Generation for gRPC and HTTP: parse, validate, plan and run a request, and build its response."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
-from secrets import randbits
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from uuid import uuid4
 
-from yuan_grpc.server.core import convert, validation
-from yuan_grpc.server.core.beam_search import BeamSearch
-from yuan_grpc.server.core.best_of import OutputAccumulator, best_of, replicate_choices
-from yuan_grpc.server.core.deadline import deadline_event, with_heartbeats
+from yuan_grpc.server.core.best_of import OutputAccumulator
+from yuan_grpc.server.core.convert import parse_request
+from yuan_grpc.server.core.deadline import deadline_event
+from yuan_grpc.server.core.heartbeat import with_heartbeats
 from yuan_grpc.server.core.inflight import InflightRequests
+from yuan_grpc.server.core.plan import RequestPlan, plan_request, run_plan
 from yuan_grpc.server.core.response import ResponseBuilder
+from yuan_grpc.server.core.validation import validate_generate
 from yuan_grpc.server.engine.protocol import Engine
-from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, StepOutput
+from yuan_grpc.server.engine.types import INLINE_ENTRIES, StepOutput
 from yuan_grpc.server.errors import UnavailableError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-SEED_BITS = 48
-"""Of a seed that the server draws: a number that any JSON reader keeps whole."""
+
+@dataclass(frozen=True)
+class ResponseStream:
+    """The messages of a streamed response, in order.
+
+    Attributes:
+        echo: text that each choice begins with; the first message of a choice includes it.
+    """
+
+    echo: str
+    _messages: AsyncGenerator[pb.GenerateStreamResponse, None]
+
+    def __aiter__(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        return self._messages
 
 
 class GenerationService:
-    """Checks requests, runs them on the engine and builds what is answered; raises what `errors` has.
+    """Runs generate requests on an engine. Its methods raise the errors of `server.errors`.
 
     Args:
-        engine: what generates.
+        engine: the engine to run them on.
+
+    Attributes:
+        inflight: the requests that are running.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -35,119 +51,76 @@ class GenerationService:
 
     @property
     def engine(self) -> Engine:
-        """The engine, ready to be asked.
+        """The engine, ready for requests.
 
         Raises:
-            UnavailableError: it is not.
+            UnavailableError: the engine is not ready.
         """
         if not self._engine.is_ready:
             raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
         return self._engine
 
-    async def generate(self, request: pb.GenerateRequest, seconds: float | None = None) -> pb.GenerateResponse:
-        """All choices, when they are finished. Cancelled, it frees what it held in the engine.
+    async def generate(self, request: pb.GenerateRequest, remaining: float | None = None) -> pb.GenerateResponse:
+        """Return the response once all choices have finished. Cancellation frees the engine request.
 
         Args:
-            request: is given a name where it has none.
-            seconds: how many are left until the caller's deadline, which matters to `partial_on_deadline` alone.
+            request: gets a `request_id` if it has none.
+            remaining: seconds until the caller's deadline, used with `partial_on_deadline`; None without one.
         """
-        with self.inflight.track(_named(request)), deadline_event(_until(request, seconds)) as deadline:
-            reply, outputs, choices = await self._begin(request, stream=False, deadline=deadline)
-            gathering = OutputAccumulator(choices)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    gathering.add(output)
-            whole = gathering.whole()
-            if whole.entries > INLINE_ENTRIES:
-                return await asyncio.to_thread(reply.build_response, whole)
-            return reply.build_response(whole)
+        with self._track(request, remaining) as deadline:
+            plan = await self._plan(request)
+            output = await _all_outputs(run_plan(plan, self._engine, stream=False, deadline=deadline), plan.n)
+            builder = _response_builder(request, plan)
+            if output.num_entries > INLINE_ENTRIES:
+                return await asyncio.to_thread(builder.build_response, output)
+            return builder.build_response(output)
 
     @asynccontextmanager
     async def stream(
-        self, request: pb.GenerateRequest, seconds: float | None = None
-    ) -> AsyncGenerator[AsyncGenerator[pb.GenerateStreamResponse, None], None]:
-        """The parts of an answer as they come. Leaving the block frees what they held in the engine; for the arguments
-        see `whole`."""
-        with self.inflight.track(_named(request)):
-            parts = self._parts(request, seconds)
-            async with aclosing(parts):
-                yield parts
+        self, request: pb.GenerateRequest, remaining: float | None = None
+    ) -> AsyncGenerator[ResponseStream, None]:
+        """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
+        with self._track(request, remaining) as deadline:
+            plan = await self._plan(request)
+            outputs = run_plan(plan, self._engine, stream=True, deadline=deadline)
+            messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
+            async with aclosing(messages):
+                yield ResponseStream(plan.echo, messages)
 
-    async def _parts(
-        self, request: pb.GenerateRequest, seconds: float | None
-    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        with deadline_event(_until(request, seconds)) as deadline:
-            reply, outputs, _ = await self._begin(request, stream=True, deadline=deadline)
-            paced = with_heartbeats(outputs, convert.heartbeat_seconds(request))
-            async with aclosing(paced):
-                async for output in paced:
-                    for part in reply.heartbeat() if output is None else reply.build_stream_messages(output):
-                        yield part
+    @contextmanager
+    def _track(self, request: pb.GenerateRequest, remaining: float | None) -> Iterator[asyncio.Event | None]:
+        """Track the request under its ID, and yield the event that ends it with partial output."""
+        request.request_id = request.request_id or uuid4().hex
+        with (
+            self.inflight.track(request.request_id),
+            deadline_event(remaining if request.partial_on_deadline else None) as deadline,
+        ):
+            yield deadline
 
-    async def _begin(
-        self, request: pb.GenerateRequest, *, stream: bool, deadline: asyncio.Event | None
-    ) -> tuple[ResponseBuilder, AsyncGenerator[StepOutput, None], int]:
-        """Checks the request; nothing is asked of the engine before the steps are iterated.
-
-        Returns:
-            What builds the responses, what yields their content, and how many choices it has.
-        """
+    async def _plan(self, request: pb.GenerateRequest) -> RequestPlan:
         engine = self.engine
-        whole = list(request.prompt_token_ids.ids) or await engine.tokenize(self._text(request))
-        prompt = convert.truncated(request, whole, engine.info)
-        validation.validate_generate(request, prompt, engine.info, engine.loras)
-        work = convert.plan_request(request, prompt, engine.info)
-        engine_request = _seeded(work.engine_request)
-        echo = await self.echo(request, prompt)
-        reply = ResponseBuilder(request, request.model or engine.info.name, prompt, echo, engine_request.sampling.seed)
-        if work.beam:
-            return (
-                reply,
-                BeamSearch(engine, engine_request, work.beam, stream=stream, deadline=deadline).run(),
-                work.beam.n,
-            )
-        n = engine_request.sampling.n
-        if work.best_of > n:
-            return reply, best_of(engine, engine_request, work.best_of, deadline=deadline), n
-        if n > 1 and engine_request.sampling.is_greedy:
-            one = replace(engine_request, sampling=replace(engine_request.sampling, n=1))
-            return reply, replicate_choices(engine.generate(one, stream=stream, deadline=deadline), n), n
-        return reply, engine.generate(engine_request, stream=stream, deadline=deadline), n
-
-    async def echo(self, request: pb.GenerateRequest, prompt: Sequence[int]) -> str:
-        """What each choice's text begins with, where that is asked for. The model sees `prompt` of it."""
-        if not request.echo:
-            return ""
-        text, may_be_cut = self._text(request), request.HasField("truncate_prompt_tokens")
-        if text and not (may_be_cut and len(prompt) < len(await self._engine.tokenize(text))):
-            return text
-        return self._engine.detokenize(prompt, skip_special_tokens=convert.skips_special_tokens(request))
-
-    def _text(self, request: pb.GenerateRequest) -> str:
-        """The prompt's, where it was one, or the conversation's."""
-        if request.messages and request.WhichOneof("input") is None:
-            return self._engine.apply_chat_template([message.content for message in request.messages])
-        return request.prompt
+        parsed = await parse_request(request, engine)
+        validate_generate(parsed, engine.info, engine.loras)
+        return plan_request(parsed, engine)
 
 
-def _named(request: pb.GenerateRequest) -> str:
-    """The request's name, from now on: where it has none, one that no other has."""
-    request.request_id = request.request_id or uuid4().hex
-    return request.request_id
+def _response_builder(request: pb.GenerateRequest, plan: RequestPlan) -> ResponseBuilder:
+    engine_request = plan.engine_request
+    return ResponseBuilder(request, plan.model, engine_request.prompt, plan.echo, engine_request.sampling.seed)
 
 
-def _seeded(engine_request: EngineRequest) -> EngineRequest:
-    """The job with a seed, where something is left to chance: so that an answer can be had again."""
-    sampling = engine_request.sampling
-    if sampling.is_greedy:
-        return replace(engine_request, sampling=replace(sampling, seed=None))
-    return (
-        engine_request
-        if sampling.seed is not None
-        else replace(engine_request, sampling=replace(sampling, seed=randbits(SEED_BITS)))
-    )
+async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int) -> StepOutput:
+    accumulator = OutputAccumulator(choices)
+    async with aclosing(outputs):
+        async for output in outputs:
+            accumulator.add(output)
+    return accumulator.combined()
 
 
-def _until(request: pb.GenerateRequest, seconds: float | None) -> float | None:
-    """How many seconds are left to an answer that is to be what there is by then; None for any number."""
-    return seconds if request.partial_on_deadline else None
+async def _messages(
+    builder: ResponseBuilder, outputs: AsyncGenerator[StepOutput | None, None]
+) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+    async with aclosing(outputs):
+        async for output in outputs:
+            for message in builder.heartbeat() if output is None else builder.build_stream_messages(output):
+                yield message

@@ -1,4 +1,4 @@
-"""The calls that run: their names, and how they are ended."""
+"""The requests that are running, by ID, and their cancellation."""
 
 import asyncio
 from collections.abc import Iterator
@@ -10,71 +10,71 @@ from yuan_grpc.server.errors import AbortedError, DuplicateRequestError, Request
 
 
 @dataclass
-class _Call:
+class _InflightRequest:
     task: "asyncio.Task[Any]"
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    aborted: bool = False
+    is_aborted: bool = False
 
 
 class InflightRequests:
-    """Knows every running call by its request id, which no two share."""
+    """Tracks running requests by their IDs, which are unique, and waits for all calls to end."""
 
     def __init__(self) -> None:
-        self._running: dict[str, _Call] = {}
-        self._open = 0
+        self._by_id: dict[str, _InflightRequest] = {}
+        self._count = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextmanager
     def track_unnamed(self) -> Iterator[None]:
-        """Counts a call as running, though it has no name."""
-        self._open += 1
+        """Count a call without an ID as running."""
+        self._count += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._open -= 1
-            if not self._open:
+            self._count -= 1
+            if not self._count:
                 self._idle.set()
 
     @contextmanager
     def track(self, request_id: str) -> Iterator[None]:
-        """Holds a name for the current task, which `abort` can end from outside.
+        """Track the current task as a request that `abort` can cancel.
 
         Raises:
-            DuplicateRequestError: the name is taken.
-            AbortedError: it was ended.
+            DuplicateRequestError: a running request has this ID.
+            AbortedError: `abort` cancelled the request.
         """
-        if request_id in self._running:
-            raise DuplicateRequestError(f"`request_id` must not be that of a call still running: {request_id:.256}")
+        if request_id in self._by_id:
+            raise DuplicateRequestError(f"`request_id` must not be that of a running request: {request_id:.256}")
         task = asyncio.current_task()
         assert task is not None
-        call = self._running[request_id] = _Call(task)
+        request = self._by_id[request_id] = _InflightRequest(task)
         try:
             with self.track_unnamed():
                 yield
         except asyncio.CancelledError:
-            if not call.aborted or task.uncancel() > 0:  # the caller may have gone at the same time
+            if not request.is_aborted or task.uncancel() > 0:  # the client may have disconnected at the same time
                 raise
-            raise AbortedError("the call was ended by Abort") from None
+            raise AbortedError("the request was cancelled by Abort") from None
         finally:
-            del self._running[request_id]
-            call.ended.set()
+            del self._by_id[request_id]
+            request.ended.set()
 
     async def abort(self, request_id: str) -> None:
-        """Ends a call, and returns when it has freed what it held.
+        """Cancel a request, and return when it has freed its resources.
 
         Raises:
-            RequestNotFoundError: no running call has this name.
+            RequestNotFoundError: no running request has this ID.
         """
-        call = self._running.get(request_id)
-        if call is None:
-            raise RequestNotFoundError(f"`request_id` must be that of a running call, not {request_id:.256}")
-        if not call.aborted:
-            call.aborted = True
-            call.task.cancel()
-        await call.ended.wait()
+        request = self._by_id.get(request_id)
+        if request is None:
+            raise RequestNotFoundError(f"`request_id` must be that of a running request, not {request_id:.256}")
+        if not request.is_aborted:
+            request.is_aborted = True
+            request.task.cancel()
+        await request.ended.wait()
 
     async def wait_idle(self) -> None:
-        """Returns when no call is running, and every one that ran has freed its request."""
+        """Wait until no call is running and every one has freed its resources."""
         await self._idle.wait()

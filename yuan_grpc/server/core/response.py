@@ -1,4 +1,4 @@
-"""Plain values to messages. Does nothing else."""
+"""Conversion of plain values to protobuf responses."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,9 +17,8 @@ from yuan_grpc.server.engine.types import (
 )
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-MAX_ENTRIES_IN_A_MESSAGE = INLINE_ENTRIES
-"""So many tokens and log-probabilities go into a message of a stream: half a megabyte or so, of four that clients take.
-"""
+MAX_ENTRIES_PER_MESSAGE = INLINE_ENTRIES
+"""Tokens and log-probabilities in one message of a stream: about half a megabyte; clients accept four by default."""
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -31,14 +30,14 @@ _FINISH_REASONS = {
 
 
 class ResponseBuilder:
-    """Builds the responses to one request; counts tokens and remembers what was echoed.
+    """Builds the responses to one request. Keeps the token counts, and which choices have been echoed.
 
     Args:
-        request: what is answered.
-        model: what the responses call the model.
-        prompt: its tokens.
-        echo: what each choice's text starts with.
-        seed: the one that is sampled with; None where nothing is left to chance.
+        request: the request.
+        model: the model's name in the responses.
+        prompt: the prompt's token ids.
+        echo: text that each choice begins with.
+        seed: the sampling seed; None for greedy decoding and beam search.
     """
 
     def __init__(
@@ -46,17 +45,17 @@ class ResponseBuilder:
     ) -> None:
         self._request_id = request.request_id
         self._model = model
-        self._flat = request.flat_logprobs
+        self._is_flat = request.flat_logprobs
         self._usage = pb.Usage(prompt_tokens=len(prompt))
         self._seed = seed
         self._prompt_token_ids = prompt if request.return_prompt_token_ids else ()
         self._echo = echo
         self._echoed: set[int] = set()
-        self._wants_prompt = request.HasField("prompt_logprobs")
+        self._wants_prompt_logprobs = request.HasField("prompt_logprobs")
         self._has_begun = False
 
     def build_response(self, output: StepOutput) -> pb.GenerateResponse:
-        """The response of Generate, of a step that has all of every choice."""
+        """Return the response of Generate for an output with all of every choice."""
         response = pb.GenerateResponse(
             request_id=self._request_id,
             model=self._model,
@@ -69,55 +68,55 @@ class ResponseBuilder:
         return response
 
     def build_stream_messages(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
-        """The responses of GenerateStream that a step makes: none, one, or more where one would be too large.
+        """Yield the messages of GenerateStream for an output: none, one, or several if one would be too large.
 
-        The first of all waits for the prompt's log-probabilities, where they are asked for. Usage comes with it, and
-        where a choice finishes.
+        The first message of the stream waits for the prompt's log-probabilities, if requested. It has the usage, as has
+        each message in which a choice finishes.
         """
         logprobs = output.prompt_logprobs
-        if not self._has_begun and (logprobs or output.deltas or not self._wants_prompt):
-            yield from self._begin(logprobs)
+        if not self._has_begun and (logprobs or output.deltas or not self._wants_prompt_logprobs):
+            yield from self._first_messages(logprobs)
         elif logprobs:
-            yield from self._prompt(logprobs)
+            yield from self._prompt_messages(logprobs)
         if output.deltas or output.progress:
-            yield from self._rest(output)
+            yield from self._delta_messages(output)
 
     def heartbeat(self) -> Iterator[pb.GenerateStreamResponse]:
-        """A response of GenerateStream that has nothing new; or the first one, which waits no longer."""
+        """Yield an empty message of GenerateStream, or the first message without waiting any longer."""
         if self._has_begun:
-            yield self._empty()
+            yield self._empty_message()
         else:
-            yield from self._begin(())
+            yield from self._first_messages(())
 
-    def _begin(self, logprobs: Sequence[TokenLogprobs]) -> Iterator[pb.GenerateStreamResponse]:
+    def _first_messages(self, logprobs: Sequence[TokenLogprobs]) -> Iterator[pb.GenerateStreamResponse]:
         self._has_begun = True
-        first, *more = [*self._prompt(logprobs)] or [self._empty()]
+        first, *others = [*self._prompt_messages(logprobs)] or [self._empty_message()]
         first.MergeFrom(
             pb.GenerateStreamResponse(usage=self._usage, seed=self._seed, prompt_token_ids=self._prompt_token_ids)
         )
         yield first
-        yield from more
+        yield from others
 
-    def _prompt(self, logprobs: Sequence[TokenLogprobs]) -> Iterator[pb.GenerateStreamResponse]:
-        beside = max((len(token.top) for token in logprobs), default=0)
-        size = max(1, MAX_ENTRIES_IN_A_MESSAGE // (1 + beside))
+    def _prompt_messages(self, logprobs: Sequence[TokenLogprobs]) -> Iterator[pb.GenerateStreamResponse]:
+        top = max((len(token.top) for token in logprobs), default=0)
+        size = max(1, MAX_ENTRIES_PER_MESSAGE // (1 + top))
         for start in range(0, len(logprobs), size):
-            response = self._empty()
-            self._add_prompt_logprobs(response, logprobs[start : start + size])
-            yield response
+            message = self._empty_message()
+            self._add_prompt_logprobs(message, logprobs[start : start + size])
+            yield message
 
-    def _rest(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
+    def _delta_messages(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
         usage, progress = self._count(output), output.progress
-        for deltas in _portions(output.deltas):
-            response = self._empty()
-            response.choices.extend([self._choice(delta) for delta in deltas])
+        for deltas in _split_by_message(output.deltas):
+            message = self._empty_message()
+            message.choices.extend([self._choice(delta) for delta in deltas])
             if any(delta.finish_reason for delta in deltas):
-                response.usage.CopyFrom(usage)
+                message.usage.CopyFrom(usage)
             if progress:
-                response.progress.CopyFrom(_progress(progress))
-            yield response
+                message.progress.CopyFrom(_progress(progress))
+            yield message
 
-    def _empty(self) -> pb.GenerateStreamResponse:
+    def _empty_message(self) -> pb.GenerateStreamResponse:
         return pb.GenerateStreamResponse(request_id=self._request_id, model=self._model)
 
     def _count(self, output: StepOutput) -> pb.Usage:
@@ -131,8 +130,8 @@ class ResponseBuilder:
             text=delta.text,
             token_ids=delta.token_ids,
             finish_reason=_FINISH_REASONS[delta.finish_reason],
-            logprobs=() if self._flat else [_token_logprob(token) for token in delta.logprobs],
-            flat_logprobs=_flat_logprobs(delta.logprobs) if self._flat and delta.logprobs else None,
+            logprobs=() if self._is_flat else [_token_logprob(token) for token in delta.logprobs],
+            flat_logprobs=_flat_logprobs(delta.logprobs) if self._is_flat and delta.logprobs else None,
             cumulative_logprob=delta.cumulative_logprob,
         )
         if delta.index not in self._echoed:
@@ -147,14 +146,14 @@ class ResponseBuilder:
     def _add_prompt_logprobs(
         self, response: pb.GenerateResponse | pb.GenerateStreamResponse, logprobs: Sequence[TokenLogprobs]
     ) -> None:
-        if self._flat and logprobs:
+        if self._is_flat and logprobs:
             response.flat_prompt_logprobs.CopyFrom(_flat_logprobs(logprobs))
         elif logprobs:
             response.prompt_logprobs.extend(map(_token_logprob, logprobs))
 
 
 def tokenize_response(text: str, tokens: Sequence[tuple[int, str, int, int]]) -> pb.TokenizeResponse:
-    """The response of Tokenize."""
+    """Return the response of Tokenize for tokens as in `Engine.tokenize_with_offsets`."""
     return pb.TokenizeResponse(
         tokens=[pb.Token(id=i, piece=piece, start=start, end=end) for i, piece, start, end in tokens],
         count=len(tokens),
@@ -163,7 +162,12 @@ def tokenize_response(text: str, tokens: Sequence[tuple[int, str, int, int]]) ->
 
 
 def model_response(info: ModelInfo, version: str, loras: Sequence[str]) -> pb.GetModelResponse:
-    """The response of GetModel."""
+    """Return the response of GetModel.
+
+    Args:
+        version: the version of this package.
+        loras: the names of the loaded adapters.
+    """
     return pb.GetModelResponse(
         name=info.name,
         revision=info.revision,
@@ -198,27 +202,27 @@ def _lora_support(lora: LoraInfo, loaded: Sequence[str]) -> pb.LoraSupport:
     return pb.LoraSupport(max_loras=lora.max_loras, max_lora_rank=lora.max_rank, can_load=lora.can_load, loaded=loaded)
 
 
-def _portions(deltas: Sequence[ChoiceDelta]) -> Iterator[list[ChoiceDelta]]:
-    """The pieces by the message: one at least, and in each as many as it has room for."""
-    if sum(delta.entries for delta in deltas) <= MAX_ENTRIES_IN_A_MESSAGE:  # as almost always
+def _split_by_message(deltas: Sequence[ChoiceDelta]) -> Iterator[list[ChoiceDelta]]:
+    """Yield the deltas of each message: at least one list, each as long as a message can hold."""
+    if sum(delta.num_entries for delta in deltas) <= MAX_ENTRIES_PER_MESSAGE:  # the usual case
         yield list(deltas)
         return
-    portion, room = list[ChoiceDelta](), MAX_ENTRIES_IN_A_MESSAGE
-    for part in (part for delta in deltas for part in _split(delta)):
-        if portion and part.entries > room:
-            yield portion
-            portion, room = [], MAX_ENTRIES_IN_A_MESSAGE
-        portion.append(part)
-        room -= part.entries
-    yield portion
+    group, capacity = list[ChoiceDelta](), MAX_ENTRIES_PER_MESSAGE
+    for part in (part for delta in deltas for part in _split_delta(delta)):
+        if group and part.num_entries > capacity:
+            yield group
+            group, capacity = [], MAX_ENTRIES_PER_MESSAGE
+        group.append(part)
+        capacity -= part.num_entries
+    yield group
 
 
-def _split(delta: ChoiceDelta) -> Iterator[ChoiceDelta]:
-    """A piece that is too large for a message in several: the text comes with the first, the end with the last."""
+def _split_delta(delta: ChoiceDelta) -> Iterator[ChoiceDelta]:
+    """Yield a delta in parts that fit a message. The first has the text, the last the finish reason."""
     tokens = len(delta.token_ids)
-    most = max(1, MAX_ENTRIES_IN_A_MESSAGE * tokens // max(1, delta.entries))
-    for start in range(0, max(1, tokens), most):
-        end = start + most
+    size = max(1, MAX_ENTRIES_PER_MESSAGE * tokens // max(1, delta.num_entries))
+    for start in range(0, max(1, tokens), size):
+        end = start + size
         part = replace(
             delta,
             text="" if start else delta.text,

@@ -1,4 +1,4 @@
-"""The interface that every engine implements."""
+"""The interface of every engine."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -9,51 +9,51 @@ from yuan_grpc.server.engine.types import EngineRequest, ModelInfo, StepOutput
 
 
 class Engine(Protocol):
-    """The one door to whatever generates."""
+    """The server's only interface to a model."""
 
     async def start(self) -> None:
-        """Returns when a request would be answered at once.
+        """Load the model, and return when requests are answered without delay.
 
         Raises:
-            Exception: it cannot be started.
+            Exception: the engine cannot be started.
         """
 
     async def wait_until_dead(self) -> None:
-        """Returns when the started engine has died."""
+        """Wait until the started engine has died."""
 
     def stop(self) -> None:
-        """Ends it, whatever it is doing, starting included."""
+        """Stop the engine in any state, including during its start."""
 
     @property
     def info(self) -> ModelInfo:
-        """What is served. Known once the engine is ready."""
+        """The served model. Known once the engine is ready."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request can be accepted now."""
+        """Whether the engine accepts requests now."""
 
     async def tokenize(self, text: str) -> list[int]:
-        """Text to token ids."""
+        """Return the token ids of a text."""
 
     async def tokenize_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
-        """Text to tokens: id, piece, and the stretch it stands for, from and to, in characters."""
+        """Return the tokens of a text: id, piece, and the start and end of its span, in characters."""
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Token ids to text."""
+        """Return the text of token ids."""
 
     def apply_chat_template(self, turns: Sequence[str]) -> str:
-        """The turns of a conversation as the model was trained to see them, up to where its answer begins."""
+        """Return a conversation in the model's format, up to the point where its answer begins."""
 
     def decode_continuation(
         self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool
     ) -> tuple[str, str | None]:
-        """The text that tokens add behind a job's prompt, just as `generate` would give it.
+        """Return the text that tokens add to a request's prompt, identical to the text `generate` yields for them.
 
         Args:
-            ended: whether the last token is one that ends a choice.
+            ended: whether the last token ends the choice.
 
         Returns:
-            The text, up to the first of the job's stop strings; and that string, or None.
+            The text, up to the first of the request's stop strings; and that string, or None.
         """
 
     @property
@@ -62,45 +62,45 @@ class Engine(Protocol):
 
     @property
     def available_loras(self) -> Sequence[str]:
-        """The names of adapters that could be loaded."""
+        """The names of adapters that can be loaded."""
 
     async def load_lora(self, name: str) -> None:
-        """Loads an adapter.
+        """Load an adapter.
 
         Raises:
-            ServiceError: it is loaded, not there, not one for this model, or LoRA is not enabled.
+            ServiceError: the adapter is loaded, missing or unsuitable for the model, or LoRA is not enabled.
         """
 
     async def unload_lora(self, name: str) -> None:
-        """Forgets an adapter; jobs that run with it go on.
+        """Unload an adapter. Running requests keep it until they end.
 
         Raises:
-            ServiceError: it is not loaded, or LoRA is not enabled.
+            ServiceError: the adapter is not loaded, or LoRA is not enabled.
         """
 
     def pin_lora(self, lora: str) -> AbstractAsyncContextManager[str]:
-        """Keeps an adapter for several jobs, whether it is unloaded meanwhile or not.
+        """Keep an adapter in memory for several requests, even if it is unloaded meanwhile.
 
-        Yields what the jobs are to name it.
+        Yields the name by which these requests select it.
 
         Raises:
-            ModelNotFoundError: it is not loaded.
+            ModelNotFoundError: the adapter is not loaded.
         """
 
     def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        """Generates, yielding pieces as they come or, unless `stream`, all of every choice in one step.
+        """Yield new output as it comes or, unless `stream`, all of every choice in one output.
 
-        The first step, which has no pieces, says that the job was accepted. Closing the generator, or cancelling the
-        task that waits for it, frees the job at once.
+        The first output has no deltas and reports that the request was accepted. Closing the generator, or cancelling
+        the task that waits for it, frees the request at once.
 
         Args:
-            cut: once it is set, the job ends with what there is: a last step has all that was not yielded yet, and ends
-                every choice that has not ended with `DEADLINE`.
+            deadline: when set, the request ends with partial output: a last output has everything that was not yielded
+                yet, and ends every unfinished choice with `DEADLINE`.
 
         Raises:
-            InvalidRequestError: what only the engine can tell.
-            UnavailableError: the engine is lost, or gave the request up.
-            OverloadedError: it has as many requests as it may.
+            InvalidRequestError: the engine found the request invalid.
+            UnavailableError: the engine died, or dropped the request.
+            OverloadedError: the request queue is full.
         """

@@ -1,4 +1,4 @@
-"""What the service asks of an engine, in plain values: neither protobuf's nor vLLM's."""
+"""Plain values at the interface between the service and an engine, independent of protobuf and vLLM."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,15 +6,15 @@ from enum import Enum
 from typing import Literal
 
 CONTEXT_TOKENS = 16
-"""So many tokens before a text decide how it begins, with some to spare."""
+"""Number of preceding tokens that determine how a text begins, with some margin."""
 
 INLINE_ENTRIES = 16_384
-"""Tokens and log-probabilities whose conversion, some 20 ms, may hold up every stream; more go to a thread."""
+"""Tokens and log-probabilities to convert on the event loop, about 20 ms of work; more are converted in a thread."""
 
 
 @dataclass(frozen=True)
 class LoraInfo:
-    """What holds for LoRA adapters, where they are enabled. `can_load` says whether the folder to load from is set."""
+    """Limits on LoRA adapters, if they are enabled. `can_load` is true if there is a folder to load adapters from."""
 
     max_loras: int
     max_rank: int
@@ -23,22 +23,22 @@ class LoraInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is served, and the limits requests are held to.
+    """The served model, and the limits on requests.
 
     Attributes:
-        name: what responses call the model.
-        max_model_len: the most tokens of prompt and answer together.
-        vocab_size: how many token ids there are; the embedding's padding rows are not counted.
-        max_logprobs: the most log-probabilities a position can have.
+        name: the model's name in responses.
+        max_model_len: maximum number of prompt and generated tokens together.
+        vocab_size: number of token ids, without the padding rows of the embedding.
+        max_logprobs: maximum number of log-probabilities per position.
         end_token_ids: the tokens that end a text by themselves, `<eod>` first.
-        revision: of a model from the hub; empty for a folder.
-        vllm_version, dtype, quantization: in vLLM's words; an empty quantization is none.
+        revision: the revision of a model from the hub; empty for a folder.
+        vllm_version, dtype, quantization: as vLLM names them; an empty quantization is none.
         layers, hidden, heads, intermediate: the model's sizes.
-        tensor_parallel, pipeline_parallel, data_parallel: ranks.
-        max_num_seqs: how many choices are computed at a time.
-        max_num_queued_reqs: how many may run and wait together; None for any number.
-        priority_scheduling, prefix_caching: whether they are on.
-        lora: None where LoRA is not enabled.
+        tensor_parallel, pipeline_parallel, data_parallel: numbers of ranks.
+        max_num_seqs: number of choices computed at a time.
+        max_num_queued_reqs: maximum number of running and waiting choices; None for no limit.
+        priority_scheduling, prefix_caching: whether they are enabled.
+        lora: None if LoRA is not enabled.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What generated text must fulfil: one of vLLM's kinds, and its specification."""
+    """A constraint on generated text: a kind of structured output in vLLM, and its specification."""
 
     kind: Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
     specification: str | bool | tuple[str, ...]
@@ -74,7 +74,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Repetition:
-    """A choice whose last tokens are a pattern of these sizes, `min_count` times over, has ended."""
+    """A repetition that ends a choice: the last tokens repeat a pattern of these sizes `min_count` times."""
 
     max_pattern_size: int
     min_pattern_size: int
@@ -83,7 +83,7 @@ class Repetition:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters, in vLLM's names. `top_p` 0, which vLLM does not know, means what `top_k` 1 means."""
+    """Sampling parameters under vLLM's names. A `top_p` of 0, which vLLM rejects, is equivalent to a `top_k` of 1."""
 
     n: int = 1
     max_tokens: int = 16
@@ -114,7 +114,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken, however that was asked for."""
+        """Whether the most likely token is always chosen, by any of the parameters that request it."""
         return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
 
@@ -123,10 +123,10 @@ class EngineRequest:
     """One request to an engine.
 
     Attributes:
-        request_id: unlike that of any other job that runs.
+        request_id: unique among running requests.
         prompt: token ids, at least one.
-        priority: lower goes first, where the engine schedules by it.
-        cache_salt: shares cached prefixes only with jobs of the same one; empty for none.
+        priority: lower values are scheduled first, if the engine schedules by priority.
+        cache_salt: cached prefixes are shared only between requests with the same salt; empty for none.
         lora: the name of a loaded adapter; empty for none.
     """
 
@@ -140,7 +140,7 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class BeamSearchParams:
-    """Beam search's own parameters, in Yuan's and vLLM 0.2's names; `width` was its `best_of`."""
+    """Parameters of beam search, under the names in Yuan and vLLM 0.2, where `width` was `best_of`."""
 
     n: int
     width: int
@@ -149,7 +149,7 @@ class BeamSearchParams:
 
 
 class FinishReason(Enum):
-    """Why a choice ended."""
+    """The reason a choice ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -159,7 +159,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True)
 class RankedToken:
-    """A token with its log-probability (natural) and its place in the order of likelihood, from 1; 0 is not known."""
+    """A token with its natural log-probability and its 1-based rank by likelihood; 0 if the rank is unknown."""
 
     token_id: int
     text: str
@@ -169,9 +169,13 @@ class RankedToken:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The token of one position, and those asked for beside it: the most likely ones first, or as they were given.
+    """The log-probabilities at one position.
 
-    A prompt's first token has no log-probability; its `top` is empty, and its rank 0.
+    The first token of a prompt has none: its `top` is empty, and its rank 0.
+
+    Attributes:
+        chosen: the token at this position.
+        top: the most likely tokens in order, or the tokens in `logprob_token_ids` in their order.
     """
 
     chosen: RankedToken
@@ -180,7 +184,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What is new of one choice. `stop_reason` is the stop string or the token that ended it."""
+    """New output of one choice. `stop_reason` is the stop string or the token that ended it."""
 
     index: int
     text: str
@@ -191,23 +195,23 @@ class ChoiceDelta:
     stop_reason: str | int | None = None
 
     @property
-    def entries(self) -> int:
-        """Tokens and log-probabilities in it."""
-        return len(self.token_ids) + _entries(self.logprobs)
+    def num_entries(self) -> int:
+        """Number of tokens and log-probabilities."""
+        return len(self.token_ids) + _num_logprobs(self.logprobs)
 
 
-def _entries(positions: Sequence[TokenLogprobs]) -> int:
+def _num_logprobs(positions: Sequence[TokenLogprobs]) -> int:
     return sum(1 + len(position.top) for position in positions)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is whose choices come at its end.
+    """Progress of a search that returns its choices at the end.
 
     Attributes:
-        tokens: generated so far, for each beam or, of `best_of`, over all choices.
-        finished: choices that are.
-        best_text, best_cumulative_logprob: of the best beam as it is now.
+        tokens: tokens generated so far: per beam in beam search, over all choices in best-of sampling.
+        finished: number of finished choices.
+        best_text, best_cumulative_logprob: of the best beam so far.
     """
 
     tokens: int
@@ -218,14 +222,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What came at once.
+    """Output of an engine or a strategy that becomes available at once.
 
     Attributes:
-        pieces: of the choices that grew; none in the first step of a job, which says that it was accepted.
-        cached_tokens: how many prompt tokens the prefix cache had.
-        prompt_positions: the whole prompt's log-probabilities, once, before any piece.
+        deltas: of the choices that grew; empty in the first output of a request, which reports its acceptance.
+        cached_tokens: number of prompt tokens found in the prefix cache.
+        prompt_logprobs: of the whole prompt, in one output, before any delta.
         progress: of a search.
-        discarded_tokens: generated for choices that were not among the best.
+        discarded_tokens: number of tokens generated for choices that are not returned.
     """
 
     deltas: Sequence[ChoiceDelta] = ()
@@ -235,6 +239,6 @@ class StepOutput:
     discarded_tokens: int = 0
 
     @property
-    def entries(self) -> int:
-        """Tokens and log-probabilities in it."""
-        return sum(delta.entries for delta in self.deltas) + _entries(self.prompt_logprobs)
+    def num_entries(self) -> int:
+        """Number of tokens and log-probabilities."""
+        return sum(delta.num_entries for delta in self.deltas) + _num_logprobs(self.prompt_logprobs)
