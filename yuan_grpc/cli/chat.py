@@ -58,9 +58,7 @@ def add_command(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--system", metavar="TEXT", help="system message that starts the conversation")
-    parser.add_argument(
-        "--truncate", action="store_true", help="drop the start of a conversation that exceeds the context"
-    )
+    parser.add_argument("--truncate", action="store_true", help="drop the start of a conversation that is too long")
     request_fields.add_options(parser, MAX_TOKENS)
     connection.add_options(parser)
     parser.set_defaults(run=handle_errors(_run))

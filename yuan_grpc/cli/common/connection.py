@@ -47,17 +47,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=False,
         type=_file,
         metavar="CA",
-        help="use TLS; CA is a certificate file to trust (default: system CAs)",
+        help="use TLS; CA: certificate file (default: system CAs)",
     )
     group.add_argument(
         "--identity", nargs=2, type=_file, metavar=("CERT", "KEY"), help="client certificate and key for mutual TLS"
     )
-    group.add_argument("--token", help="bearer token; visible in `ps`, prefer env: YUAN_GRPC_TOKEN")
+    group.add_argument("--token", help="bearer token (env: YUAN_GRPC_TOKEN, hidden from ps)")
     group.add_argument(
         "--timeout", type=positive_seconds, default=600.0, metavar="S", help="seconds per call, or inf (default: 600)"
     )
     group.add_argument(
-        "--retries", type=int, default=4, metavar="N", help="retries of a call the server refused (default: 4)"
+        "--retries", type=int, default=4, metavar="N", help="retries of a refused call, at most 4 (default: 4)"
     )
     group.add_argument("--proxy", type=_proxy, metavar="URL", help="HTTP proxy, as http://host:port")
     group.add_argument(
