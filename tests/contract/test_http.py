@@ -1,4 +1,4 @@
-"""The HTTP calls, over a real port, with an engine by hand: what is asked, what is answered, and what is refused."""
+"""The HTTP API over a real port, with a fake engine: requests, responses and errors."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from fake_engine import FakeEngine, last, more
-from http_server import ORIGINAL, events, post, served
+from servers import ORIGINAL_BODY, parse_events, post, serve_http_client
 
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
@@ -18,19 +18,23 @@ from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError
 from yuan_grpc.server.http.call import MAX_BODY
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-GENERATE, TEXT, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
-TURNS = [{"role": "user", "content": "AB"}]
-BODIES: dict[str, dict[str, Any]] = {GENERATE: {"prompt": "AB"}, TEXT: {"prompt": "AB"}, CHAT: {"messages": TURNS}}
+GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "AB"}]
+BODIES: dict[str, dict[str, Any]] = {
+    GENERATE: {"prompt": "AB"},
+    COMPLETIONS: {"prompt": "AB"},
+    CHAT: {"messages": MESSAGES},
+}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def strict() -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server that many tests share: of what is refused before any engine is asked."""
-    async with served(FakeEngine(RuntimeError("the engine was asked"))) as client:
+async def rejecting() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server, shared by tests of requests that must be rejected before they reach the engine."""
+    async with serve_http_client(FakeEngine(RuntimeError("the request reached the engine"))) as client:
         yield client
 
 
-shared = pytest.mark.asyncio(loop_scope="module")
+module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def ranked(text: str, logprob: float = -0.5, rank: int = 1) -> RankedToken:
@@ -38,33 +42,33 @@ def ranked(text: str, logprob: float = -0.5, rank: int = 1) -> RankedToken:
 
 
 def with_logprobs(text: str, finish_reason: FinishReason | None = None) -> StepOutput:
-    """A step of one token, with a likelier one beside it."""
-    position = TokenLogprobs(ranked(text, -0.5, 2), [ranked("x", -0.25), ranked(text, -0.5, 2)])
-    return StepOutput([ChoiceDelta(0, text, [ord(text)], [position], -0.5, finish_reason)])
+    """Return an output of one token, with a more likely alternative."""
+    logprobs = TokenLogprobs(ranked(text, -0.5, 2), [ranked("x", -0.25), ranked(text, -0.5, 2)])
+    return StepOutput([ChoiceDelta(0, text, [ord(text)], [logprobs], -0.5, finish_reason)])
 
 
-async def test_the_original_call_is_answered_as_it_was() -> None:
+async def test_the_original_request_gets_the_original_response() -> None:
     engine = FakeEngine(last("yes"))
-    response = await post(engine, GENERATE, ORIGINAL)
+    response = await post(engine, GENERATE, ORIGINAL_BODY)
     assert response.json() == {"text": ["AByes"]}
     assert response.headers["content-type"] == "application/json"
     sampling = engine.requests[0].sampling
     assert (sampling.max_tokens, sampling.top_p, sampling.top_k, sampling.stop) == (256, 0, 1, ("<eod>",))
 
 
-@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", "nonsense", None])
-async def test_a_body_is_json_whatever_its_content_type_says(kind: str | None) -> None:
-    async with served(FakeEngine(last("yes"))) as client:
-        headers = {"content-type": kind} if kind else {}
-        response = await client.post(GENERATE, content=json.dumps(ORIGINAL), headers=headers)
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "nonsense", None])
+async def test_a_body_is_parsed_as_json_with_any_content_type(content_type: str | None) -> None:
+    async with serve_http_client(FakeEngine(last("yes"))) as client:
+        headers = {"content-type": content_type} if content_type else {}
+        response = await client.post(GENERATE, content=json.dumps(ORIGINAL_BODY), headers=headers)
     assert response.json() == {"text": ["AByes"]}
 
 
-async def test_a_streams_chunks_have_all_text_so_far_and_end_with_a_zero_byte() -> None:
+async def test_chunks_of_generate_have_all_text_so_far_and_end_with_a_zero_byte() -> None:
     engine = FakeEngine(more("世"), more("b", 1), more("c"), last("d", 1))
     response = await post(engine, GENERATE, {"prompt": "AB", "stream": True, "n": 2})
-    *chunks, rest = response.content.split(b"\0")
-    assert rest == b""
+    *chunks, remaining = response.content.split(b"\0")
+    assert remaining == b""
     assert response.content.isascii()
     assert [json.loads(chunk)["text"] for chunk in chunks] == [
         ["AB世", "AB"],
@@ -77,16 +81,14 @@ async def test_a_streams_chunks_have_all_text_so_far_and_end_with_a_zero_byte() 
 @pytest.mark.parametrize(
     ("fields", "prompt"),
     [
-        ({"messages": TURNS}, "AB>"),
+        ({"messages": MESSAGES}, "AB>"),
         ({"prompt_token_ids": [65, 66]}, "AB"),
         ({"prompt": "ABC", "truncate_prompt_tokens": 2}, "BC"),
         ({"prompt": "AB", "echo": False}, ""),
     ],
-    ids=["messages", "ids", "truncated", "without"],
+    ids=["messages", "token ids", "truncated prompt", "no echo"],
 )
-async def test_a_choice_of_which_nothing_has_come_is_the_prompt_however_that_was_given(
-    fields: dict[str, Any], prompt: str
-) -> None:
+async def test_a_choice_without_output_is_the_echoed_prompt(fields: dict[str, Any], prompt: str) -> None:
     engine = FakeEngine(more("a"), last("b", 1), last("c"))
     response = await post(engine, GENERATE, fields | {"stream": True, "n": 2})
     chunks = [json.loads(chunk)["text"] for chunk in response.content.split(b"\0")[:-1]]
@@ -94,14 +96,14 @@ async def test_a_choice_of_which_nothing_has_come_is_the_prompt_however_that_was
     assert chunks[-1] == [f"{prompt}ac", f"{prompt}b"]
 
 
-async def test_max_tokens_and_the_rest_are_what_they_were_in_the_original() -> None:
+async def test_defaults_of_generate_are_the_original_ones() -> None:
     engine = FakeEngine(last())
     await post(engine, GENERATE, {"prompt": "AB"})
     sampling = engine.requests[0].sampling
     assert (sampling.n, sampling.max_tokens, sampling.temperature, sampling.top_p) == (1, 16, 1, 1)
 
 
-async def test_generate_takes_every_field_of_the_contract() -> None:
+async def test_generate_accepts_the_fields_of_generate_request() -> None:
     engine = FakeEngine(last())
     body = {
         "prompt_token_ids": [65, 66],
@@ -126,8 +128,8 @@ async def test_generate_takes_every_field_of_the_contract() -> None:
     assert request.sampling.structured_outputs.specification == ("a", "b")
 
 
-async def test_a_completion_has_openais_shape() -> None:
-    response = await post(FakeEngine(last("yes")), TEXT, {"model": "fake", "prompt": "AB", "request_id": "mine"})
+async def test_a_completion_has_openais_format() -> None:
+    response = await post(FakeEngine(last("yes")), COMPLETIONS, {"model": "fake", "prompt": "AB", "request_id": "mine"})
     content = response.json()
     assert isinstance(content.pop("created"), int)
     assert content == {
@@ -144,28 +146,28 @@ async def test_a_completion_has_openais_shape() -> None:
     }
 
 
-async def test_a_completions_stream_is_pieces_then_usage_then_done() -> None:
+async def test_a_completions_stream_has_deltas_then_usage_then_done() -> None:
     engine = FakeEngine(more("a\u2028"), last("b"))
     body = {"prompt": "AB", "stream": True, "stream_options": {"include_usage": True}}
-    response = await post(engine, TEXT, body)
+    response = await post(engine, COMPLETIONS, body)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert b"\\u2028" in response.content
-    *deltas, usage, done = events(response.content)
+    *deltas, usage, done = parse_events(response.content)
     assert [delta["choices"][0]["text"] for delta in deltas] == ["a\u2028", "b"]
     assert [delta["choices"][0]["finish_reason"] for delta in deltas] == [None, "length"]
     assert [delta["usage"] for delta in deltas] == [None, None]
     assert (usage["choices"], usage["usage"]["total_tokens"], done) == ([], 5, "[DONE]")
 
 
-async def test_an_answer_in_chat_has_openais_shape() -> None:
+async def test_a_chat_response_has_openais_format() -> None:
     engine = FakeEngine(last("yes"))
-    turns = [
+    messages = [
         {"role": "developer", "content": "S"},
         {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]},
         {"role": "assistant", "content": "C", "refusal": None, "tool_calls": None},
         {"role": "user", "content": "D", "name": "me"},
     ]
-    content = (await post(engine, CHAT, {"messages": turns})).json()
+    content = (await post(engine, CHAT, {"messages": messages})).json()
     assert "".join(map(chr, engine.requests[0].prompt)) == "S|A\nB|C|D>"
     assert (content["object"], content["id"][:9]) == ("chat.completion", "chatcmpl-")
     [choice] = content["choices"]
@@ -173,10 +175,10 @@ async def test_an_answer_in_chat_has_openais_shape() -> None:
     assert choice["finish_reason"] == "length"
 
 
-async def test_chat_streams_a_role_then_pieces() -> None:
-    body = {"messages": TURNS, "stream": True, "n": 2}
+async def test_a_chat_stream_has_a_role_then_deltas() -> None:
+    body = {"messages": MESSAGES, "stream": True, "n": 2}
     response = await post(FakeEngine(more("a"), last("b"), last("c", 1)), CHAT, body)
-    *chunks, done = events(response.content)
+    *chunks, done = parse_events(response.content)
     assert done == "[DONE]"
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     deltas = [(choice["index"], choice["delta"]) for chunk in chunks for choice in chunk["choices"]]
@@ -189,17 +191,17 @@ async def test_chat_streams_a_role_then_pieces() -> None:
     ]
 
 
-async def test_chat_goes_on_to_the_end_of_the_context_unless_told() -> None:
+async def test_chat_is_limited_by_the_context_by_default() -> None:
     engine = FakeEngine(last())
-    async with served(engine) as client:
-        for more_fields in ({}, {"max_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 4}):
-            await client.post(CHAT, json={"messages": TURNS, **more_fields})
+    async with serve_http_client(engine) as client:
+        for fields in ({}, {"max_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 4}):
+            await client.post(CHAT, json={"messages": MESSAGES, **fields})
     assert [request.sampling.max_tokens for request in engine.requests] == [64, 3, 4]
 
 
-async def test_many_prompts_are_answered_in_their_order() -> None:
+async def test_choices_are_in_the_order_of_the_prompts() -> None:
     engine = FakeEngine(last("a"), last("b", 1))
-    content = (await post(engine, TEXT, {"prompt": ["A", "BC"], "n": 2, "request_id": "mine"})).json()
+    content = (await post(engine, COMPLETIONS, {"prompt": ["A", "BC"], "n": 2, "request_id": "mine"})).json()
     assert [(choice["index"], choice["text"]) for choice in content["choices"]] == [
         (0, "a"),
         (1, "b"),
@@ -213,14 +215,16 @@ async def test_many_prompts_are_answered_in_their_order() -> None:
 @pytest.mark.parametrize("prompt", [[65, 66], [[65], [66, 67]], ["A", [66]]])
 async def test_prompts_may_be_token_ids(prompt: list[Any]) -> None:
     engine = FakeEngine(last())
-    assert (await post(engine, TEXT, {"prompt": prompt})).status_code == 200
-    asked = [list(request.prompt) for request in engine.requests]
-    assert asked == {65: [[65, 66]], "A": [[65], [66]]}.get(prompt[0] if prompt[0] != [65] else 0, [[65], [66, 67]])
+    assert (await post(engine, COMPLETIONS, {"prompt": prompt})).status_code == 200
+    prompts = [list(request.prompt) for request in engine.requests]
+    assert prompts == {65: [[65, 66]], "A": [[65], [66]]}.get(prompt[0] if prompt[0] != [65] else 0, [[65], [66, 67]])
 
 
-async def test_a_stream_of_many_prompts_has_all_of_each() -> None:
+async def test_a_stream_of_several_prompts_has_all_text_of_each() -> None:
     body = {"prompt": ["A", "BC"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
-    *chunks, usage, _ = events((await post(FakeEngine(more("a"), last("b"), last("c", 1)), TEXT, body)).content)
+    *chunks, usage, _ = parse_events(
+        (await post(FakeEngine(more("a"), last("b"), last("c", 1)), COMPLETIONS, body)).content
+    )
     texts = [""] * 4
     for chunk in chunks:
         texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
@@ -228,35 +232,38 @@ async def test_a_stream_of_many_prompts_has_all_of_each() -> None:
     assert usage["usage"]["prompt_tokens"] == 3
 
 
-async def test_no_more_prompts_run_at_a_time_than_in_a_batch() -> None:
+async def test_a_limited_number_of_prompts_runs_at_a_time() -> None:
     engine = FakeEngine(hangs=True)
-    async with served(engine) as client:
-        async with client.stream("POST", TEXT, json={"prompt": ["A"] * (2 * MAX_IN_FLIGHT), "stream": True}):
-            await client.get("/v1/models")  # while they have all the time to begin
+    async with serve_http_client(engine) as client:
+        async with client.stream("POST", COMPLETIONS, json={"prompt": ["A"] * (2 * MAX_IN_FLIGHT), "stream": True}):
+            await client.get("/v1/models")  # gives further prompts time to start
             assert engine.running == MAX_IN_FLIGHT
         await engine.freed.wait()
 
 
-async def test_one_bad_prompt_of_many_ends_the_others() -> None:
+async def test_an_invalid_prompt_cancels_the_others() -> None:
     engine = FakeEngine(hangs=True)
-    response = await post(engine, TEXT, {"prompt": ["A", "B" * 64]})
+    response = await post(engine, COMPLETIONS, {"prompt": ["A", "B" * 64]})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "prompt"
     assert engine.running == 0
 
 
-async def test_a_heartbeat_is_a_comment_which_clients_pass_over() -> None:
+async def test_a_heartbeat_is_a_comment() -> None:
     body = {"prompt": "AB", "stream": True, "heartbeat_interval": "0.1s"}
-    async with served(FakeEngine(hangs=True)) as client, client.stream("POST", TEXT, json=body) as response:
+    async with (
+        serve_http_client(FakeEngine(hangs=True)) as client,
+        client.stream("POST", COMPLETIONS, json=body) as response,
+    ):
         async for line in response.aiter_lines():
             assert line == ":"
             break
 
 
-async def test_log_probabilities_of_a_completion() -> None:
+async def test_a_completion_has_logprobs() -> None:
     engine = FakeEngine(with_logprobs("a"), with_logprobs("b", FinishReason.STOP))
     body = {"prompt": "AB", "logprobs": 1, "stream": True}
-    first, second, _ = events((await post(engine, TEXT, body)).content)
+    first, second, _ = parse_events((await post(engine, COMPLETIONS, body)).content)
     assert first["choices"][0]["logprobs"] == {
         "text_offset": [0],
         "token_logprobs": [-0.5],
@@ -266,10 +273,10 @@ async def test_log_probabilities_of_a_completion() -> None:
     assert second["choices"][0]["logprobs"]["text_offset"] == [1]
 
 
-async def test_an_echo_has_the_log_probabilities_of_the_prompt_too() -> None:
+async def test_an_echo_has_the_logprobs_of_the_prompt() -> None:
     prompt = [TokenLogprobs(ranked("A", 0, 0), ()), TokenLogprobs(ranked("B", -2), [ranked("B", -2)])]
     engine = FakeEngine(StepOutput(prompt_logprobs=prompt), with_logprobs("c", FinishReason.STOP))
-    [choice] = (await post(engine, TEXT, {"prompt": "AB", "logprobs": 1, "echo": True})).json()["choices"]
+    [choice] = (await post(engine, COMPLETIONS, {"prompt": "AB", "logprobs": 1, "echo": True})).json()["choices"]
     assert choice["text"] == "ABc"
     assert choice["logprobs"]["tokens"] == ["A", "B", "c"]
     assert choice["logprobs"]["token_logprobs"] == [None, -2, -0.5]
@@ -278,29 +285,29 @@ async def test_an_echo_has_the_log_probabilities_of_the_prompt_too() -> None:
     assert engine.requests[0].sampling.prompt_logprobs == 1
 
 
-async def test_log_probabilities_in_chat() -> None:
+async def test_a_chat_response_has_logprobs() -> None:
     engine = FakeEngine(with_logprobs("é", FinishReason.STOP))
-    [choice] = (await post(engine, CHAT, {"messages": TURNS, "logprobs": True, "top_logprobs": 2})).json()["choices"]
+    [choice] = (await post(engine, CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2})).json()["choices"]
     assert engine.requests[0].sampling.logprobs == 2
     [token] = choice["logprobs"]["content"]
     assert (token["token"], token["logprob"], token["bytes"]) == ("é", -0.5, [195, 169])
     assert [other["token"] for other in token["top_logprobs"]] == ["x", "é"]
 
 
-async def test_what_json_cannot_say_is_said_otherwise() -> None:
-    never = StepOutput(
+async def test_a_logprob_of_minus_infinity_is_minus_9999() -> None:
+    output = StepOutput(
         [ChoiceDelta(0, "a", [97], [TokenLogprobs(ranked("a", float("-inf")), ())], None, FinishReason.STOP)]
     )
-    [choice] = (await post(FakeEngine(never), TEXT, {"prompt": "A", "logprobs": 0})).json()["choices"]
+    [choice] = (await post(FakeEngine(output), COMPLETIONS, {"prompt": "A", "logprobs": 0})).json()["choices"]
     assert choice["logprobs"]["token_logprobs"] == [-9999]
 
 
-async def test_token_ids_come_where_asked_for() -> None:
+async def test_token_ids_are_returned_on_request() -> None:
     body = {"prompt": "AB", "return_token_ids": True}
-    async with served(FakeEngine(more("a"), last("b"))) as client:
-        [whole] = (await client.post(TEXT, json=body)).json()["choices"]
-        first, second, _ = events((await client.post(TEXT, json=body | {"stream": True})).content)
-    assert (whole["token_ids"], whole["prompt_token_ids"]) == ([97, 98], [65, 66])
+    async with serve_http_client(FakeEngine(more("a"), last("b"))) as client:
+        [choice] = (await client.post(COMPLETIONS, json=body)).json()["choices"]
+        first, second, _ = parse_events((await client.post(COMPLETIONS, json=body | {"stream": True})).content)
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == ([97, 98], [65, 66])
     assert (first["choices"][0]["token_ids"], first["choices"][0]["prompt_token_ids"]) == ([97], [65, 66])
     assert second["choices"][0]["token_ids"] == [98]
 
@@ -316,14 +323,14 @@ async def test_a_response_format_is_a_constraint(
     response_format: dict[str, Any], kind: str, specification: bool | None
 ) -> None:
     engine = FakeEngine(last("{}"))
-    assert (await post(engine, CHAT, {"messages": TURNS, "response_format": response_format})).status_code == 200
+    assert (await post(engine, CHAT, {"messages": MESSAGES, "response_format": response_format})).status_code == 200
     constraint = engine.requests[0].sampling.structured_outputs
     assert constraint is not None
     assert (constraint.kind, constraint.specification) == (kind, specification or '{"type": "object"}')
 
 
-@pytest.mark.parametrize("path", [TEXT, CHAT])
-async def test_fields_that_mean_nothing_here_are_taken(path: str) -> None:
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_fields_without_effect_are_accepted(path: str) -> None:
     body = {
         "user": "me",
         "store": True,
@@ -358,23 +365,23 @@ async def test_fields_that_mean_nothing_here_are_taken(path: str) -> None:
         (GENERATE, {"request_id": 5}, "request_id"),
         (GENERATE, {"prompt_token_ids": [-1]}, "prompt_token_ids"),
         (GENERATE, {"structured_outputs": {"choice": [[]] * 100_000}}, "structured_outputs"),
-        (TEXT, {"frobnicate": 1}, "frobnicate"),
-        (TEXT, {"suffix": "x"}, "suffix"),
-        (TEXT, {"prompt": {}}, "prompt"),
-        (TEXT, {"prompt": []}, "prompt"),
-        (TEXT, {"prompt": [1, "a"]}, "prompt"),
-        (TEXT, {"prompt": ["a", 1]}, "prompt[1]"),
-        (TEXT, {"prompt": [True]}, "prompt"),
-        (TEXT, {"prompt": ["a"] * 1025}, "prompt"),
-        (TEXT, {"prompt": [0x110000]}, "prompt[0]"),
-        (TEXT, {"messages": TURNS}, "messages"),
-        (TEXT, {"flat_logprobs": True}, "flat_logprobs"),
-        (TEXT, {"stream_options": {"include_usage": True}}, "stream_options"),
-        (TEXT, {"stream": True, "stream_options": {"a": 1}}, "stream_options.a"),
-        (TEXT, {"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
-        (TEXT, {"response_format": {"type": "xml"}}, "response_format"),
-        (TEXT, {"response_format": {"type": "json_schema"}}, "response_format"),
-        (TEXT, {"response_format": 5}, "response_format"),
+        (COMPLETIONS, {"frobnicate": 1}, "frobnicate"),
+        (COMPLETIONS, {"suffix": "x"}, "suffix"),
+        (COMPLETIONS, {"prompt": {}}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", 1]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [True]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 1025}, "prompt"),
+        (COMPLETIONS, {"prompt": [0x110000]}, "prompt[0]"),
+        (COMPLETIONS, {"messages": MESSAGES}, "messages"),
+        (COMPLETIONS, {"flat_logprobs": True}, "flat_logprobs"),
+        (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
+        (COMPLETIONS, {"stream": True, "stream_options": {"a": 1}}, "stream_options.a"),
+        (COMPLETIONS, {"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
+        (COMPLETIONS, {"response_format": {"type": "xml"}}, "response_format"),
+        (COMPLETIONS, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (COMPLETIONS, {"response_format": 5}, "response_format"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"audio": {}}, "audio"),
         (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
@@ -387,7 +394,7 @@ async def test_fields_that_mean_nothing_here_are_taken(path: str) -> None:
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": "a"}, "messages"),
         (CHAT, {"messages": ["a"]}, "messages[0]"),
-        (CHAT, {"messages": TURNS * 1025}, "messages"),
+        (CHAT, {"messages": MESSAGES * 1025}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
@@ -396,11 +403,11 @@ async def test_fields_that_mean_nothing_here_are_taken(path: str) -> None:
         (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, "messages[0].role"),
     ],
 )
-@shared
-async def test_a_field_that_is_wrong_is_named(
-    strict: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str
+@module_loop
+async def test_an_error_names_the_invalid_field(
+    rejecting: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str
 ) -> None:
-    response = await strict.post(path, json=BODIES[path] | fields)
+    response = await rejecting.post(path, json=BODIES[path] | fields)
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
     assert f"`{param}" in error["message"]
@@ -428,28 +435,32 @@ async def test_a_field_that_is_wrong_is_named(
         b'{"prompt": "A\nB"}',
     ],
 )
-@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
-@shared
-async def test_what_is_no_object_in_json_is_refused(strict: httpx.AsyncClient, path: str, raw: bytes) -> None:
-    response = await strict.post(path, content=raw)
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
+@module_loop
+async def test_a_body_that_is_not_a_json_object_is_rejected(
+    rejecting: httpx.AsyncClient, path: str, raw: bytes
+) -> None:
+    response = await rejecting.post(path, content=raw)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("the body must be")
 
 
-@pytest.mark.parametrize(("path", "field"), [(GENERATE, "early_stopping"), (TEXT, "structured_outputs")])
+@pytest.mark.parametrize(("path", "field"), [(GENERATE, "early_stopping"), (COMPLETIONS, "structured_outputs")])
 @pytest.mark.parametrize("depth", [50, 150, 900])
-@shared
-async def test_what_is_nested_deeply_is_refused(strict: httpx.AsyncClient, path: str, field: str, depth: int) -> None:
+@module_loop
+async def test_deeply_nested_values_are_rejected(
+    rejecting: httpx.AsyncClient, path: str, field: str, depth: int
+) -> None:
     nested = "[" * depth + "]" * depth
-    response = await strict.post(path, content=json.dumps(BODIES[path])[:-1] + f', "{field}": {nested}}}')
+    response = await rejecting.post(path, content=json.dumps(BODIES[path])[:-1] + f', "{field}": {nested}}}')
     assert response.status_code == 400
 
 
 @pytest.mark.parametrize("depth", [900, 950, 980, 990, 1000])
-async def test_a_schema_may_be_nested_as_deeply_as_it_can_be_read(depth: int) -> None:
+async def test_a_deeply_nested_schema_is_accepted_or_rejected(depth: int) -> None:
     schema = '{"a":' * depth + "1" + "}" * depth
-    wanted = f'{{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}'
-    body = json.dumps(BODIES[CHAT])[:-1] + f', "response_format": {wanted}}}'
+    response_format = f'{{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}'
+    body = json.dumps(BODIES[CHAT])[:-1] + f', "response_format": {response_format}}}'
     assert (await post(FakeEngine(last()), CHAT, body.encode())).status_code in (200, 400)
 
 
@@ -459,46 +470,49 @@ NAMES = (
 )
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**300, 0.5, -0.0, 1e300, "", "a", "5", "NaN", "never"),
-    *([], [1], ["a"], [None], [[]], [{}], [True], [0.5], [[1], ["a"]], [-1], TURNS, [{"role": "user"}]),
+    *([], [1], ["a"], [None], [[]], [{}], [True], [0.5], [[1], ["a"]], [-1], MESSAGES, [{"role": "user"}]),
     *({}, {"a": 1}, {"1": 2}, {"1": "a"}, {"ids": [1]}, {"json": 5}, {"choice": ["a"]}, {"choice": 5}, {"": {}}),
     *({"regex": "("}, {"type": "text"}, {"type": 5}, {"include_usage": True}, {"type": "json_schema"}, "\0", "😀" * 9),
 )
 
 
-@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
-async def test_no_body_at_all_is_an_error_of_the_servers(path: str) -> None:
-    made_up = random.Random(0)
-    async with served(FakeEngine(last("yes"))) as client:
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
+async def test_no_random_body_causes_a_server_error(path: str) -> None:
+    generator = random.Random(0)
+    async with serve_http_client(FakeEngine(last("yes"))) as client:
         for _ in range(600):
-            body = BODIES[path] | {made_up.choice(NAMES): made_up.choice(VALUES) for _ in range(made_up.randint(1, 3))}
+            body = BODIES[path] | {
+                generator.choice(NAMES): generator.choice(VALUES) for _ in range(generator.randint(1, 3))
+            }
             response = await client.post(path, json=body)
             assert response.status_code in (200, 400, 404), (body, response.text)
 
 
-async def test_a_body_may_be_as_large_as_a_message_and_no_larger() -> None:
-    async with served(FakeEngine(last())) as client:
+async def test_a_body_is_limited_to_the_size_of_a_grpc_message() -> None:
+    async with serve_http_client(FakeEngine(last())) as client:
         large = json.dumps({"prompt": "A" * (MAX_BODY - 14)}).encode()
         assert len(large) == MAX_BODY
-        assert (await client.post(GENERATE, content=large)).status_code == 400  # for the model's context is smaller
+        assert (await client.post(GENERATE, content=large)).status_code == 400  # exceeds the model's context
         response = await client.post(GENERATE, content=large + b" ")
         assert response.status_code == 413
         assert response.json()["error"]["message"] == f"the body must be at most {MAX_BODY} bytes long"
 
         async def chunks() -> Any:
-            yield from_large
+            yield large
             yield b" "
 
-        from_large = large
         assert (await client.post(GENERATE, content=chunks())).status_code == 413
         assert (await client.post(GENERATE, json={"prompt": "A"})).status_code == 200
 
 
-async def test_errors_have_openais_shape_and_a_status_of_http() -> None:
-    response = await post(FakeEngine(OverloadedError("the engine has as many requests as it may")), TEXT, BODIES[TEXT])
+async def test_errors_have_openais_format_and_an_http_status() -> None:
+    response = await post(
+        FakeEngine(OverloadedError("the request queue is full (limit 4)")), COMPLETIONS, BODIES[COMPLETIONS]
+    )
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert response.json() == {
         "error": {
-            "message": "the engine has as many requests as it may",
+            "message": "the request queue is full (limit 4)",
             "type": "rate_limit_error",
             "param": None,
             "code": "overloaded",
@@ -506,20 +520,20 @@ async def test_errors_have_openais_shape_and_a_status_of_http() -> None:
     }
 
 
-@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
 async def test_an_unknown_model_is_not_found(path: str) -> None:
-    response = await post(FakeEngine(last()), path, BODIES[path] | {"model": "nobody"})
+    response = await post(FakeEngine(last()), path, BODIES[path] | {"model": "unknown"})
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
 
 
-@pytest.mark.parametrize("path", [TEXT, CHAT])
-async def test_the_served_model_goes_by_what_the_server_was_started_with(path: str) -> None:
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_the_served_model_can_be_named_by_an_alias(path: str) -> None:
     response = await post(FakeEngine(last()), path, BODIES[path] | {"model": "/models/fake"}, aliases=["/models/fake"])
     assert (response.status_code, response.json()["model"]) == (200, "/models/fake")
 
 
-@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engine_that_is_not_ready_is_unavailable(path: str, stream: bool) -> None:
     response = await post(FakeEngine(is_ready=False), path, BODIES[path] | {"stream": stream})
@@ -527,9 +541,9 @@ async def test_an_engine_that_is_not_ready_is_unavailable(path: str, stream: boo
     assert response.json()["error"]["type"] == "server_error"
 
 
-@pytest.mark.parametrize("path", [GENERATE, TEXT, CHAT])
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_error_of_ours_says_nothing_of_itself(
+async def test_an_internal_error_is_logged_but_not_reported_to_the_client(
     path: str, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     response = await post(FakeEngine(RuntimeError("secret")), path, BODIES[path] | {"stream": stream})
@@ -544,61 +558,66 @@ async def test_an_error_of_ours_says_nothing_of_itself(
     assert "secret" in caplog.text
 
 
-@pytest.mark.parametrize("path", [TEXT, CHAT])
-async def test_an_error_within_a_stream_ends_it_as_an_event(path: str) -> None:
-    engine = FakeEngine(more("a"), OverloadedError("no more"))
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_an_error_during_a_stream_is_its_last_event(path: str) -> None:
+    engine = FakeEngine(more("a"), OverloadedError("overloaded"))
     response = await post(engine, path, BODIES[path] | {"stream": True})
     assert response.status_code == 200
-    assert events(response.content)[-1]["error"]["message"] == "no more"
+    assert parse_events(response.content)[-1]["error"]["message"] == "overloaded"
 
 
-async def test_an_error_within_a_stream_of_generates_is_its_last_chunk() -> None:
-    response = await post(FakeEngine(more("a"), OverloadedError("no more")), GENERATE, {"prompt": "A", "stream": True})
+async def test_an_error_during_a_stream_of_generate_is_its_last_chunk() -> None:
+    response = await post(
+        FakeEngine(more("a"), OverloadedError("overloaded")), GENERATE, {"prompt": "A", "stream": True}
+    )
     first, second, _ = response.content.split(b"\0")
     assert json.loads(first) == {"text": ["Aa"]}
     assert json.loads(second)["error"]["code"] == "overloaded"
 
 
-async def test_a_request_id_that_is_taken_conflicts() -> None:
+async def test_the_request_id_of_a_running_call_is_a_conflict() -> None:
     engine = FakeEngine(hangs=True)
     body = {"prompt": "AB", "request_id": "mine"}
-    async with served(engine) as client, client.stream("POST", TEXT, json=body | {"stream": True}) as response:
+    async with (
+        serve_http_client(engine) as client,
+        client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as response,
+    ):
         assert response.status_code == 200
-        assert (await client.post(TEXT, json=body)).status_code == 409
+        assert (await client.post(COMPLETIONS, json=body)).status_code == 409
 
 
-async def test_health_is_true_and_speaks_to_get_and_head() -> None:
+async def test_health_follows_the_engine_for_get_and_head() -> None:
     engine = FakeEngine(is_ready=False)
-    async with served(engine) as client:
+    async with serve_http_client(engine) as client:
         assert (await client.get("/health")).status_code == 503
         engine.is_ready = True
         assert (await client.get("/health")).status_code == 200
         assert (await client.head("/health")).status_code == 200
 
 
-async def test_models_are_the_served_one_and_the_loaded_adapters() -> None:
+async def test_models_are_the_served_model_and_the_loaded_adapters() -> None:
     engine = FakeEngine()
     engine.loras = ["style"]
-    async with served(engine, ["/models/fake"]) as client:
-        listed = (await client.get("/v1/models")).json()
-        one = (await client.get("/v1/models//models/fake")).json()
-        missing = await client.get("/v1/models/nobody")
-    assert listed["object"] == "list"
-    assert [(model["id"], model["max_model_len"], model["parent"]) for model in listed["data"]] == [
+    async with serve_http_client(engine, ["/models/fake"]) as client:
+        models = (await client.get("/v1/models")).json()
+        model = (await client.get("/v1/models//models/fake")).json()
+        missing = await client.get("/v1/models/unknown")
+    assert models["object"] == "list"
+    assert [(entry["id"], entry["max_model_len"], entry["parent"]) for entry in models["data"]] == [
         ("fake", 64, None),
         ("style", 64, "fake"),
     ]
-    assert one == listed["data"][0]
+    assert model == models["data"][0]
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_an_engine_that_is_not_ready_has_no_models_to_tell_of() -> None:
-    async with served(FakeEngine(is_ready=False)) as client:
+async def test_models_are_unavailable_until_the_engine_is_ready() -> None:
+    async with serve_http_client(FakeEngine(is_ready=False)) as client:
         assert (await client.get("/v1/models")).status_code == 503
 
 
-async def test_metrics_are_those_of_the_process() -> None:
-    async with served(FakeEngine()) as client:
+async def test_metrics_include_those_of_the_process() -> None:
+    async with serve_http_client(FakeEngine()) as client:
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     assert "python_info" in response.text
@@ -608,7 +627,7 @@ async def test_metrics_are_those_of_the_process() -> None:
     ("method", "path", "status"),
     [
         ("GET", GENERATE, 405),
-        ("PUT", TEXT, 405),
+        ("PUT", COMPLETIONS, 405),
         ("DELETE", "/v1/models", 405),
         ("POST", "/health", 405),
         ("OPTIONS", CHAT, 405),
@@ -619,32 +638,32 @@ async def test_metrics_are_those_of_the_process() -> None:
         ("GET", "/%ff%00", 404),
     ],
 )
-@shared
-async def test_other_paths_and_methods_are_refused(
-    strict: httpx.AsyncClient, method: str, path: str, status: int
+@module_loop
+async def test_unknown_paths_and_methods_are_rejected(
+    rejecting: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
-    response = await strict.request(method, path)
+    response = await rejecting.request(method, path)
     assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
     assert ("allow" in response.headers) == (status == 405)
     assert "server" not in response.headers
 
 
-async def test_every_call_leaves_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_every_call_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "yuan_grpc"):
-        async with served(FakeEngine(last())) as client:
+        async with serve_http_client(FakeEngine(last())) as client:
             await client.post(GENERATE, json={"prompt": "AB", "request_id": "good"})
-            await client.post(TEXT, json={"prompt": "", "request_id": "bad"})
-    said = [record.message.rpartition(" after ")[0] for record in caplog.records]
-    assert said == ["POST /generate 'good': OK", "POST /v1/completions 'bad': INVALID_ARGUMENT"]
+            await client.post(COMPLETIONS, json={"prompt": "", "request_id": "bad"})
+    lines = [record.message.rpartition(" after ")[0] for record in caplog.records]
+    assert lines == ["POST /generate 'good': OK", "POST /v1/completions 'bad': INVALID_ARGUMENT"]
 
 
-async def test_a_name_that_is_no_header_is_told_in_the_log_alone() -> None:
+async def test_a_request_id_that_is_not_ascii_is_not_sent_as_a_header() -> None:
     response = await post(FakeEngine(last()), GENERATE, {"prompt": "AB", "request_id": "名字"})
     assert response.status_code == 200
     assert "x-request-id" not in response.headers
 
 
-async def test_a_name_that_is_too_long_does_not_come_back_whole() -> None:
+async def test_a_too_long_request_id_is_truncated_in_the_header() -> None:
     response = await post(FakeEngine(last()), GENERATE, {"prompt": "AB", "request_id": "x" * 20_000})
     assert response.status_code == 400
     assert response.headers["x-request-id"] == "x" * 256
