@@ -1,4 +1,4 @@
-"""The HTTP port: callers who go away, who do not read or talk nonsense; its start beside gRPC's, and its end."""
+"""The HTTP port: disconnected and slow clients, invalid input, and startup and shutdown together with gRPC."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ import grpc
 import httpx
 import pytest
 from fake_engine import FakeEngine, last, more
-from http_server import client_of, connected, events, listening, served, written
+from servers import connect_socket, encode_post, http_client, parse_events, serve_http, serve_http_client
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
@@ -34,15 +34,15 @@ MANY = json.dumps({"prompt": ["AB"] * 3}).encode()
 CHAT = json.dumps({"messages": [{"role": "user", "content": "A"}], "stream": True}).encode()
 
 
-async def sent(caller: socket.socket, raw: bytes) -> None:
-    await asyncio.get_running_loop().sock_sendall(caller, raw)
+async def send(connection: socket.socket, raw: bytes) -> None:
+    await asyncio.get_running_loop().sock_sendall(connection, raw)
 
 
-async def received(caller: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
+async def receive_all(connection: socket.socket) -> bytes:
+    """Return all bytes until the server closes the connection."""
     loop, raw = asyncio.get_running_loop(), b""
     with suppress(ConnectionResetError):
-        while chunk := await loop.sock_recv(caller, 2**16):
+        while chunk := await loop.sock_recv(connection, 2**16):
             raw += chunk
     return raw
 
@@ -59,31 +59,31 @@ async def received(caller: socket.socket) -> bytes:
     ],
 )
 @pytest.mark.parametrize("reset", [False, True])
-async def test_a_caller_who_goes_away_frees_the_engine_though_nothing_is_written(
+async def test_a_disconnect_frees_the_engine_request_before_any_output(
     path: str, body: bytes, reset: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = FakeEngine(hangs=True)
     with caplog.at_level(logging.INFO, "yuan_grpc"):
-        async with listening(engine) as listener:
-            caller = connected(listener.port)
-            await sent(caller, written(path, body))
+        async with serve_http(engine) as listener:
+            connection = connect_socket(listener.port)
+            await send(connection, encode_post(path, body))
             await engine.began.wait()
             if reset:
-                caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            caller.close()
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.close()
             await engine.freed.wait()
         assert engine.running == 0
     [record] = caplog.records
     assert ": CANCELLED after" in record.message
 
 
-async def test_a_caller_who_goes_away_before_the_body_is_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_disconnect_within_the_body_is_logged_as_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        async with served(FakeEngine()) as client:
+        async with serve_http_client(FakeEngine()) as client:
             port = client.base_url.port
             assert port is not None
-            with connected(port) as caller:
-                await sent(caller, written("/generate", BODY)[:-3])
+            with connect_socket(port) as connection:
+                await send(connection, encode_post("/generate", BODY)[:-3])
             while not caplog.records:  # noqa: ASYNC110 - the log has no event for it
                 await asyncio.sleep(0)
     assert "POST /generate '': CANCELLED" in caplog.text
@@ -91,7 +91,7 @@ async def test_a_caller_who_goes_away_before_the_body_is_nobody(caplog: pytest.L
 
 
 class EndlessEngine(FakeEngine):
-    """Yields without end, and waits for nobody."""
+    """An engine that yields without end or pause."""
 
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
@@ -99,28 +99,28 @@ class EndlessEngine(FakeEngine):
         try:
             while True:
                 yield more("a" * 10_000)
-                await asyncio.sleep(0)  # for the others
+                await asyncio.sleep(0)  # lets other tasks run
         finally:
             self.freed.set()
 
 
 @pytest.mark.parametrize(("path", "body"), [("/generate", STREAM), ("/v1/completions", STREAM)])
-async def test_a_slow_reader_holds_the_engine_back_and_frees_it_when_he_goes(path: str, body: bytes) -> None:
+async def test_a_slow_reader_slows_the_engine_down_and_frees_it_on_disconnect(path: str, body: bytes) -> None:
     engine = EndlessEngine()
-    async with listening(engine) as listener:
-        with connected(listener.port) as caller:
-            await sent(caller, written(path, body))
+    async with serve_http(engine) as listener:
+        with connect_socket(listener.port) as connection:
+            await send(connection, encode_post(path, body))
             connections: Any = listener._server.server_state.connections
-            while not any(one.flow.write_paused for one in connections):  # noqa: ASYNC110 - uvicorn has no event for it
+            while not any(p.flow.write_paused for p in connections):  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(0)
-            [connection] = connections
-            assert connection.transport.get_write_buffer_size() < 2**24
+            [protocol] = connections
+            assert protocol.transport.get_write_buffer_size() < 2**24
         await engine.freed.wait()
 
 
-async def test_abort_ends_a_call_of_http() -> None:
+async def test_abort_ends_an_http_call() -> None:
     engine = FakeEngine(hangs=True)
-    async with listening(engine) as listener, client_of(listener) as client:
+    async with serve_http(engine) as listener, http_client(listener.port) as client:
         call = asyncio.ensure_future(client.post("/generate", json={"prompt": "A", "request_id": "mine"}))
         await engine.began.wait()
         await listener._state.service.inflight.abort("mine")
@@ -128,79 +128,77 @@ async def test_abort_ends_a_call_of_http() -> None:
     assert (response.status_code, response.json()["error"]["message"]) == (499, "the call was ended by Abort")
 
 
-async def test_http_1_0_gets_a_stream_that_ends_with_the_connection() -> None:
-    async with listening(FakeEngine(more("a"), last("b"))) as listener:
-        with connected(listener.port) as caller:
-            await sent(caller, written("/generate", STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
-            head, _, body = (await received(caller)).partition(b"\r\n\r\n")
+async def test_an_http_1_0_stream_ends_with_the_connection() -> None:
+    async with serve_http(FakeEngine(more("a"), last("b"))) as listener:
+        with connect_socket(listener.port) as connection:
+            await send(connection, encode_post("/generate", STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            head, _, body = (await receive_all(connection)).partition(b"\r\n\r\n")
     assert b"chunked" not in head
     assert b"server:" not in head.lower()
     assert body == b'{"text":["ABa"]}\0{"text":["ABab"]}\0'
 
 
-async def test_a_body_may_come_in_chunks_and_slowly() -> None:
-    async with listening(FakeEngine(last("yes"))) as listener:
-        with connected(listener.port) as caller:
+async def test_a_body_may_be_chunked_and_slow() -> None:
+    async with serve_http(FakeEngine(last("yes"))) as listener:
+        with connect_socket(listener.port) as connection:
             head = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
             for part in (head, *(b"1\r\n%c\r\n" % byte for byte in BODY), b"0\r\n\r\n"):
-                await sent(caller, part)
-            assert (await received(caller)).endswith(b'{"text":["AByes"]}')
+                await send(connection, part)
+            assert (await receive_all(connection)).endswith(b'{"text":["AByes"]}')
 
 
-async def test_who_asks_before_sending_much_is_told_before() -> None:
+async def test_expect_100_continue_is_answered_before_the_body() -> None:
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n"
-    async with listening(FakeEngine(last("yes"))) as listener:
-        with connected(listener.port) as caller:
-            await sent(caller, head % 2**23)
-            assert (await asyncio.get_running_loop().sock_recv(caller, 2**16)).startswith(b"HTTP/1.1 413 ")
-        with connected(listener.port) as caller:
-            await sent(caller, head % len(BODY))
-            assert (await asyncio.get_running_loop().sock_recv(caller, 2**16)).startswith(b"HTTP/1.1 100 ")
+    async with serve_http(FakeEngine(last("yes"))) as listener:
+        with connect_socket(listener.port) as connection:
+            await send(connection, head % 2**23)
+            assert (await asyncio.get_running_loop().sock_recv(connection, 2**16)).startswith(b"HTTP/1.1 413 ")
+        with connect_socket(listener.port) as connection:
+            await send(connection, head % len(BODY))
+            assert (await asyncio.get_running_loop().sock_recv(connection, 2**16)).startswith(b"HTTP/1.1 100 ")
 
 
 JUNK = {
     "random bytes": random.Random(0).randbytes(5000),
     "zeros": bytes(5000),
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9),
-    "a head without an end": b"POST /generate HTTP/1.1\r\n" + b"x: y\r\n" * 100_000,
-    "a line without an end": b"POST /" + b"a" * 200_000,
-    "a length that is none": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-    "two lengths": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
-    "no host": b"GET /health HTTP/1.1\r\n\r\n",
-    "a chunk that is none": b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "endless headers": b"POST /generate HTTP/1.1\r\n" + b"x: y\r\n" * 100_000,
+    "an endless request line": b"POST /" + b"a" * 200_000,
+    "a negative content length": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+    "two content lengths": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+    "no host header": b"GET /health HTTP/1.1\r\n\r\n",
+    "an invalid chunk size": b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     "no path": b"GET  HTTP/1.1\r\nHost: x\r\n\r\n",
-    "a version that is none": b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
+    "an unknown version": b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
 }
 
 
 @pytest.mark.parametrize("raw", JUNK.values(), ids=JUNK)
-async def test_nonsense_closes_its_own_connection_and_harms_nobody(
-    raw: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with listening(FakeEngine(last("yes"))) as listener:
-        with connected(listener.port) as caller:
+async def test_invalid_input_closes_only_its_own_connection(raw: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with serve_http(FakeEngine(last("yes"))) as listener:
+        with connect_socket(listener.port) as connection:
             with suppress(OSError):
-                await sent(caller, raw)
-                caller.shutdown(socket.SHUT_WR)
-            answer = await received(caller)
-        assert answer == b"" or answer.startswith((b"HTTP/1.1 40", b"HTTP/1.1 200"))
-        with connected(listener.port) as caller:
-            await sent(caller, written("/generate", BODY, "Connection: close\r\n"))
-            assert (await received(caller)).endswith(b'{"text":["AByes"]}')
+                await send(connection, raw)
+                connection.shutdown(socket.SHUT_WR)
+            response = await receive_all(connection)
+        assert response == b"" or response.startswith((b"HTTP/1.1 40", b"HTTP/1.1 200"))
+        with connect_socket(listener.port) as connection:
+            await send(connection, encode_post("/generate", BODY, "Connection: close\r\n"))
+            assert (await receive_all(connection)).endswith(b'{"text":["AByes"]}')
     assert "Traceback" not in caplog.text
 
 
 @pytest.fixture
 def settings() -> Settings:
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
-            free.bind(("127.0.0.1", 0))
-        port, http_port = one.getsockname()[1], other.getsockname()[1]
+    with socket.socket() as first, socket.socket() as second:
+        for unused in (first, second):
+            unused.bind(("127.0.0.1", 0))
+        port, http_port = first.getsockname()[1], second.getsockname()[1]
     return Settings(DEMO, "127.0.0.1", port, grace_seconds=3600, engine_flags=(), http_port=http_port)
 
 
-class Running:
-    """A server of both in this process, which takes calls."""
+class RunningServer:
+    """A server of gRPC and HTTP in this process, and clients of both."""
 
     def __init__(self, settings: Settings, engine: FakeEngine) -> None:
         self.engine = engine
@@ -209,119 +207,119 @@ class Running:
         self.exit_status = asyncio.ensure_future(serve(settings, engine))
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{settings.port}")
         self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
-        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.http_port}", trust_env=False, timeout=60)
+        self.client = http_client(self.http_port)
 
-    async def until_ready(self) -> None:
+    async def wait_until_ready(self) -> None:
         await self.stub.GetModel(pb.GetModelRequest(), wait_for_ready=True)
 
-    def tell_to_stop(self) -> None:
+    def send_sigterm(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    async def refused(self) -> None:
-        """Returns when nobody listens any more."""
+    async def wait_until_not_accepting(self) -> None:
+        """Return when the HTTP port is closed."""
         while True:
             try:
-                connected(self.http_port).close()
+                connect_socket(self.http_port).close()
             except ConnectionRefusedError:
                 return
             await asyncio.sleep(0)
 
-    async def ended(self) -> int:
+    async def wait_for_exit(self) -> int:
         await self.client.aclose()
         status = await self.exit_status
         await self.channel.close()
         return status
 
 
-async def test_both_ways_lead_to_the_same_answers(settings: Settings) -> None:
-    running = Running(settings, FakeEngine(last("yes")))
-    await running.until_ready()
-    assert (await running.client.post("/generate", json={"prompt": "A"})).json() == {"text": ["Ayes"]}
-    response = await running.client.post("/v1/completions", json={"prompt": "A", "model": DEMO})
+async def test_grpc_and_http_return_the_same_output(settings: Settings) -> None:
+    server = RunningServer(settings, FakeEngine(last("yes")))
+    await server.wait_until_ready()
+    assert (await server.client.post("/generate", json={"prompt": "A"})).json() == {"text": ["Ayes"]}
+    response = await server.client.post("/v1/completions", json={"prompt": "A", "model": DEMO})
     assert response.json()["choices"][0]["text"] == "yes"
-    assert (await running.stub.Generate(pb.GenerateRequest(prompt="A"))).choices[0].text == "yes"
-    running.tell_to_stop()
-    assert await running.ended() == 0
+    assert (await server.stub.Generate(pb.GenerateRequest(prompt="A"))).choices[0].text == "yes"
+    server.send_sigterm()
+    assert await server.wait_for_exit() == 0
 
 
-class LateEngine(FakeEngine):
-    """Answers everybody when it is let go."""
+class WaitingEngine(FakeEngine):
+    """An engine that finishes all requests when `may_finish` is set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.go = asyncio.Event()
+        self.may_finish = asyncio.Event()
 
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
         self.running += 1
         yield StepOutput()
-        await self.go.wait()
+        await self.may_finish.wait()
         yield last("yes" * 10_000)
 
 
-async def test_what_is_finished_in_the_time_left_is_answered(settings: Settings) -> None:
-    engine = LateEngine()
-    running = Running(settings, engine)
-    await running.until_ready()
-    bodies = [{"prompt": "A", "stream": place % 2 == 0} for place in range(20)]
-    calls = [asyncio.ensure_future(running.client.post("/v1/completions", json=body)) for body in bodies]
+async def test_calls_that_finish_within_the_grace_period_get_their_responses(settings: Settings) -> None:
+    engine = WaitingEngine()
+    server = RunningServer(settings, engine)
+    await server.wait_until_ready()
+    bodies = [{"prompt": "A", "stream": index % 2 == 0} for index in range(20)]
+    calls = [asyncio.ensure_future(server.client.post("/v1/completions", json=body)) for body in bodies]
     while engine.running < 20:  # noqa: ASYNC110 - the fake engine has no event for it
         await asyncio.sleep(0)
-    running.tell_to_stop()
-    await running.refused()
+    server.send_sigterm()
+    await server.wait_until_not_accepting()
     assert not engine.stopped
-    engine.go.set()
+    engine.may_finish.set()
     for body, response in zip(bodies, await asyncio.gather(*calls), strict=True):
-        content = events(response.content) if body["stream"] else [response.json(), "[DONE]"]
+        content = parse_events(response.content) if body["stream"] else [response.json(), "[DONE]"]
         assert (content[0]["choices"][0]["text"], content[-1]) == ("yes" * 10_000, "[DONE]")
-    assert await running.ended() == 0
+    assert await server.wait_for_exit() == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_calls_that_outlast_the_grace_are_told_and_freed(settings: Settings, stream: bool) -> None:
+async def test_calls_that_exceed_the_grace_period_get_an_error_and_are_freed(settings: Settings, stream: bool) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    running = Running(replace(settings, grace_seconds=0), engine)
-    await running.until_ready()
-    call = asyncio.ensure_future(running.client.post("/v1/completions", json={"prompt": "A", "stream": stream}))
+    server = RunningServer(replace(settings, grace_seconds=0), engine)
+    await server.wait_until_ready()
+    call = asyncio.ensure_future(server.client.post("/v1/completions", json={"prompt": "A", "stream": stream}))
     await engine.began.wait()
-    running.tell_to_stop()
+    server.send_sigterm()
     response = await call
-    error = (events(response.content)[-1] if stream else response.json())["error"]
+    error = (parse_events(response.content)[-1] if stream else response.json())["error"]
     assert error["message"] == "the server is stopping"
     assert response.status_code == (200 if stream else 503)
-    assert await running.ended() == 0
+    assert await server.wait_for_exit() == 0
     assert engine.freed_before_stop
 
 
-async def test_told_twice_it_waits_for_nobody(settings: Settings) -> None:
+async def test_a_second_signal_stops_the_server_without_waiting(settings: Settings) -> None:
     engine = EndlessEngine()
-    running = Running(settings, engine)
-    await running.until_ready()
-    with connected(running.http_port) as caller, connected(running.http_port) as other:
-        await sent(caller, written("/generate", STREAM))  # and does not read
-        await asyncio.get_running_loop().sock_recv(caller, 1)
-        await sent(other, written("/generate", BODY)[:-1])
-        running.tell_to_stop()
-        await running.refused()
-        running.tell_to_stop()
-        assert await running.ended() == 0
+    server = RunningServer(settings, engine)
+    await server.wait_until_ready()
+    with connect_socket(server.http_port) as connection, connect_socket(server.http_port) as other:
+        await send(connection, encode_post("/generate", STREAM))  # never reads the response
+        await asyncio.get_running_loop().sock_recv(connection, 1)
+        await send(other, encode_post("/generate", BODY)[:-1])
+        server.send_sigterm()
+        await server.wait_until_not_accepting()
+        server.send_sigterm()
+        assert await server.wait_for_exit() == 0
     assert engine.freed.is_set()
 
 
-async def test_callers_who_are_idle_or_slow_do_not_hold_the_end_up(settings: Settings) -> None:
-    running = Running(settings, FakeEngine())
-    await running.until_ready()
-    await running.client.get("/health")  # whose connection is kept
-    with connected(running.http_port) as silent, connected(running.http_port) as slow:
-        await sent(slow, written("/generate", BODY)[:-1])
-        running.tell_to_stop()
-        assert await running.ended() == 0
-        assert await received(silent) == b""
+async def test_idle_and_slow_connections_do_not_delay_the_shutdown(settings: Settings) -> None:
+    server = RunningServer(settings, FakeEngine())
+    await server.wait_until_ready()
+    await server.client.get("/health")  # leaves a keep-alive connection
+    with connect_socket(server.http_port) as silent, connect_socket(server.http_port) as slow:
+        await send(slow, encode_post("/generate", BODY)[:-1])
+        server.send_sigterm()
+        assert await server.wait_for_exit() == 0
+        assert await receive_all(silent) == b""
 
 
-async def test_a_call_that_comes_while_it_stops_is_unavailable() -> None:
-    async with listening(FakeEngine(last())) as listener, client_of(listener) as client:
+async def test_a_call_to_a_stopping_server_is_unavailable() -> None:
+    async with serve_http(FakeEngine(last())) as listener, http_client(listener.port) as client:
         assert (await client.get("/health")).status_code == 200
         listener._state.stopping = True
         response = await client.post("/generate", json={"prompt": "A"})
@@ -329,39 +327,41 @@ async def test_a_call_that_comes_while_it_stops_is_unavailable() -> None:
         assert (await client.get("/health")).status_code == 503
 
 
-@pytest.mark.parametrize("which", ["port", "http_port"])
-async def test_a_port_that_is_taken_is_said_in_one_line(
-    settings: Settings, which: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("field", ["port", "http_port"])
+async def test_a_port_in_use_is_logged_in_one_line(
+    settings: Settings, field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", getattr(settings, which)))
-        taken.listen()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", getattr(settings, field)))
+        other.listen()
         assert await serve(settings, FakeEngine()) == 1
-    said = f"cannot listen on 127.0.0.1:{getattr(settings, which)}: is it taken, or not an address of this machine?"
-    assert caplog.messages == [said]
+    address = f"127.0.0.1:{getattr(settings, field)}"
+    assert caplog.messages == [
+        f"cannot listen on {address}: the port is in use, or this machine does not have the address"
+    ]
 
 
-async def test_a_host_that_is_none_is_said_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_invalid_host_is_logged_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     assert await serve(replace(settings, host="256.0.0.1"), FakeEngine()) == 1
     assert caplog.messages[0].startswith("cannot listen on 256.0.0.1:")
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1", "::", "0.0.0.0"])
-async def test_it_listens_where_it_is_told(host: str) -> None:
+async def test_the_listener_binds_the_host(host: str) -> None:
     try:
         listener = Listener(GenerationService(FakeEngine()), host, 0)
     except OSError:
         assert ":" in host
-        pytest.skip("there is no IPv6 here")
+        pytest.skip("this machine has no IPv6")
     listener.start()
-    where = "[::1]" if host == "::1" else "127.0.0.1"
+    address = "[::1]" if host == "::1" else "127.0.0.1"
     async with httpx.AsyncClient(trust_env=False) as client:
-        assert (await client.get(f"http://{where}:{listener.port}/health")).status_code == 200
+        assert (await client.get(f"http://{address}:{listener.port}/health")).status_code == 200
     await listener.close()
 
 
-async def test_answers_are_sent_at_once_and_the_vanished_are_noticed() -> None:
-    async with listening(FakeEngine()) as listener, client_of(listener) as client:
+async def test_connections_have_no_delay_and_use_keepalive() -> None:
+    async with serve_http(FakeEngine()) as listener, http_client(listener.port) as client:
         await client.get("/health")
         [connection] = listener._server.server_state.connections
         accepted = connection.transport.get_extra_info("socket")
@@ -370,13 +370,13 @@ async def test_answers_are_sent_at_once_and_the_vanished_are_noticed() -> None:
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
 
 
-def test_the_first_lines_say_where_http_is(settings: Settings) -> None:
+def test_the_banner_has_the_http_address(settings: Settings) -> None:
     assert f"http     127.0.0.1:{settings.http_port} (plaintext)" in startup_banner(settings)
-    assert "http     127.0.0.1, a free port (plaintext)" in startup_banner(replace(settings, http_port=0))
+    assert "http     127.0.0.1, any free port (plaintext)" in startup_banner(replace(settings, http_port=0))
     assert "http     " not in startup_banner(replace(settings, http_port=None))
 
 
-def test_nothing_of_http_is_imported_where_it_is_not_served() -> None:
+def test_http_packages_are_not_imported_without_http() -> None:
     program = "import sys, yuan_grpc.server.server; print([m for m in ('starlette', 'uvicorn') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
