@@ -1,4 +1,4 @@
-"""One real engine and one real server for the whole session."""
+"""Fixtures for one real engine and one real server, shared by the whole session."""
 
 import asyncio
 import sys
@@ -25,8 +25,8 @@ from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
-# Two sequences at a time, so that a third one waits, and a queue with an end; small steps, so that a long prompt takes
-# many.
+# At most two sequences run at a time, so that a third one waits. The queue is limited. Small scheduler steps spread a
+# long prompt over many of them.
 FLAGS = (
     "--dtype=float32",
     "--max-num-seqs=2",
@@ -38,12 +38,12 @@ FLAGS = (
     "--max-cpu-loras=2",
 )
 ADAPTERS = ("code", "poems", "stories")
-"""More than there is room for. There is another, `broken`, that fits no model."""
+"""Loadable LoRA adapters, more than `--max-cpu-loras` allows at once. A further one, `broken`, fits no model."""
 
 
 @dataclass
 class Served:
-    """A running server, and ways to see into its engine."""
+    """A running server, with access to its engine."""
 
     address: str
     demo: Path
@@ -54,43 +54,43 @@ class Served:
 
     @property
     def llm(self) -> Any:
-        """vLLM's own engine."""
+        """The vLLM engine."""
         return self.engine._llm
 
     async def generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
-        """The answer of Generate."""
+        """Return the response of Generate."""
         response: pb.GenerateResponse = await self.stub.Generate(request)
         return response
 
     async def stream(self, request: pb.GenerateRequest) -> list[pb.GenerateStreamResponse]:
-        """All parts of GenerateStream."""
-        return [part async for part in self.stub.GenerateStream(request)]
+        """Return all messages of GenerateStream."""
+        return [message async for message in self.stub.GenerateStream(request)]
 
     async def is_empty(self) -> bool:
-        """Whether no request holds a block of the engine's cache, which it refuses to empty otherwise."""
-        emptied: bool = await self.llm.reset_prefix_cache()
-        return emptied
+        """Return whether no request holds a block of the KV cache. vLLM refuses to reset the prefix cache otherwise."""
+        was_reset: bool = await self.llm.reset_prefix_cache()
+        return was_reset
 
-    async def until_empty(self) -> None:
-        """Returns when no request holds a block of the engine's cache; the test's timeout is the limit."""
+    async def wait_until_empty(self) -> None:
+        """Return when no request holds a block of the KV cache; the test's timeout is the limit."""
         while not await self.is_empty():
             pass
 
-    async def until_unfinished(self, requests: int) -> None:
-        """Returns when the engine's front end knows of so many requests; the test's timeout is the limit."""
-        while self.unfinished != requests:  # noqa: ASYNC110 - vLLM has no event for it
+    async def wait_for_unfinished(self, count: int) -> None:
+        """Return when the engine's front end has `count` unfinished requests; the test's timeout is the limit."""
+        while self.unfinished != count:  # noqa: ASYNC110 - vLLM has no event for it
             await asyncio.sleep(0)
 
     @property
     def unfinished(self) -> int:
-        """How many requests the engine's front end knows of."""
+        """Number of unfinished requests in the engine's front end."""
         count: int = self.llm.get_num_unfinished_requests()
         return count
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def served(session_server: Served) -> Served:
-    """The session's server with no adapter loaded: whatever the test before loaded is gone."""
+    """The session's server with no adapter loaded; adapters of the previous test are unloaded."""
     for lora in (await session_server.stub.ListLoras(pb.ListLorasRequest())).loras:
         await session_server.stub.UnloadLora(pb.UnloadLoraRequest(name=lora.name))
     return session_server
@@ -98,7 +98,7 @@ async def served(session_server: Served) -> Served:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def address(served: Served) -> AsyncIterator[str]:
-    """The address of a server whose health is good, on the session's engine."""
+    """The address of a second server on the session's engine, with health SERVING."""
     health = Health(NAME)
     server, port = await create_server(YuanService(GenerationService(served.engine)), health, "127.0.0.1:0")
     await server.start()
@@ -109,7 +109,7 @@ async def address(served: Served) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    """The demo model on vLLM, behind the real server on a free port."""
+    """The demo model on vLLM, served by the real server on a free port."""
     env.set_defaults()
     lora_folder = tmp_path_factory.mktemp("adapters")
     weights = load_file(Path(DEMO) / "model.safetensors")
@@ -118,7 +118,7 @@ async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
     write_adapter(lora_folder / "broken", {"lm_head.weight": torch.zeros(8, 8)}, ["lm_head"])
     settings = Settings(model=DEMO, host="127.0.0.1", port=0, grace_seconds=0, engine_flags=FLAGS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of vLLM's and torch's own, while they import each other
+        warnings.simplefilter("ignore")  # vLLM and torch warn while they are imported
         from yuan_grpc.server.engine.vllm.args import parse_engine_flags
         from yuan_grpc.server.engine.vllm.engine import VllmEngine
 
@@ -139,11 +139,11 @@ async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
 
 @pytest.fixture
 def buf() -> str:
-    """The `buf` beside this Python, grpcurl's stand-in."""
+    """The path of the environment's `buf`, used in place of grpcurl."""
     return str(Path(sys.executable).with_name("buf"))
 
 
 @pytest.fixture(scope="session")
 def tokens(demo: Path) -> int:
-    """How many ids are tokens' and not padding."""
+    """The vocabulary size, without padding."""
     return len(YuanTokenizer.from_pretrained(demo))

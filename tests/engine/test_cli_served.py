@@ -70,8 +70,8 @@ async def test_an_interrupted_request_leaves_nothing_in_the_engine(served: Serve
     process.send_signal(signal.SIGINT)
     _, stderr = await process.communicate()
     assert (process.returncode, stderr.decode()) == (130, "yuan-grpc: cancelled\n")
-    await served.until_unfinished(0)
-    await served.until_empty()
+    await served.wait_for_unfinished(0)
+    await served.wait_until_empty()
 
 
 async def test_bench_counts_the_requested_tokens(served: Served, capsys: pytest.CaptureFixture[str]) -> None:

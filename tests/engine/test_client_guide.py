@@ -42,4 +42,4 @@ async def test_leaving_a_stream_frees_the_engine(served: Served, address: str) -
             next(stream)
 
     await asyncio.to_thread(leave)
-    await served.until_empty()
+    await served.wait_until_empty()

@@ -265,7 +265,7 @@ async def test_a_request_cancelled_while_decoding_is_freed(served: Served) -> No
 async def test_a_request_cancelled_while_prefilling_is_freed(served: Served) -> None:
     request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=range(3, 1003)), n=CHOICES, max_tokens=1000)
     call = served.stub.Generate(request)
-    await served.until_unfinished(CHOICES)
+    await served.wait_for_unfinished(CHOICES)
     call.cancel()
     await assert_freed(served)
 
@@ -275,9 +275,9 @@ async def test_a_request_cancelled_in_the_queue_is_freed_while_others_run(served
     running = served.stub.GenerateStream(ENDLESS)
     await running.read()
     queued = served.stub.Generate(pb.GenerateRequest(prompt=PROMPT))
-    await served.until_unfinished(CHOICES + 1)
+    await served.wait_for_unfinished(CHOICES + 1)
     queued.cancel()
-    await served.until_unfinished(CHOICES)
+    await served.wait_for_unfinished(CHOICES)
     await running.read()
     await running.read()  # it continues
     running.cancel()
@@ -334,6 +334,6 @@ async def test_a_request_past_its_deadline_is_freed(served: Served, search: dict
 
 async def assert_freed(served: Served) -> None:
     """Check that no request is left in the front end or in the engine core's cache."""
-    await served.until_unfinished(0)
+    await served.wait_for_unfinished(0)
     assert not served.llm.output_processor.parent_requests
     assert await served.is_empty()

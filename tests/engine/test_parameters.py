@@ -176,7 +176,7 @@ async def test_a_slow_reader_receives_the_same_text_in_fewer_messages(served: Se
     async with grpc.aio.insecure_channel(served.address, options=options) as channel:
         call = yuan_pb2_grpc.YuanServiceStub(channel).GenerateStream(request)
         messages = [await call.read()]
-        await served.until_unfinished(0)  # the engine has finished before anything was read
+        await served.wait_for_unfinished(0)  # the engine has finished before anything was read
         while (message := await call.read()) is not grpc.aio.EOF:
             messages.append(message)
     assert len(messages) < 500
@@ -195,7 +195,7 @@ async def test_a_heartbeat_is_sent_while_the_request_waits(served: Served) -> No
     assert (first.HasField("usage"), heartbeat.HasField("usage"), list(heartbeat.choices)) == (True, False, [])
     call.cancel()
     busy.cancel()
-    await served.until_unfinished(0)
+    await served.wait_for_unfinished(0)
 
 
 @SEARCHES
@@ -215,7 +215,7 @@ async def test_a_deadline_returns_partial_output(served: Served, search: dict[st
         assert response.usage.completion_tokens >= returned > 0
     messages = [message async for message in served.stub.GenerateStream(request, timeout=2)]
     assert {choice.index for choice in messages[-1].choices if choice.finish_reason} == {0, 1, 2}
-    await served.until_unfinished(0)
+    await served.wait_for_unfinished(0)
     assert await served.is_empty()
 
 
@@ -244,7 +244,7 @@ async def test_a_deadline_while_nothing_is_read_ends_with_one_step_of_all_remain
     async with aclosing(served.engine.generate(engine_request, stream=True, deadline=deadline)) as steps:
         first, *_ = [await anext(steps) for _ in range(3)]
         deadline.set()
-        await served.until_unfinished(0)
+        await served.wait_for_unfinished(0)
         (last,) = [step async for step in steps]
     assert not first.deltas
     assert {(delta.index, delta.finish_reason) for delta in last.deltas} == {(i, FinishReason.DEADLINE) for i in (0, 1)}
@@ -259,7 +259,7 @@ async def test_an_aborted_call_is_freed_in_the_engine(served: Served, search: di
     await call.read()
     await served.stub.Abort(pb.AbortRequest(request_id="to-abort"))
     assert served.unfinished == 0
-    await served.until_empty()
+    await served.wait_until_empty()
     call.cancel()
 
 

@@ -114,4 +114,4 @@ async def test_an_invalid_constraint_is_rejected_and_does_not_affect_others(
     assert f"structured_outputs.{outputs.WhichOneof('constraint')}" in (error.details() or "")
     assert isinstance(response, pb.GenerateResponse)
     assert response.choices == expected.choices
-    await served.until_empty()
+    await served.wait_until_empty()
