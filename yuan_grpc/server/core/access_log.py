@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outcome:
-    """The outcome of a call for the log, set while the call runs: the ID or adapter name, and the status code."""
+    """The outcome of a call, set while it runs: the request id or adapter name, and the status code."""
 
     def __init__(self) -> None:
         self.subject = ""
@@ -30,7 +30,7 @@ def log_call(name: str) -> Iterator[Outcome]:
 
 
 def log_error(error: Exception, code: grpc.StatusCode, subject: str) -> None:
-    """Log what the status does not show the caller: the traceback of an internal error, or the cause of another."""
+    """Log the details that the status hides: the traceback of an internal error, or the cause of another."""
     if code is grpc.StatusCode.INTERNAL:
         logger.error("request %.256r failed", subject, exc_info=error)
     elif error.__cause__:

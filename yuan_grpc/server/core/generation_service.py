@@ -89,7 +89,7 @@ class GenerationService:
 
     @contextmanager
     def _track(self, request: pb.GenerateRequest, remaining: float | None) -> Iterator[asyncio.Event | None]:
-        """Track the request under its ID, and yield the event that ends it with partial output."""
+        """Track the request under its id, and yield the event that ends it with partial output."""
         request.request_id = request.request_id or uuid4().hex
         with (
             self.inflight.track(request.request_id),

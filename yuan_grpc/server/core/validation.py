@@ -81,7 +81,7 @@ def validate_tokenize(request: pb.TokenizeRequest) -> None:
 
 
 def validate_abort(request: pb.AbortRequest) -> None:
-    """Raise InvalidRequestError if the request ID is empty."""
+    """Raise InvalidRequestError if the request id is empty."""
     if not request.request_id:
         reject("request_id", "`request_id` must not be empty")
 
