@@ -58,7 +58,7 @@ class Framing:
 
 
 SERVER_SENT_EVENTS = Framing("text/event-stream; charset=utf-8", b"data: ", b"\n\n", is_ascii=False)
-"""The framing of OpenAI's streams."""
+"""The framing that OpenAI streams use."""
 NUL_TERMINATED = Framing(None, b"", b"\0", is_ascii=True)
 """The framing of `/generate`: no content type, and ASCII only, so that no packet splits a character."""
 

@@ -67,7 +67,7 @@ def rename_fields(error: InvalidRequestError, names: Mapping[str, str]) -> Inval
 
     Args:
         error: an error with the field names of `GenerateRequest`.
-        names: the client's field names, by prefix of ours.
+        names: the client's field names, by prefix of the names in `GenerateRequest`.
     """
     violations = error.violations
     for ours, theirs in names.items():

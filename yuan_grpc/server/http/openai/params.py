@@ -97,7 +97,7 @@ def build_request(fields: dict[str, Any], call: HttpCall, names: Mapping[str, st
 
     Args:
         fields: the fields of the request by the names of `GenerateRequest`.
-        names: the client's field names, by prefix of ours, for errors.
+        names: the client's field names, by prefix of the names in `GenerateRequest`, for errors.
     """
     request = pb.GenerateRequest()
     try:

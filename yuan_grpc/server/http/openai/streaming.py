@@ -26,7 +26,7 @@ class OpenAIRequest:
         model: the model name that the client used; empty if it gave none.
         stream: whether the response is streamed.
         include_usage: whether a stream ends with the token counts.
-        field_names: the client's field names, by prefix of ours.
+        field_names: the client's field names, by prefix of the names in `GenerateRequest`.
     """
 
     requests: Sequence[pb.GenerateRequest]
