@@ -6,7 +6,7 @@ ARG EXTRA=cpu
 ENV PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python -m venv /venv
-# The packages before the code: a change of the code leaves their layer be.
+# Install packages before copying the code, so that a code change reuses their layer.
 COPY requirements requirements
 RUN requirements/install.sh /venv/bin/python "$EXTRA"
 COPY pyproject.toml README.md LICENSE ./
@@ -14,7 +14,7 @@ COPY yuan_grpc yuan_grpc
 RUN /venv/bin/pip install --no-deps .
 
 FROM python:3.11-slim-bookworm
-# libnuma1: vLLM's CPU build links to it. g++: torch.compile and Triton build kernels on the machine that runs them.
+# libnuma1: linked by the CPU build of vLLM. g++: used at run time by torch.compile and Triton to build kernels.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/* \

@@ -1,13 +1,13 @@
-# Every command a reader needs: `make` lists them. CI runs `make check`.
+# The commands for working on this repository. `make` lists them; CI runs `make check`.
 
 PYTHON ?= python3
-# cpu or cuda. Unless named, what .venv was made for: `make test` after `make setup EXTRA=cuda` stays with it.
+# cpu or cuda. The default is the one .venv was built for, so `make test` after `make setup EXTRA=cuda` keeps it.
 EXTRA ?= $(or $(patsubst .venv/.ready-%,%,$(wildcard .venv/.ready-*)),cpu)
 READY := .venv/.ready-$(EXTRA)
 PROTO_READY := .venv-proto/.ready
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL: # `check` ends with the tests
+.NOTPARALLEL: # `check` runs the tests last
 .PHONY: help setup serve test check proto proto-check proto-release lint format lock clean
 
 help: ## list these commands
@@ -21,22 +21,22 @@ serve: $(READY) ## run the server (ARGS="..." goes to yuan-grpc serve)
 test: $(READY) ## run the tests (ARGS="..." goes to pytest)
 	.venv/bin/pytest $(ARGS)
 
-check: lint proto-check test ## all that CI runs: lint, proto-check, test
+check: lint proto-check test ## run all CI checks: lint, proto-check, test
 
 proto: $(PROTO_READY) ## generate yuan_grpc/v1 and docs/api.md from protos/ and clients/examples/
 	protos/generate.sh
 
-proto-check: $(PROTO_READY) ## compare yuan_grpc/v1 and docs/api.md with what `make proto` would generate
+proto-check: $(PROTO_READY) ## check that yuan_grpc/v1 and docs/api.md are up to date
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && protos/generate.sh "$$fresh" && \
 	diff -ru -x __init__.py -x __pycache__ yuan_grpc/v1 "$$fresh/yuan_grpc/v1" && \
 	diff -u docs/api.md "$$fresh/docs/api.md" || \
-	{ echo "yuan_grpc/v1 or docs/api.md is not what protos/ and clients/examples/ generate: run 'make proto'" >&2; exit 1; }
+	{ echo "yuan_grpc/v1 or docs/api.md is out of date: run 'make proto'" >&2; exit 1; }
 
-# As text, so that a review sees what it promises; without comments, which break nobody.
-proto-release: $(READY) ## keep the contract as released, which `make lint` then holds later ones against
+# As text, so that a review shows the changes, and without comments, which are not part of the contract.
+proto-release: $(READY) ## record the contract of a release; `make lint` compares later changes with it
 	.venv/bin/buf build --exclude-source-info -o protos/released.txtpb
 
-lint: $(READY) ## check style, types, who imports whom, and that the proto is in order and breaks no caller
+lint: $(READY) ## check style, types, imports, and that the proto is valid and backward compatible
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
@@ -44,33 +44,33 @@ lint: $(READY) ## check style, types, who imports whom, and that the proto is in
 	.venv/bin/buf lint
 	.venv/bin/buf breaking --against protos/released.txtpb
 
-format: $(READY) ## format the code and mend what ruff can mend
+format: $(READY) ## format the code and apply the automatic fixes of ruff
 	.venv/bin/ruff check --fix-only
 	.venv/bin/ruff format
 
-# Reads package metadata only, no wheels. It keeps the pins that still fit.
+# Reads package metadata only, no wheels. Keeps the pins that still satisfy pyproject.toml.
 COMPILE = .venv/bin/uv pip compile --quiet --python-version 3.11 --python-platform linux --no-annotate \
   --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(ARGS)
 TORCH_CPU = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
 NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton)
 
-lock: $(READY) ## pin requirements/*.txt anew after a change of pyproject.toml (ARGS=--upgrade moves every pin)
+lock: $(READY) ## update requirements/*.txt after a change of pyproject.toml (ARGS=--upgrade updates every pin)
 	$(COMPILE) pyproject.toml --extra cpu --extra humaneval --group dev $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
 	$(COMPILE) pyproject.toml --extra cuda --extra humaneval --group dev -o requirements/cuda.txt >/dev/null
 	$(COMPILE) --group proto -o requirements/proto.txt >/dev/null
 
-clean: ## delete what these commands made
+clean: ## delete the environments, caches and builds
 	rm -rf .venv .venv-proto .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# $(call need,command,what to say when it fails)
+# $(call need,command,error message)
 need = @$(1) >/dev/null 2>&1 || { echo "make: $(2)" >&2; exit 1; }
 define need_python
-$(call need,$(PYTHON) -c 'import sys; assert sys.hexversion >= 0x030B0000',Python 3.11 or newer is needed and $(PYTHON) is not: install one and name it with PYTHON=...)
+$(call need,$(PYTHON) -c 'import sys; assert sys.hexversion >= 0x030B0000',Python 3.11 or newer is required and $(PYTHON) is older or missing: install it and set PYTHON=...)
 $(call need,$(PYTHON) -c 'import ensurepip',$(PYTHON) cannot make virtual environments: install its venv module (on Debian: apt-get install python3-venv))
 endef
 
-# In place when the environment is of the same kind; from nothing when it is of the other, or was left half made.
+# Update an environment of the same kind in place. Rebuild one of the other kind, or an incomplete one.
 $(READY): pyproject.toml requirements/$(EXTRA).txt requirements/install.sh
 	$(need_python)
 	@$(PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv
@@ -78,7 +78,7 @@ $(READY): pyproject.toml requirements/$(EXTRA).txt requirements/install.sh
 	@.venv/bin/pip install --quiet --quiet --no-deps --editable .
 	@touch $@
 
-# Apart from .venv, because grpcio-tools pins protobuf below 6.
+# Separate from .venv, because grpcio-tools pins protobuf below 6.
 $(PROTO_READY): requirements/proto.txt
 	$(need_python)
 	@$(PYTHON) -m venv --clear .venv-proto
