@@ -1,4 +1,4 @@
-"""The example requests of every RPC, sent as their README says."""
+"""The example request of every RPC, sent with the command in its README."""
 
 import asyncio
 import json
@@ -24,8 +24,8 @@ RPCS = pb.DESCRIPTOR.services_by_name["YuanService"].methods_by_name
 Send = Callable[[str], Awaitable[list[Any]]]
 
 
-class RefusedError(Exception):
-    """The call's status, for one that did not end well."""
+class CallError(Exception):
+    """The status of a failed call."""
 
     def __init__(self, number: int, error: dict[str, Any]) -> None:
         super().__init__(error["message"])
@@ -35,7 +35,7 @@ class RefusedError(Exception):
 
 @pytest.fixture
 def send(served: Served, buf: str) -> Send:
-    """Sends an RPC's example and returns the messages that come back."""
+    """A function that sends the example of an RPC and returns the response messages."""
 
     async def send_example(rpc: str) -> list[Any]:
         process = await asyncio.create_subprocess_exec(
@@ -47,15 +47,15 @@ def send(served: Served, buf: str) -> Send:
         )
         output, error = await process.communicate()
         if process.returncode:
-            raise RefusedError(process.returncode >> 3, json.loads(error))
-        answer = getattr(pb, RPCS[rpc].output_type.name)
-        return [json_format.ParseDict(message, answer()) for message in documents(output.decode())]
+            raise CallError(process.returncode >> 3, json.loads(error))
+        response = getattr(pb, RPCS[rpc].output_type.name)
+        return [json_format.ParseDict(message, response()) for message in parse_documents(output.decode())]
 
     return send_example
 
 
-def documents(text: str) -> Iterator[Any]:
-    """The JSON documents that follow one another in a text."""
+def parse_documents(text: str) -> Iterator[Any]:
+    """Yield the JSON documents of a text, which are not separated."""
     decoder = json.JSONDecoder()
     while text := text.lstrip():
         document, end = decoder.raw_decode(text)
@@ -64,80 +64,82 @@ def documents(text: str) -> Iterator[Any]:
 
 
 def example(rpc: str) -> list[Any]:
-    """The messages of an RPC's example."""
+    """Return the messages of an RPC's example."""
     message = getattr(pb, RPCS[rpc].input_type.name)
-    texts = documents((EXAMPLES / f"{rpc}.json").read_text("utf-8"))
-    return [json_format.ParseDict(text, message()) for text in texts]
+    documents = parse_documents((EXAMPLES / f"{rpc}.json").read_text("utf-8"))
+    return [json_format.ParseDict(document, message()) for document in documents]
 
 
 async def test_every_rpc_has_an_example_and_every_example_an_rpc() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.json")} == set(RPCS)
 
 
-async def test_generate_answers_a_conversation(send: Send) -> None:
+async def test_generate_continues_a_conversation(send: Send) -> None:
     (response,) = await send("Generate")
     assert response.seed == 42
     assert [choice.index for choice in response.choices] == [0, 1]
     for choice in response.choices:
         assert [len(logprob.top) for logprob in choice.logprobs] == [2] * len(choice.token_ids) != []
-        assert math.isclose(choice.cumulative_logprob, sum(each.logprob for each in choice.logprobs), abs_tol=1e-3)
+        assert math.isclose(
+            choice.cumulative_logprob, sum(logprob.logprob for logprob in choice.logprobs), abs_tol=1e-3
+        )
 
 
-async def test_generate_stream_continues_code_piece_by_piece(send: Send) -> None:
+async def test_generate_stream_continues_code_incrementally(send: Send) -> None:
     (request,) = example("GenerateStream")
-    parts = await send("GenerateStream")
-    pieces = [choice for part in parts for choice in part.choices]
-    assert {part.request_id for part in parts} == {request.request_id}
-    assert "".join(piece.text for piece in pieces).startswith(request.prompt)
-    assert len(pieces) > 2
-    assert pieces[-1].finish_reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
-    assert parts[-1].usage.completion_tokens == sum(len(piece.token_ids) for piece in pieces)
+    messages = await send("GenerateStream")
+    deltas = [choice for message in messages for choice in message.choices]
+    assert {message.request_id for message in messages} == {request.request_id}
+    assert "".join(delta.text for delta in deltas).startswith(request.prompt)
+    assert len(deltas) > 2
+    assert deltas[-1].finish_reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
+    assert messages[-1].usage.completion_tokens == sum(len(delta.token_ids) for delta in deltas)
 
 
-async def test_generate_batch_answers_each_request(send: Send) -> None:
+async def test_generate_batch_returns_a_result_for_each_request(send: Send) -> None:
     sent = [message.request for message in example("GenerateBatch")]
-    answers = sorted(await send("GenerateBatch"), key=lambda answer: answer.index)
-    assert [(answer.index, answer.request_id) for answer in answers] == [
+    results = sorted(await send("GenerateBatch"), key=lambda result: result.index)
+    assert [(result.index, result.request_id) for result in results] == [
         (index, request.request_id) for index, request in enumerate(sent)
     ]
-    review, date, poem = (answer.response.choices for answer in answers)
+    review, date, poem = (result.response.choices for result in results)
     assert review[0].text in sent[0].structured_outputs.choice.values
     assert re.fullmatch(sent[1].structured_outputs.regex, date[0].text)
     assert len(poem) == sent[2].n
     assert poem[0].cumulative_logprob >= poem[1].cumulative_logprob
 
 
-async def test_abort_ends_the_call_it_names(served: Served, send: Send) -> None:
+async def test_abort_ends_the_call_with_its_request_id(served: Served, send: Send) -> None:
     (request,) = example("Abort")
     endless = pb.GenerateRequest(
         prompt="写一份年度报告", request_id=request.request_id, n=64, max_tokens=2000, ignore_eos=True
     )
-    parts = aiter(served.stub.GenerateStream(endless))
-    await anext(parts)
+    messages = aiter(served.stub.GenerateStream(endless))
+    await anext(messages)
     assert await send("Abort") == [pb.AbortResponse()]
-    with pytest.raises(grpc.aio.AioRpcError) as ended:
-        async for _ in parts:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        async for _ in messages:
             pass
-    assert ended.value.code() == grpc.StatusCode.CANCELLED
+    assert raised.value.code() == grpc.StatusCode.CANCELLED
 
 
-async def test_tokenize_tells_the_stretch_of_each_token(served: Served, send: Send) -> None:
+async def test_tokenize_returns_the_offsets_of_each_token(served: Served, send: Send) -> None:
     (request,) = example("Tokenize")
     (response,) = await send("Tokenize")
     assert response.text == request.prompt
     assert response.count == len(response.tokens)
     assert [token.id for token in response.tokens] == served.tokenizer.encode(request.prompt)
     assert [token.piece for token in response.tokens][-1] == "<eod>"
-    assert {place for token in response.tokens for place in range(token.start, token.end)} == set(
+    assert {offset for token in response.tokens for offset in range(token.start, token.end)} == set(
         range(len(request.prompt))
     )
 
 
-async def test_detokenize_joins_bytes_to_characters(send: Send) -> None:
+async def test_detokenize_joins_byte_tokens_to_characters(send: Send) -> None:
     assert await send("Detokenize") == [pb.DetokenizeResponse(text="世界")]
 
 
-async def test_get_model_tells_what_is_served(served: Served, send: Send) -> None:
+async def test_get_model_describes_the_served_model(served: Served, send: Send) -> None:
     (model,) = await send("GetModel")
     assert model.name == (await served.generate(pb.GenerateRequest(prompt="一", max_tokens=1))).model
     assert (model.dtype, model.quantization, model.revision) == ("float32", "", "")
@@ -156,8 +158,8 @@ async def test_an_adapter_is_loaded_listed_and_unloaded(send: Send) -> None:
     assert await send("UnloadLora") == [pb.UnloadLoraResponse()]
 
 
-async def test_a_refusal_is_told_as_json(send: Send) -> None:
-    with pytest.raises(RefusedError, match="loaded adapter") as refused:
+async def test_an_error_is_printed_as_json(send: Send) -> None:
+    with pytest.raises(CallError, match="loaded adapter") as raised:
         await send("UnloadLora")
-    assert refused.value.number == grpc.StatusCode.NOT_FOUND.value[0]
-    assert refused.value.error["code"] == "not_found"
+    assert raised.value.number == grpc.StatusCode.NOT_FOUND.value[0]
+    assert raised.value.error["code"] == "not_found"

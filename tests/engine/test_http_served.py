@@ -1,4 +1,4 @@
-"""The HTTP calls on the real engine, by those who make them: the original script, curl, and OpenAI's own package."""
+"""The HTTP API on the real engine, called by the original client script, curl and the `openai` package."""
 
 import asyncio
 import json
@@ -11,12 +11,11 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import pytest_asyncio
 from engine.conftest import Served
-from http_server import connected, events, listening, written
+from servers import connect_socket, encode_post, http_client, parse_events, serve_http
 
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -24,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pyt
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "http.md"
 PROMPT = "世界上最高的山是什么"
-SCRIPT = {
+ORIGINAL_BODY = {
     "prompt": PROMPT,
     "logprobs": 1,
     "max_tokens": 32,
@@ -34,7 +33,7 @@ SCRIPT = {
     "top_k": 1,
     "stop": "<eod>",
 }
-TURNS: Any = [
+MESSAGES: Any = [
     {"role": "user", "content": "世界上最高的山是什么"},
     {"role": "assistant", "content": "珠穆朗玛峰"},
     {"role": "user", "content": "它有多高"},
@@ -44,70 +43,70 @@ ENDLESS = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True}
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def port(session_server: Served) -> AsyncIterator[int]:
-    """Of the HTTP calls, on the session's engine."""
-    async with listening(session_server.engine, ["/mnt/models/yuan2B", "yuan2B"]) as listener:
+    """The HTTP port of the session's engine."""
+    async with serve_http(session_server.engine, ["/mnt/models/yuan2B", "yuan2B"]) as listener:
         yield listener.port
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(port: int) -> AsyncIterator[openai.AsyncOpenAI]:
-    """OpenAI's own, which is told of every failure."""
+    """OpenAI's client, without retries."""
     address, direct = f"http://127.0.0.1:{port}/v1", openai.DefaultAsyncHttpxClient(trust_env=False)
     async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, http_client=direct) as client:
         yield client
 
 
 def code_blocks(indent: str) -> list[str]:
-    """The documentation's blocks of indented lines."""
+    """Return the indented code blocks of the documentation."""
     return re.findall(rf"(?:^{indent}.*\n)+", DOCUMENT.read_text("utf-8"), re.MULTILINE)
 
 
 async def greedy_text(served: Served, **fields: Any) -> str:
-    """What gRPC answers."""
+    """Return the text of a greedy choice over gRPC."""
     request = pb.GenerateRequest(top_k=1, **fields)
     return (await served.generate(request)).choices[0].text
 
 
-async def test_the_original_script_gets_what_grpc_answers(served: Served, port: int) -> None:
-    def script() -> Any:
+async def test_the_original_script_gets_the_text_of_grpc(served: Served, port: int) -> None:
+    def run_script() -> Any:
         connection = HTTPConnection("localhost", port)
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/generate", json.dumps(SCRIPT), headers)
+        connection.request("POST", "/generate", json.dumps(ORIGINAL_BODY), headers)
         text = json.loads(connection.getresponse().read())["text"][0]
         connection.close()
         return text
 
     expected = await greedy_text(served, prompt=PROMPT, max_tokens=32, stop=["<eod>"])
-    assert await asyncio.to_thread(script) == PROMPT + expected
+    assert await asyncio.to_thread(run_script) == PROMPT + expected
 
 
 @pytest.mark.parametrize("headers", [(), ("-H", "Content-Type: application/json")])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_original_curl_lines_run(port: int, headers: tuple[str, ...], stream: bool) -> None:
+async def test_the_original_curl_commands_work(port: int, headers: tuple[str, ...], stream: bool) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    body = json.dumps(SCRIPT | {"stream": stream}, ensure_ascii=False)
-    line = ["curl", "-sS", "--noproxy", "*", f"http://localhost:{port}/generate", *headers, "-d", body]
-    curl = await asyncio.create_subprocess_exec(*line, stdout=asyncio.subprocess.PIPE)
-    said, _ = await curl.communicate()
+    body = json.dumps(ORIGINAL_BODY | {"stream": stream}, ensure_ascii=False)
+    command = ["curl", "-sS", "--noproxy", "*", f"http://localhost:{port}/generate", *headers, "-d", body]
+    curl = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await curl.communicate()
     assert curl.returncode == 0
-    chunks = [json.loads(chunk)["text"][0] for chunk in said.rstrip(b"\0").split(b"\0")]
+    chunks = [json.loads(chunk)["text"][0] for chunk in output.rstrip(b"\0").split(b"\0")]
     assert all(later.startswith(earlier) for earlier, later in zip([PROMPT, *chunks], chunks, strict=False))
     assert (len(chunks) > 1) == stream
 
 
-async def test_the_original_curl_line_of_completions_runs(served: Served, port: int) -> None:
+async def test_the_documented_curl_command_of_completions_works(served: Served, port: int) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    line = shlex.split(next(block for block in code_blocks("    ") if "/v1/completions" in block))
-    line = [word.replace(":8000", f":{port}").replace('"max_tokens": 256', '"max_tokens": 32') for word in line]
-    curl = await asyncio.create_subprocess_exec(*line, "-sS", "--noproxy", "*", stdout=asyncio.subprocess.PIPE)
-    said, _ = await curl.communicate()
+    command = shlex.split(next(block for block in code_blocks("    ") if "/v1/completions" in block))
+    command = [word.replace(":8000", f":{port}").replace('"max_tokens": 256', '"max_tokens": 32') for word in command]
+    curl = await asyncio.create_subprocess_exec(*command, "-sS", "--noproxy", "*", stdout=asyncio.subprocess.PIPE)
+    output, _ = await curl.communicate()
     expected = await greedy_text(served, prompt=PROMPT, max_tokens=32, stop=["<eod>"])
-    assert json.loads(said)["choices"][0]["text"] == expected
+    assert json.loads(output)["choices"][0]["text"] == expected
 
 
-async def test_the_documentations_python_runs(
+async def test_the_documented_python_works(
     served: Served, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
@@ -119,14 +118,14 @@ async def test_the_documentations_python_runs(
     assert capsys.readouterr().out == f"{(await served.generate(request)).choices[0].text}\n"
 
 
-async def test_openais_completions_are_grpcs(served: Served, client: openai.AsyncOpenAI) -> None:
+async def test_completions_have_the_text_of_grpc(served: Served, client: openai.AsyncOpenAI) -> None:
     expected = await greedy_text(served, prompt=PROMPT, max_tokens=24)
     for model in ("yuan-demo", "/mnt/models/yuan2B"):
-        whole = await client.completions.create(model=model, prompt=PROMPT, max_tokens=24, temperature=0)
-        assert (whole.model, whole.choices[0].text) == (model, expected)
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens == 24
-    assert whole._request_id == whole.id.removeprefix("cmpl-")
+        response = await client.completions.create(model=model, prompt=PROMPT, max_tokens=24, temperature=0)
+        assert (response.model, response.choices[0].text) == (model, expected)
+    assert response.usage is not None
+    assert response.usage.completion_tokens == 24
+    assert response._request_id == response.id.removeprefix("cmpl-")
     stream = await client.completions.create(
         model="yuan-demo",
         prompt=PROMPT,
@@ -135,120 +134,120 @@ async def test_openais_completions_are_grpcs(served: Served, client: openai.Asyn
         stream=True,
         stream_options={"include_usage": True},
     )
-    *pieces, last = [chunk async for chunk in stream]
-    assert "".join(piece.choices[0].text for piece in pieces) == expected
-    assert pieces[-1].choices[0].finish_reason == "length"
-    assert last.usage == whole.usage
+    *chunks, last = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert last.usage == response.usage
 
 
-async def test_openais_chat_is_grpcs(served: Served, client: openai.AsyncOpenAI) -> None:
-    messages = [pb.Message(**turn) for turn in TURNS]
+async def test_chat_has_the_text_of_grpc(served: Served, client: openai.AsyncOpenAI) -> None:
+    messages = [pb.Message(**turn) for turn in MESSAGES]
     expected = await greedy_text(served, messages=messages, max_tokens=24)
-    fields: Any = {"model": "yuan-demo", "messages": TURNS, "max_completion_tokens": 24, "extra_body": {"top_k": 1}}
-    whole = await client.chat.completions.create(**fields)
-    assert whole.choices[0].message.content == expected
+    fields: Any = {"model": "yuan-demo", "messages": MESSAGES, "max_completion_tokens": 24, "extra_body": {"top_k": 1}}
+    response = await client.chat.completions.create(**fields)
+    assert response.choices[0].message.content == expected
     stream = await client.chat.completions.create(**fields, stream=True)
     deltas = [chunk.choices[0].delta async for chunk in stream]
     assert deltas[0].role == "assistant"
     assert "".join(delta.content or "" for delta in deltas) == expected
 
 
-async def test_openais_blocking_client_works_too(served: Served, port: int) -> None:
+async def test_the_synchronous_openai_client_works(served: Served, port: int) -> None:
     expected = await greedy_text(served, prompt=PROMPT, max_tokens=8)
 
-    def calls() -> tuple[str, str, list[str]]:
+    def call() -> tuple[str, str, list[str]]:
         with (
             openai.DefaultHttpxClient(trust_env=False) as direct,
             openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=direct) as client,
         ):
-            whole = client.completions.create(model="yuan-demo", prompt=PROMPT, max_tokens=8, temperature=0)
+            response = client.completions.create(model="yuan-demo", prompt=PROMPT, max_tokens=8, temperature=0)
             stream = client.completions.create(
                 model="yuan-demo", prompt=PROMPT, max_tokens=8, temperature=0, stream=True
             )
-            text = "".join(chunk.choices[0].text for chunk in stream)
+            streamed = "".join(chunk.choices[0].text for chunk in stream)
             names = [client.models.retrieve(model.id).id for model in client.models.list()]
-            return whole.choices[0].text, text, names
+            return response.choices[0].text, streamed, names
 
-    whole, streamed, names = await asyncio.to_thread(calls)
-    assert (whole, streamed) == (expected, expected)
+    text, streamed, names = await asyncio.to_thread(call)
+    assert (text, streamed) == (expected, expected)
     assert "yuan-demo" in names
 
 
-async def test_chat_without_a_limit_goes_to_the_end_of_the_context(served: Served, client: openai.AsyncOpenAI) -> None:
-    answer = await client.chat.completions.create(
-        model="yuan-demo", messages=TURNS, extra_body={"ignore_eos": True}, temperature=0
+async def test_chat_is_limited_by_the_context_by_default(served: Served, client: openai.AsyncOpenAI) -> None:
+    response = await client.chat.completions.create(
+        model="yuan-demo", messages=MESSAGES, extra_body={"ignore_eos": True}, temperature=0
     )
-    assert answer.usage is not None
-    assert answer.usage.total_tokens == served.engine.info.max_model_len
-    assert answer.choices[0].finish_reason == "length"
+    assert response.usage is not None
+    assert response.usage.total_tokens == served.engine.info.max_model_len
+    assert response.choices[0].finish_reason == "length"
 
 
-async def test_many_prompts_and_choices(served: Served, client: openai.AsyncOpenAI) -> None:
+async def test_several_prompts_and_choices(served: Served, client: openai.AsyncOpenAI) -> None:
     prompts = [PROMPT, "def add(a, b):", "one two"]
     ids: Any = [await served.engine.tokenize(prompt) for prompt in prompts]
     fields: Any = {"model": "yuan-demo", "max_tokens": 8, "n": 2, "seed": 7}
     texts = await client.completions.create(prompt=prompts, **fields)
-    same = await client.completions.create(prompt=ids, **fields)
+    from_ids = await client.completions.create(prompt=ids, **fields)
     stream = await client.completions.create(prompt=prompts, stream=True, **fields)
     streamed = [""] * 6
     async for chunk in stream:
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert [choice.index for choice in texts.choices] == list(range(6))
-    assert [choice.text for choice in texts.choices] == [choice.text for choice in same.choices] == streamed
+    assert [choice.text for choice in texts.choices] == [choice.text for choice in from_ids.choices] == streamed
     assert len({*streamed}) == 6
 
 
-async def test_log_probabilities_with_an_echo(client: openai.AsyncOpenAI) -> None:
-    answer = await client.completions.create(
+async def test_an_echo_has_the_logprobs_of_the_prompt(client: openai.AsyncOpenAI) -> None:
+    response = await client.completions.create(
         model="yuan-demo", prompt=PROMPT, max_tokens=4, temperature=0, logprobs=2, echo=True
     )
-    logprobs = answer.choices[0].logprobs
-    assert answer.usage is not None
+    logprobs = response.choices[0].logprobs
+    assert response.usage is not None
     assert logprobs is not None
-    tokens, likely, top = logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs
+    tokens, token_logprobs, top = logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs
     assert tokens is not None
-    assert likely is not None
+    assert token_logprobs is not None
     assert top is not None
-    assert len(tokens) == len(likely) == len(top) == answer.usage.total_tokens
-    assert likely[0] is None
-    assert likely[-1] == max(top[-1].values())
+    assert len(tokens) == len(token_logprobs) == len(top) == response.usage.total_tokens
+    assert token_logprobs[0] is None
+    assert token_logprobs[-1] == max(top[-1].values())
 
 
-async def test_log_probabilities_in_chat(client: openai.AsyncOpenAI) -> None:
-    answer = await client.chat.completions.create(
-        model="yuan-demo", messages=TURNS, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
+async def test_chat_has_logprobs(client: openai.AsyncOpenAI) -> None:
+    response = await client.chat.completions.create(
+        model="yuan-demo", messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
     )
-    logprobs = answer.choices[0].logprobs
+    logprobs = response.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
     assert [len(token.top_logprobs) for token in logprobs.content] == [3] * 4
     assert all(token.logprob == token.top_logprobs[0].logprob for token in logprobs.content)
 
 
-async def test_a_json_schema_is_kept_to(client: openai.AsyncOpenAI) -> None:
-    schema: dict[str, object] = {"enum": ["red", "green"]}  # in an object this model writes white space for ever
-    answer = await client.chat.completions.create(
+async def test_the_output_follows_a_json_schema(client: openai.AsyncOpenAI) -> None:
+    schema: dict[str, object] = {"enum": ["red", "green"]}  # in an object the demo model writes endless white space
+    response = await client.chat.completions.create(
         model="yuan-demo",
-        messages=TURNS,
+        messages=MESSAGES,
         max_tokens=64,
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
     )
-    assert json.loads(answer.choices[0].message.content or "") in ("red", "green")
+    assert json.loads(response.choices[0].message.content or "") in ("red", "green")
 
 
-async def test_beam_search_as_the_original_had_it(served: Served, port: int) -> None:
+async def test_beam_search_with_the_original_fields(served: Served, port: int) -> None:
     body = {"prompt": PROMPT, "use_beam_search": True, "n": 2, "best_of": 3, "temperature": 0, "max_tokens": 6}
     request = pb.GenerateRequest(prompt=PROMPT, use_beam_search=True, n=2, best_of=3, temperature=0, max_tokens=6)
     expected = [PROMPT + choice.text for choice in (await served.generate(request)).choices]
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as http:
+    async with http_client(port) as http:
         assert (await http.post("/generate", json=body)).json() == {"text": expected}
         stream = (await http.post("/generate", json=body | {"stream": True})).content
     assert json.loads(stream.split(b"\0")[-2]) == {"text": expected}
 
 
-async def test_openais_errors_are_raised_as_its_own(client: openai.AsyncOpenAI) -> None:
+async def test_errors_raise_openais_exceptions(client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
-        await client.completions.create(model="nobody", prompt="a")
+        await client.completions.create(model="unknown", prompt="a")
     with pytest.raises(openai.BadRequestError) as raised:
         await client.completions.create(model="yuan-demo", prompt="a", temperature=3)
     assert raised.value.param == "temperature"
@@ -259,63 +258,63 @@ async def test_openais_errors_are_raised_as_its_own(client: openai.AsyncOpenAI) 
         )
 
 
-async def test_an_adapter_answers_by_its_name(served: Served, client: openai.AsyncOpenAI) -> None:
+async def test_an_adapter_is_selected_by_the_model_name(served: Served, client: openai.AsyncOpenAI) -> None:
     await served.engine.load_lora("poems")
     try:
         assert "poems" in [model.id async for model in client.models.list()]
-        answer = await client.completions.create(model="poems", prompt=PROMPT, max_tokens=8, temperature=0)
-        assert answer.model == "poems"
-        assert answer.choices[0].text == await greedy_text(served, prompt=PROMPT, max_tokens=8, model="poems")
+        response = await client.completions.create(model="poems", prompt=PROMPT, max_tokens=8, temperature=0)
+        assert response.model == "poems"
+        assert response.choices[0].text == await greedy_text(served, prompt=PROMPT, max_tokens=8, model="poems")
     finally:
         await served.engine.unload_lora("poems")
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_caller_who_goes_away_frees_the_engine(served: Served, port: int, path: str, stream: bool) -> None:
-    await served.until_empty()
-    caller = connected(port)
+async def test_a_disconnect_frees_the_engine_request(served: Served, port: int, path: str, stream: bool) -> None:
+    await served.wait_until_empty()
+    connection = connect_socket(port)
     body = json.dumps(ENDLESS | {"stream": stream}).encode()
-    await asyncio.get_running_loop().sock_sendall(caller, written(path, body))
-    await served.until_unfinished(1)
-    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    caller.close()
-    await served.until_empty()
+    await asyncio.get_running_loop().sock_sendall(connection, encode_post(path, body))
+    await served.wait_for_unfinished(1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+    await served.wait_until_empty()
     assert served.unfinished == 0
 
 
-async def test_who_stops_reading_openais_stream_frees_the_engine(served: Served, client: openai.AsyncOpenAI) -> None:
-    await served.until_empty()
+async def test_closing_an_openai_stream_frees_the_engine_request(served: Served, client: openai.AsyncOpenAI) -> None:
+    await served.wait_until_empty()
     fields: Any = {"model": "yuan-demo", "prompt": PROMPT, "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
     async with await client.completions.create(**fields, stream=True) as stream:
         await anext(aiter(stream))
-    await served.until_empty()
+    await served.wait_until_empty()
     assert served.unfinished == 0
 
 
-async def test_metrics_are_vllms_own(served: Served, port: int) -> None:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+async def test_metrics_include_vllms(served: Served, port: int) -> None:
+    async with http_client(port) as http:
 
-        async def generated() -> float:
+        async def generated_tokens() -> float:
             lines = (await http.get("/metrics")).text.splitlines()
             return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
 
-        before = await generated()
+        before = await generated_tokens()
         await served.generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=5, ignore_eos=True))
-        assert await generated() == before + 5
+        assert await generated_tokens() == before + 5
 
 
-async def test_many_callers_at_once_get_the_texts_they_would_get_alone(served: Served, port: int) -> None:
-    expected = {top: await greedy_text(served, prompt="one two" * top, max_tokens=6) for top in range(1, 9)}
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as http:
+async def test_concurrent_calls_get_the_same_texts_as_single_calls(served: Served, port: int) -> None:
+    expected = {times: await greedy_text(served, prompt="one two" * times, max_tokens=6) for times in range(1, 9)}
+    async with http_client(port) as http:
 
         async def call(times: int, stream: bool) -> tuple[int, str]:
             body = {"prompt": "one two" * times, "max_tokens": 6, "top_k": 1, "stream": stream}
             response = await http.post("/v1/completions", json=body)
             if not stream:
                 return times, response.json()["choices"][0]["text"]
-            pieces = events(response.content)[:-1]
-            return times, "".join(piece["choices"][0]["text"] for piece in pieces)
+            chunks = parse_events(response.content)[:-1]
+            return times, "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
         calls = [call(times, stream) for times in range(1, 9) for stream in (False, True)] * 3
         for times, text in await asyncio.gather(*calls):

@@ -1,4 +1,4 @@
-"""Options of vLLM's that a Yuan does not have: refused with their names, before anything is loaded."""
+"""vLLM options that Yuan does not support: rejected by name before the model is loaded."""
 
 import json
 from pathlib import Path
@@ -8,105 +8,108 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
-of_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # vLLM warns while it is imported
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="tests limits of the CPU backend")
 
-DRAFTS = {"method": "ngram", "prompt_lookup_max": 3}
-HEADS = {"num_attention_heads": 4}
-"""Which two ranks can share."""
+NGRAM = {"method": "ngram", "prompt_lookup_max": 3}
+FOUR_HEADS = {"num_attention_heads": 4}
+"""A number of heads that can be split over two ranks."""
 
 
 def configure(model: Path, **options: Any) -> None:
-    """Has vLLM put its configuration together, which is as far as a refused engine comes."""
+    """Create vLLM's engine configuration, which rejects unsupported options."""
     from vllm.engine.arg_utils import EngineArgs
 
     EngineArgs(str(model), **options).create_engine_config()
 
 
 def with_fields(demo: Path, folder: Path, **fields: Any) -> Path:
-    """The demo's files but for the weights, with these fields in its `config.json`."""
+    """Copy the demo checkpoint without its weights, with additional fields in `config.json`; return the folder."""
     config = json.loads((demo / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))
     (folder / "tokenizer.model").write_bytes((demo / "tokenizer.model").read_bytes())
     return folder
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "another tokenizer": ({"tokenizer_mode": "hf"}, "`tokenizer_mode` must be 'yuan' for a Yuan model, not 'hf'"),
     "more stages than layers": ({"pipeline_parallel_size": 3}, "`pipeline_parallel_size` must be at most .*, 2, not 3"),
-    "heads that cannot be split": ({"tensor_parallel_size": 2}, r"heads \(3\) must be divisible by .* size \(2\)"),
-    "an MLP that cannot be split": ({"tensor_parallel_size": 3}, "`intermediate_size` must be .*, 3, not 256"),
-    "halved steps": ({"enable_dbo": True}, "`enable_dbo` must be false for Yuan, not true"),
-    "too many drafts for a block": (
-        {"speculative_config": DRAFTS | {"num_speculative_tokens": 31}, "block_size": 32},
+    "indivisible heads": ({"tensor_parallel_size": 2}, r"heads \(3\) must be divisible by .* size \(2\)"),
+    "an indivisible MLP": ({"tensor_parallel_size": 3}, "`intermediate_size` must be .*, 3, not 256"),
+    "dual batch overlap": ({"enable_dbo": True}, "`enable_dbo` must be false for Yuan, not true"),
+    "too many draft tokens for a block": (
+        {"speculative_config": NGRAM | {"num_speculative_tokens": 31}, "block_size": 32},
         "`block_size` must be at least 33 for 31 speculative tokens, not 32",
     ),
-    "another quantisation": ({"quantization": "mxfp8"}, "`quantization` must be one of fp8, .* for Yuan, not 'mxfp8'"),
-    "a cache that is swapped": ({"kv_offloading_size": 4.0}, r"`kv_offloading_size` must be unset for Yuan, not 4\.0"),
-    "a cache that is sent": (
+    "another quantization": ({"quantization": "mxfp8"}, "`quantization` must be one of fp8, .* for Yuan, not 'mxfp8'"),
+    "KV cache offloading": ({"kv_offloading_size": 4.0}, r"`kv_offloading_size` must be unset for Yuan, not 4\.0"),
+    "KV cache transfer": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "`kv_transfer_config` must be unset for Yuan, not 'ExampleConnector'",
     ),
-    "another grammar": ({"structured_outputs_config": {"backend": "guidance"}}, "must be 'xgrammar', not 'guidance'"),
+    "another grammar backend": (
+        {"structured_outputs_config": {"backend": "guidance"}},
+        "must be 'xgrammar', not 'guidance'",
+    ),
 }
-"""Options, and what is said of them."""
+"""Options with their error messages, as regular expressions."""
 
 
-@pytest.mark.parametrize(("options", "complaint"), REFUSED.values(), ids=REFUSED)
-def test_what_a_yuan_does_not_have_is_refused(demo: Path, options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+@pytest.mark.parametrize(("options", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_options_are_rejected(demo: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         configure(demo, **options)
 
 
-def test_a_draft_model_is_refused(demo: Path) -> None:
+def test_a_draft_model_is_rejected(demo: Path) -> None:
     drafts = {"method": "draft_model", "model": str(demo), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match=r"`speculative_config` must name one of .* for Yuan, not 'draft_model'"):
         configure(demo, speculative_config=drafts)
 
 
 @pytest.mark.parametrize("option", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_a_context_that_is_split_is_refused(demo: Path, tmp_path: Path, option: str) -> None:
+def test_context_parallelism_is_rejected(demo: Path, tmp_path: Path, option: str) -> None:
     with pytest.raises(ValueError, match=f"`{option}` must be 1 for Yuan, not 2"):
-        configure(with_fields(demo, tmp_path, **HEADS), tensor_parallel_size=2, **{option: 2})
+        configure(with_fields(demo, tmp_path, **FOUR_HEADS), tensor_parallel_size=2, **{option: 2})
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "compressed-tensors"])
-def test_a_quantised_checkpoint_is_refused(demo: Path, tmp_path: Path, method: str) -> None:
-    stored = {"quant_method": method, "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "zero_point": True}
+def test_a_quantized_checkpoint_is_rejected(demo: Path, tmp_path: Path, method: str) -> None:
+    config = {"quant_method": method, "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "zero_point": True}
     with pytest.raises(ValueError, match=r"`quantization_config` in config\.json must be absent for Yuan, not '"):
-        configure(with_fields(demo, tmp_path, quantization_config=stored))
+        configure(with_fields(demo, tmp_path, quantization_config=config))
 
 
-@of_cpus
-def test_a_batch_invariance_that_cpus_lack_is_refused(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@cpu_only
+def test_batch_invariance_is_rejected_on_cpus(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ValueError, match="`VLLM_BATCH_INVARIANT` must be unset on CPUs, not 1"):
         configure(demo)
 
 
-@of_cpus
-def test_a_pipeline_that_is_not_compiled_is_refused_on_cpus(demo: Path) -> None:
+@cpu_only
+def test_an_eager_pipeline_is_rejected_on_cpus(demo: Path) -> None:
     configure(demo, pipeline_parallel_size=2)
     with pytest.raises(ValueError, match="`enforce_eager` must be false for a pipeline on CPUs, not true"):
         configure(demo, pipeline_parallel_size=2, enforce_eager=True)
 
 
-@of_cpus
-def test_sleep_mode_is_refused_on_cpus(demo: Path) -> None:
+@cpu_only
+def test_sleep_mode_is_rejected_on_cpus(demo: Path) -> None:
     with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
         configure(demo, enable_sleep_mode=True)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"speculative_config": DRAFTS | {"num_speculative_tokens": 30}, "block_size": 32}],
-    ids=["plain", "as many drafts as a block has room for"],
+    [{}, {"speculative_config": NGRAM | {"num_speculative_tokens": 30}, "block_size": 32}],
+    ids=["defaults", "as many draft tokens as a block can hold"],
 )
-def test_what_a_yuan_has_is_not(demo: Path, options: dict[str, Any]) -> None:
+def test_supported_options_are_accepted(demo: Path, options: dict[str, Any]) -> None:
     configure(demo, **options)
 
 
-def test_slots_are_not_cut_with_blocks_for_an_attention_that_takes_small_ones() -> None:
+def test_lfa_state_slots_are_not_split_for_an_attention_backend_with_small_blocks() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.worker.utils import select_common_block_size
 
