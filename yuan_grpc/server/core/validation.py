@@ -18,9 +18,9 @@ MAX_SEED = 2**63 - 1 - MAX_CHOICES
 MAX_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_IDS = 1024
-"""Capacity of vLLM's V2 model runner for `logit_bias`, and for `allowed_token_ids`."""
+"""Capacity in vLLM's V2 model runner for `logit_bias`, and for `allowed_token_ids`."""
 MAX_SUPPRESSED_IDS = 128
-"""Capacity of the V2 runner for tokens suppressed until `min_tokens`: stop tokens and end-of-text tokens."""
+"""Capacity in the V2 runner for tokens suppressed until `min_tokens`: stop tokens and end-of-text tokens."""
 MAX_LOGPROB_IDS = 128
 MAX_TOTAL_LOGPROBS = 2**20
 """Log-probabilities over all tokens of a request: about 30 MB of response, and 300 MB of memory to build it."""

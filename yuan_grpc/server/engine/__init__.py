@@ -1,1 +1,1 @@
-"""The engine behind the service: its protocol, its plain values, and vLLM's implementation."""
+"""The engine's interface and plain values, and its implementation on vLLM."""

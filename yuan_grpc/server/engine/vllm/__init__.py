@@ -1,1 +1,1 @@
-"""vLLM as the engine: the only package of the server that imports vLLM."""
+"""The vLLM engine. No other package of the server imports vLLM."""

@@ -1,4 +1,4 @@
-"""vLLM's own flags, read and checked, and what they say of the model."""
+"""vLLM's command-line flags, parsed and checked, and the model description they result in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from yuan_grpc.server.engine.types import LoraInfo, ModelInfo
 
-SEARCH_LOGPROBS = 2048
-"""Log-probabilities a position can have where beam search asks, whose limit is not that of callers."""
+BEAM_SEARCH_LOGPROBS = 2048
+"""Log-probabilities per position available to beam search, which the limit for callers does not bind."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """vLLM's flags, read: its configuration, and what it keeps outside of that.
+    """Parsed vLLM flags: vLLM's configuration, and the options it keeps elsewhere.
 
     Attributes:
-        max_logprobs: what callers may ask for; -1 for any number.
+        max_logprobs: the limit for callers; -1 for none.
     """
 
     config: VllmConfig
@@ -30,7 +30,7 @@ class EngineOptions:
     max_logprobs: int
 
     def start(self) -> AsyncLLM:
-        """Starts the engine's processes and waits until the model is loaded, which blocks for long."""
+        """Start the engine's processes and block until the model is loaded."""
         return AsyncLLM.from_vllm_config(
             self.config,
             usage_context=UsageContext.ENGINE_CONTEXT,
@@ -40,11 +40,11 @@ class EngineOptions:
         )
 
     def describe(self, vocab_size: int, end_token_ids: Sequence[int], *, can_load_loras: bool) -> ModelInfo:
-        """What is served.
+        """Return the description of the served model.
 
         Args:
-            vocab_size: how many the tokenizer has.
-            end_token_ids: those that end a text by themselves.
+            vocab_size: the tokenizer's number of tokens.
+            end_token_ids: the tokens that end a text by themselves.
             can_load_loras: whether adapters can be loaded and unloaded.
         """
         model, parallel, scheduler = self.config.model_config, self.config.parallel_config, self.config.scheduler_config
@@ -75,11 +75,11 @@ class EngineOptions:
 
 
 def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
-    """Reads vLLM's own command-line flags and checks them against the model's files.
+    """Parse vLLM's command-line flags and check them against the model's files.
 
     Raises:
-        SystemExit: an unknown flag or a malformed value; argparse has said which.
-        ValueError, OSError: values that do not fit each other or the model, or a model that is not there.
+        SystemExit: unknown flag or malformed value; argparse has printed which.
+        ValueError, OSError: values that do not fit each other or the model, or a missing model.
     """
     parser = FlexibleArgumentParser(
         prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
@@ -90,8 +90,8 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
     try:
         config = arguments.create_engine_config()
-    except ValidationError as error:  # whose own text is a page
+    except ValidationError as error:  # its own text is a page long
         raise ValueError("; ".join(one["msg"] for one in error.errors())) from error
-    allowed = config.model_config.max_logprobs
-    config.model_config.max_logprobs = max(allowed, SEARCH_LOGPROBS) if allowed >= 0 else allowed
-    return EngineOptions(config, arguments, allowed)
+    max_logprobs = config.model_config.max_logprobs
+    config.model_config.max_logprobs = max(max_logprobs, BEAM_SEARCH_LOGPROBS) if max_logprobs >= 0 else max_logprobs
+    return EngineOptions(config, arguments, max_logprobs)

@@ -1,4 +1,4 @@
-"""The service's plain values to vLLM's, and back."""
+"""Conversion between the service's plain values and vLLM's."""
 
 import asyncio
 import re
@@ -26,12 +26,12 @@ from yuan_grpc.server.engine.types import (
 from yuan_grpc.server.errors import InvalidRequestError, ServiceError, UnavailableError, Violation
 
 MIN_TEMPERATURE = 0.01
-"""vLLM takes less for so much, and leaves a line in the log each time."""
+"""Lowest temperature of sampling. vLLM raises lower ones to it, and logs a line each time."""
 MAX_BAD_WORD_TOKENS = 1024
-"""vLLM's V2 model runner has room for no more, and its worker would die of it."""
+"""Capacity in vLLM's V2 model runner. With more tokens its worker would die."""
 
-_SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
-"""How xgrammar begins what it says: with its own file and line."""
+_SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+"""Prefix of xgrammar's messages, with its own file and line."""
 
 _FINISH_REASONS = {
     None: None,
@@ -42,12 +42,12 @@ _FINISH_REASONS = {
 
 
 def to_sampling_params(sampling: Sampling, stream: bool) -> SamplingParams:
-    """vLLM takes the most likely token at temperature 0."""
+    """Return vLLM's sampling parameters, without bad words. Greedy sampling is temperature 0 in vLLM."""
     fields = vars(sampling) | {
         "temperature": max(sampling.temperature, MIN_TEMPERATURE),
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
-        "bad_words": [],  # `ban` sees to them
+        "bad_words": [],  # set by `set_bad_words`
         "logit_bias": dict(sampling.logit_bias) or None,
         "allowed_token_ids": list(sampling.allowed_token_ids) or None,
         "logprob_token_ids": list(sampling.logprob_token_ids) or None,
@@ -57,7 +57,7 @@ def to_sampling_params(sampling: Sampling, stream: bool) -> SamplingParams:
         fields["repetition_detection"] = RepetitionDetectionParams(**vars(sampling.repetition_detection))
     if sampling.is_greedy:
         fields |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    if sampling.prompt_logprobs is not None:  # of what the cache had, vLLM would tell whatever is in that memory
+    if sampling.prompt_logprobs is not None:  # for cached tokens vLLM returns uninitialized memory
         fields["skip_reading_prefix_cache"] = True
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     return SamplingParams(**fields, output_kind=kind, flat_logprobs=True)
@@ -70,31 +70,31 @@ def _constraint(constraint: Constraint) -> StructuredOutputsParams:
     )
 
 
-def ban(sampling: Sampling, params: SamplingParams, tokenizer: TokenizerLike) -> None:
-    """Bans words as they are written at the beginning of a text and within one, in place of vLLM's own way.
+def set_bad_words(sampling: Sampling, params: SamplingParams, tokenizer: TokenizerLike) -> None:
+    """Set the token sequences of the bad words, as written at the beginning of a text and within one.
 
-    vLLM encodes a word without and with a space before it. Yuan's tokenizer has one there in either case.
+    Replaces vLLM's encoding of a word with and without a space before it: Yuan's tokenizer adds a space in both cases.
 
     Raises:
-        InvalidRequestError: they have more tokens than there is room for, or no token is left that may come.
+        InvalidRequestError: the words have too many tokens, or exclude every allowed token.
     """
-    banned = [ids for word in sampling.bad_words for ids in tokenizer.encode_word(word.strip()) if ids]
-    if (tokens := sum(map(len, banned))) > MAX_BAD_WORD_TOKENS:
-        sentence = f"`bad_words` must have at most {MAX_BAD_WORD_TOKENS} tokens in all, not {tokens}"
-        raise InvalidRequestError([Violation("bad_words", sentence)])
-    params._bad_words_token_ids = banned or None
-    never = {ids[0] for ids in banned if len(ids) == 1}
+    sequences = [ids for word in sampling.bad_words for ids in tokenizer.encode_word(word.strip()) if ids]
+    if (tokens := sum(map(len, sequences))) > MAX_BAD_WORD_TOKENS:
+        description = f"`bad_words` must have at most {MAX_BAD_WORD_TOKENS} tokens in total, not {tokens}"
+        raise InvalidRequestError([Violation("bad_words", description)])
+    params._bad_words_token_ids = sequences or None
+    excluded = {ids[0] for ids in sequences if len(ids) == 1}
     if sampling.min_tokens:
-        never.update(sampling.stop_token_ids, [tokenizer.eos_token_id])
-    if sampling.allowed_token_ids and never.issuperset(sampling.allowed_token_ids):
-        sentence = "`allowed_token_ids` must have one that neither `bad_words` nor `min_tokens` holds back"
-        raise InvalidRequestError([Violation("allowed_token_ids", sentence)])
+        excluded.update(sampling.stop_token_ids, [tokenizer.eos_token_id])
+    if sampling.allowed_token_ids and excluded.issuperset(sampling.allowed_token_ids):
+        description = "`allowed_token_ids` must have a token that `bad_words` and `min_tokens` do not exclude"
+        raise InvalidRequestError([Violation("allowed_token_ids", description)])
 
 
 def decode_continuation(
     request: EngineRequest, token_ids: Sequence[int], ended: bool, tokenizer: TokenizerLike
 ) -> tuple[str, str | None]:
-    """See `Engine.decode_continuation`: vLLM's own detokenizer, so that no text can differ from a sampled one's."""
+    """Decode with vLLM's own detokenizer, so that the text equals a sampled one; see `Engine.decode_continuation`."""
     core_request = EngineCoreRequest(
         request_id=request.request_id,
         prompt_token_ids=list(request.prompt[-CONTEXT_TOKENS:]),
@@ -114,29 +114,30 @@ def decode_continuation(
     return detokenizer.get_next_output_text(finished=True, delta=False), stop
 
 
-def refusal(error: Exception, request: EngineRequest) -> InvalidRequestError:
-    """What is told of a job that vLLM refuses: mostly a constraint, which it alone can read."""
+def to_invalid_request_error(error: Exception, request: EngineRequest) -> InvalidRequestError:
+    """Return the error for a request that vLLM rejects, usually for a constraint, which only vLLM can parse."""
     constraint = request.sampling.structured_outputs
     field = getattr(error, "parameter", None)
     if field is None and constraint is not None:
         field = f"structured_outputs.{constraint.kind}"
-    said = _SOURCE.sub("", str(error.args[0] if error.args else error)).partition("\n")[0]
-    return InvalidRequestError([Violation(field or "", f"`{field or 'request'}` must be one that vLLM takes: {said}")])
+    reason = _SOURCE_LINE.sub("", str(error.args[0] if error.args else error)).partition("\n")[0]
+    description = f"`{field or 'request'}` must be one that vLLM accepts: {reason}"
+    return InvalidRequestError([Violation(field or "", description)])
 
 
-def entries(output: RequestOutput) -> int:
-    """Log-probabilities in it."""
-    all_of_them = (output.prompt_logprobs, *(completion.logprobs for completion in output.outputs))
-    return sum(len(logprobs.token_ids) for logprobs in all_of_them if logprobs)
+def num_logprobs(output: RequestOutput) -> int:
+    """Return the number of log-probabilities in an output."""
+    logprobs = (output.prompt_logprobs, *(completion.logprobs for completion in output.outputs))
+    return sum(len(flat.token_ids) for flat in logprobs if flat)
 
 
 class OutputConverter:
-    """Turns what vLLM puts out for one job into steps.
+    """Converts vLLM's outputs for one request.
 
     Args:
-        job: what was asked for.
-        tokenizer: the model's.
-        cut: set where the job is cut short, which is how vLLM then says it ended: by an abort.
+        request: the request.
+        tokenizer: the model's tokenizer.
+        deadline: set if the deadline aborts the request; vLLM then reports the finish reason "abort".
     """
 
     def __init__(self, request: EngineRequest, tokenizer: TokenizerLike, deadline: asyncio.Event | None) -> None:
@@ -144,31 +145,32 @@ class OutputConverter:
         self._tokenizer = tokenizer
         self._deadline = deadline
         self._allowed = frozenset(request.sampling.allowed_token_ids)
-        self._wants_prompt = request.sampling.prompt_logprobs is not None
+        self._needs_prompt_logprobs = request.sampling.prompt_logprobs is not None
 
     def step(self, output: RequestOutput) -> StepOutput:
-        """One step; the first has the prompt's log-probabilities.
+        """Return an output in plain values. The first one has the prompt's log-probabilities.
 
         Raises:
-            UnavailableError: the engine gave the request up.
+            InvalidRequestError: no allowed token was left, or the constraint could not be fulfilled.
+            UnavailableError: the engine dropped the request.
         """
         prompt_logprobs: list[TokenLogprobs] = []
-        if self._wants_prompt and output.prompt_logprobs:
-            self._wants_prompt = False
+        if self._needs_prompt_logprobs and output.prompt_logprobs:
+            self._needs_prompt_logprobs = False
             prompt_logprobs = self._prompt_logprobs(output.prompt_logprobs)
         return StepOutput(
-            [self._piece(completion) for completion in output.outputs],
+            [self._delta(completion) for completion in output.outputs],
             cached_tokens=output.num_cached_tokens or 0,
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _piece(self, completion: CompletionOutput) -> ChoiceDelta:
+    def _delta(self, completion: CompletionOutput) -> ChoiceDelta:
         finish_reason = self._finish_reason(completion.finish_reason)
-        if self._allowed and not self._allowed.issuperset(completion.token_ids):  # with none left, vLLM takes any
-            sentence = "`allowed_token_ids` must have one that `bad_words` and the like leave in each place"
-            raise InvalidRequestError([Violation("allowed_token_ids", sentence)])
+        if self._allowed and not self._allowed.issuperset(completion.token_ids):  # vLLM samples any if none is left
+            description = "`allowed_token_ids` must leave a token at each position that no other parameter excludes"
+            raise InvalidRequestError([Violation("allowed_token_ids", description)])
         stop_reason = completion.stop_reason if finish_reason is FinishReason.STOP else None
-        if finish_reason is FinishReason.STOP and stop_reason is None:  # how vLLM says: at the end-of-text token
+        if finish_reason is FinishReason.STOP and stop_reason is None:  # vLLM's value for the end-of-text token
             stop_reason = self._tokenizer.eos_token_id
         sampling = self._request.sampling
         return ChoiceDelta(
@@ -185,42 +187,43 @@ class OutputConverter:
         if reason == "abort" and self._deadline and self._deadline.is_set():
             return FinishReason.DEADLINE
         if reason not in _FINISH_REASONS:
-            raise self._given_up(reason)
+            raise self._dropped_error(reason)
         return _FINISH_REASONS[reason]
 
-    def _given_up(self, reason: str | None) -> ServiceError:
+    def _dropped_error(self, reason: str | None) -> ServiceError:
         constraint = self._request.sampling.structured_outputs
         if constraint and reason == "error":
             field = f"structured_outputs.{constraint.kind}"
-            sentence = f"`{field}` must be one that the engine can compile, and fulfil with what else is asked for"
-            return InvalidRequestError([Violation(field, sentence)])
-        return UnavailableError("the engine gave the request up")
+            description = f"`{field}` must be one that the engine can compile and fulfil with the other parameters"
+            return InvalidRequestError([Violation(field, description)])
+        return UnavailableError("the engine dropped the request")
 
     def _prompt_logprobs(self, logprobs: FlatLogprobs) -> list[TokenLogprobs]:
         first = self._request.prompt[0]
         text = self._tokenizer.convert_tokens_to_string(self._tokenizer.convert_ids_to_tokens([first]))
-        rest = _token_logprobs(logprobs[1:], self._request.sampling.prompt_logprobs or 0, ())
-        return [TokenLogprobs(RankedToken(first, text, 0.0, 0), ()), *rest]
+        others = _token_logprobs(logprobs[1:], self._request.sampling.prompt_logprobs or 0, ())
+        return [TokenLogprobs(RankedToken(first, text, 0.0, 0), ()), *others]
 
 
-def _token_logprobs(logprobs: FlatLogprobs | None, top: int, wanted: Sequence[int]) -> Iterator[TokenLogprobs]:
-    """vLLM lists the chosen token first, then the `top` most likely ones or those that are `wanted`.
+def _token_logprobs(logprobs: FlatLogprobs | None, top: int, requested: Sequence[int]) -> Iterator[TokenLogprobs]:
+    """Yield the log-probabilities of each position, given the number of top tokens or the requested token ids.
 
-    The ranks of wanted tokens are their places in that list, which says nothing. Where two outputs were put together, a
-    chosen token that is wanted is listed once, with that rank: so its rank is never told.
+    vLLM lists the chosen token first, then the `top` most likely or the `requested` tokens. The rank of a requested
+    token is its index in that list, not a rank, so it is dropped. vLLM lists a chosen token that is also requested only
+    once after it merges two outputs, with that index, so its rank is always dropped.
     """
     if logprobs is None:
         return
     for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
         listed = [_ranked_token(logprobs, index) for index in range(start, end)]
         chosen, by_id = listed[0], {token.token_id: token for token in listed}
-        if wanted:
-            beside = [RankedToken(i, by_id[i].text, by_id[i].logprob, 0) for i in wanted]
-            if chosen.token_id in wanted:
+        if requested:
+            others = [RankedToken(i, by_id[i].text, by_id[i].logprob, 0) for i in requested]
+            if chosen.token_id in requested:
                 chosen = RankedToken(chosen.token_id, chosen.text, chosen.logprob, 0)
         else:
-            beside = sorted((token for token in by_id.values() if token.rank <= top), key=lambda token: token.rank)
-        yield TokenLogprobs(chosen, beside)
+            others = sorted((token for token in by_id.values() if token.rank <= top), key=lambda token: token.rank)
+        yield TokenLogprobs(chosen, others)
 
 
 def _ranked_token(logprobs: FlatLogprobs, index: int) -> RankedToken:

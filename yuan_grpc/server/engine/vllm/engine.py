@@ -1,4 +1,4 @@
-"""vLLM's async engine behind the `Engine` protocol."""
+"""The `Engine` implementation on vLLM's async engine."""
 
 import asyncio
 import gc
@@ -25,7 +25,8 @@ from yuan_grpc.server.engine.vllm.lora import LoraRegistry
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
 
 INLINE_CHARACTERS = 16_384
-"""Longer texts are tokenized in a thread (sentencepiece lets go of the GIL), for they would hold up every stream."""
+"""Length of the longest text to tokenize on the event loop. Longer ones would block every stream, and are tokenized in
+a thread; sentencepiece releases the GIL."""
 
 TERMINATION_SECONDS = 10
 POLL_SECONDS = 0.1
@@ -34,101 +35,101 @@ Result = TypeVar("Result")
 
 
 class VllmEngine:
-    """One vLLM engine, in processes of its own, from `start` to `stop`.
+    """One vLLM engine, in its own processes, from `start` to `stop`.
 
     Args:
-        options: what `parse_engine_flags` returned.
-        lora_folder: has the adapters that can be loaded; None for none.
+        options: the result of `parse_engine_flags`.
+        lora_folder: the folder of the adapters that can be loaded; None for none.
     """
 
     def __init__(self, options: EngineOptions, lora_folder: Path | None = None) -> None:
         self._options = options
         lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
         self._adapters = LoraRegistry(lora_folder, lora.max_cpu_loras if lora else 0, name)
-        self._starting: Thread | None = None
+        self._start_thread: Thread | None = None
         self._started: AsyncLLM | None = None
         self._info: ModelInfo | None = None
-        self._warm = False
+        self._is_warm = False
 
     async def start(self) -> None:
-        """Loads the model and has it answer, so that no caller's request is the first.
+        """Load the model and run warm-up requests, so that no caller's request is the first.
 
         Raises:
-            Exception: whatever keeps the engine's processes from starting; they have logged why.
+            Exception: the engine's processes could not be started; they have logged the reason.
         """
-        self._starting, started = _in_daemon_thread(self._options.start)
+        self._start_thread, started = _in_daemon_thread(self._options.start)
         self._started = await started
         for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
-            async with aclosing(self.generate(EngineRequest("warm-up", [0], sampling), stream=False)) as steps:
-                async for _ in steps:
+            async with aclosing(self.generate(EngineRequest("warm-up", [0], sampling), stream=False)) as outputs:
+                async for _ in outputs:
                     pass
-        # What importing vLLM has made is here to stay; looking through it took 0.28 s each time, and no stream moved.
+        # The objects that importing vLLM creates are permanent. Scanning them blocked every stream for 0.28 s.
         gc.collect()
         gc.freeze()
-        self._warm = True
+        self._is_warm = True
 
     async def wait_until_dead(self) -> None:
-        """Returns when the started engine has died."""
-        handler = self._llm.output_handler  # ends when the engine's processes do
+        """Wait until the started engine has died."""
+        handler = self._llm.output_handler  # ends with the engine's processes
         assert handler is not None
         await asyncio.wait([handler])
-        self._warm = False
+        self._is_warm = False
 
     def stop(self) -> None:
-        """Ends the engine's processes, whatever they are doing, starting included."""
-        self._warm = False
+        """Stop the engine's processes in any state, including during their start."""
+        self._is_warm = False
         if self._started is not None:
             self._started.shutdown(timeout=TERMINATION_SECONDS)
             self._started = None
-        elif self._starting is not None:
-            while self._starting.is_alive() or multiprocessing.active_children():  # for it may yet start another
+        elif self._start_thread is not None:
+            while self._start_thread.is_alive() or multiprocessing.active_children():  # it may start another process
                 for process in multiprocessing.active_children():
-                    process.kill()  # while it is being set up, the engine does not listen to anything less
-                self._starting.join(POLL_SECONDS)
+                    process.kill()  # during its setup, the engine ignores other signals
+                self._start_thread.join(POLL_SECONDS)
 
     @property
     def info(self) -> ModelInfo:
-        """What is served, from the model's files and vLLM's configuration."""
+        """The served model, from its files and vLLM's configuration."""
         if self._info is None:
             llm = self._llm
             tokenizer = llm.get_tokenizer()
-            more = llm.input_processor.generation_config_fields.get("eos_token_id") or []
-            ends = dict.fromkeys([tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)])
-            self._info = self._options.describe(len(tokenizer), list(ends), can_load_loras=self._adapters.can_load)
+            others = llm.input_processor.generation_config_fields.get("eos_token_id") or []
+            end_ids = dict.fromkeys([tokenizer.eos_token_id, *([others] if isinstance(others, int) else others)])
+            self._info = self._options.describe(len(tokenizer), list(end_ids), can_load_loras=self._adapters.can_load)
         return self._info
 
     @property
     def is_ready(self) -> bool:
-        """Whether the engine has answered its warm-up and lives."""
-        return self._warm and not self._llm.errored
+        """Whether the engine has completed its warm-up and is alive."""
+        return self._is_warm and not self._llm.errored
 
     async def tokenize(self, text: str) -> list[int]:
-        """Text to token ids, none added."""
+        """Return the token ids of a text, without special tokens added."""
         encode = self._llm.get_tokenizer().encode
         if len(text) <= INLINE_CHARACTERS:
             return encode(text, add_special_tokens=False)
         return await asyncio.to_thread(encode, text, add_special_tokens=False)
 
     async def tokenize_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
-        """Text to tokens with their pieces and stretches."""
+        """Return the tokens of a text with their pieces and spans."""
         tokens: list[tuple[int, str, int, int]] = await asyncio.to_thread(
             self._llm.get_tokenizer().encode_with_offsets, text
         )
         return tokens
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Token ids to text."""
+        """Return the text of token ids."""
         return self._llm.get_tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, turns: Sequence[str]) -> str:
-        """A conversation in the model's own format."""
+        """Return a conversation in the model's format."""
         text: str = self._llm.get_tokenizer().apply_chat_template([{"content": turn} for turn in turns])
         return text
 
     def decode_continuation(
         self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool
     ) -> tuple[str, str | None]:
-        """The text that tokens add behind a job's prompt, and the stop string that came up in it."""
+        """Return the text that tokens add to a request's prompt, and the stop string that ends it."""
         return convert.decode_continuation(request, token_ids, ended, self._llm.get_tokenizer())
 
     @property
@@ -138,44 +139,44 @@ class VllmEngine:
 
     @property
     def available_loras(self) -> Sequence[str]:
-        """The names of adapters that could be loaded."""
+        """The names of adapters that can be loaded."""
         return self._adapters.available
 
     async def load_lora(self, name: str) -> None:
-        """Loads an adapter; see `Engine.load_lora`."""
+        """Load an adapter; see `Engine.load_lora`."""
         await self._adapters.load(self._llm, name)
 
     async def unload_lora(self, name: str) -> None:
-        """Forgets an adapter; see `Engine.unload_lora`."""
+        """Unload an adapter; see `Engine.unload_lora`."""
         await self._adapters.unload(self._llm, name)
 
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        """Runs one job; see `Engine.generate`."""
-        llm, outputs, finished = self._llm, None, False
-        steps = convert.OutputConverter(request, llm.get_tokenizer(), deadline)
-        async with self._adapter(request.lora) as lora:
+        """Run one request; see `Engine.generate`."""
+        llm, outputs, is_finished = self._llm, None, False
+        converter = convert.OutputConverter(request, llm.get_tokenizer(), deadline)
+        async with self._lora_request(request.lora) as lora:
             try:
-                outputs = await self._admitted(llm, request, lora, stream=stream)
+                outputs = await self._add_request(llm, request, lora, stream=stream)
                 yield StepOutput()
-                async with _cutting(llm, request, outputs, deadline):
-                    while not finished:
+                async with _abort_at_deadline(llm, request, outputs, deadline):
+                    while not is_finished:
                         output = outputs.get_nowait() or await outputs.get()
-                        finished = output.finished
-                        yield await _converted(steps, output)
+                        is_finished = output.finished
+                        yield await _convert(converter, output)
             except EngineDeadError as error:
                 raise UnavailableError("the engine was lost while the request was running") from error
             finally:
-                if not finished:
+                if not is_finished:
                     await _abort(llm, request, outputs)
 
-    async def _admitted(
+    async def _add_request(
         self, llm: AsyncLLM, request: EngineRequest, lora: LoRARequest | None, *, stream: bool
     ) -> RequestOutputCollector:
         try:
             params = convert.to_sampling_params(request.sampling, stream)
-            convert.ban(request.sampling, params, llm.get_tokenizer())
+            convert.set_bad_words(request.sampling, params, llm.get_tokenizer())
             return await llm.add_request(
                 request.request_id,
                 tokens_input(list(request.prompt), cache_salt=request.cache_salt or None),
@@ -183,19 +184,23 @@ class VllmEngine:
                 lora_request=lora,
                 priority=request.priority,
             )
-        except (QueueOverflowError, MaxQueuedTokensError) as error:
-            raise OverloadedError("the engine has as many requests as it may") from error
-        except (VLLMClientError, ValueError) as error:  # what our own checks do not know of
-            raise convert.refusal(error, request) from error
+        except QueueOverflowError as error:
+            limit = self._options.config.scheduler_config.max_num_queued_reqs
+            raise OverloadedError(f"the request queue is full (limit {limit})") from error
+        except MaxQueuedTokensError as error:
+            limit = self._options.config.scheduler_config.max_num_queued_tokens
+            raise OverloadedError(f"the queue of prompt tokens is full (limit {limit})") from error
+        except (VLLMClientError, ValueError) as error:  # rules that only vLLM can check
+            raise convert.to_invalid_request_error(error, request) from error
 
     @asynccontextmanager
     async def pin_lora(self, lora: str) -> AsyncGenerator[str, None]:
-        """Keeps an adapter from being unloaded; see `Engine.holding`."""
+        """Keep an adapter in memory; see `Engine.pin_lora`."""
         async with self._adapters.pin_lora(self._llm, lora) as request:
             yield request.lora_name
 
     @asynccontextmanager
-    async def _adapter(self, name: str) -> AsyncGenerator[LoRARequest | None, None]:
+    async def _lora_request(self, name: str) -> AsyncGenerator[LoRARequest | None, None]:
         if not name:
             yield None
             return
@@ -205,37 +210,40 @@ class VllmEngine:
     @property
     def _llm(self) -> AsyncLLM:
         if self._started is None:
-            raise UnavailableError("the model is still being loaded")
+            raise UnavailableError("the model is still loading")
         return self._started
 
 
-async def _converted(steps: convert.OutputConverter, output: RequestOutput) -> StepOutput:
-    if convert.entries(output) > INLINE_ENTRIES:
-        return await asyncio.to_thread(steps.step, output)
-    return steps.step(output)
+async def _convert(converter: convert.OutputConverter, output: RequestOutput) -> StepOutput:
+    if convert.num_logprobs(output) > INLINE_ENTRIES:
+        return await asyncio.to_thread(converter.step, output)
+    return converter.step(output)
 
 
 @asynccontextmanager
-async def _cutting(
+async def _abort_at_deadline(
     llm: AsyncLLM, request: EngineRequest, outputs: RequestOutputCollector, deadline: asyncio.Event | None
 ) -> AsyncGenerator[None, None]:
-    """Within it a job ends once `deadline` is set: vLLM then puts what it has kept back behind the job's outputs."""
+    """Abort the request when `deadline` is set. vLLM then adds the text it held back to the request's outputs."""
 
-    async def end(deadline: asyncio.Event) -> None:
+    async def abort(deadline: asyncio.Event) -> None:
         await deadline.wait()
         await _abort(llm, request, outputs)
 
-    ending = asyncio.ensure_future(end(deadline)) if deadline else None
+    task = asyncio.ensure_future(abort(deadline)) if deadline else None
     try:
         yield
     finally:
-        if ending:
-            ending.cancel()
+        if task:
+            task.cancel()
 
 
 async def _abort(llm: AsyncLLM, request: EngineRequest, outputs: RequestOutputCollector | None) -> None:
-    """By vLLM's own name, without which it remembers a job of several choices for ever. It has told none where the job
-    was cancelled on its way into the queue, from which vLLM does not take it by itself."""
+    """Abort with vLLM's internal request id; otherwise vLLM never forgets a request with several choices.
+
+    Without outputs, the request was cancelled while it was being added to the queue and vLLM returned no id, but vLLM
+    does not remove it from the queue by itself.
+    """
     with suppress(EngineDeadError):
         if outputs is None:
             await llm.abort(request.request_id)
@@ -244,9 +252,9 @@ async def _abort(llm: AsyncLLM, request: EngineRequest, outputs: RequestOutputCo
 
 
 def _in_daemon_thread(call: Callable[[], Result]) -> tuple[Thread, asyncio.Future[Result]]:
-    """Makes a call that blocks for long, in a thread that does not keep the process from ending."""
+    """Run a call that blocks for long, in a thread that does not keep the process from ending."""
     done: Future[Result] = Future()
-    done.set_running_or_notify_cancel()  # from here on whoever waits may be cancelled, but not the call
+    done.set_running_or_notify_cancel()  # cancelling the waiting task must not cancel the call
 
     def run() -> None:
         try:

@@ -1,17 +1,17 @@
-"""The environment of an engine."""
+"""Environment variables of the engine."""
 
 import os
 
 DEFAULTS = {
-    "VLLM_NO_USAGE_STATS": "1",  # no telemetry unless the operator turns it on
+    "VLLM_NO_USAGE_STATS": "1",  # no telemetry unless the operator enables it
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # with our own log; stdout is for answers
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with gRPC's threads can hang
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # as the server's log; stdout is for generated text
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with gRPC threads can hang
 }
-"""Variables vLLM reads when it is imported, where the operator has not set them."""
+"""Values of variables that vLLM reads at import, unless the operator sets them."""
 
 
 def set_defaults() -> None:
-    """Fills in `DEFAULTS`. For before vLLM is imported."""
+    """Set the variables of `DEFAULTS` that are not set. Must be called before vLLM is imported."""
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
