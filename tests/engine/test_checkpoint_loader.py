@@ -1,4 +1,4 @@
-"""Rows of q_proj and k_proj on their way into a rank's share of the joined weight."""
+"""Tests of loading q_proj and k_proj into a rank's share of the joined weight."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # vLLM's warnings while it is imported
 
 HEADS, HEAD_DIM, HIDDEN = 6, 2, 12
 
@@ -16,13 +16,13 @@ def test_every_rank_gets_the_queries_and_keys_of_its_heads(ranks: int) -> None:
     from yuan_grpc.model.linear import QueryKeyLinear
 
     q_proj, k_proj = torch.randn(2, HIDDEN, HIDDEN).unbind()
-    of_head = torch.cat([q_proj, k_proj]).view(HEADS, 2, HEAD_DIM, HIDDEN)  # the published view: head, (query | key)
+    by_head = torch.cat([q_proj, k_proj]).view(HEADS, 2, HEAD_DIM, HIDDEN)  # the published view: head, (query | key)
     for rank in range(ranks):
         layer: Any = SimpleNamespace(total_heads=HEADS, head_dim=HEAD_DIM, tp_size=ranks, tp_rank=rank)
         param = torch.nn.Parameter(torch.full((2 * HIDDEN // ranks, HIDDEN), torch.nan))
-        for half, loaded in enumerate((q_proj, k_proj)):
-            QueryKeyLinear.weight_loader(layer, param, loaded, half)
-        mine = of_head[rank * HEADS // ranks : (rank + 1) * HEADS // ranks]
+        for projection, loaded in enumerate((q_proj, k_proj)):
+            QueryKeyLinear.weight_loader(layer, param, loaded, projection)
+        expected = by_head[rank * HEADS // ranks : (rank + 1) * HEADS // ranks]
         queries, keys = param.data.view(2, -1, HEAD_DIM, HIDDEN)
-        assert torch.equal(queries, mine[:, 0])
-        assert torch.equal(keys, mine[:, 1])
+        assert torch.equal(queries, expected[:, 0])
+        assert torch.equal(keys, expected[:, 1])

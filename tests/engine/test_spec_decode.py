@@ -1,13 +1,13 @@
-"""Drafts of requests that draw their tokens: on CPUs vLLM gives them neither temperature nor `top_k` nor `top_p`."""
+"""Speculative decoding with sampling, which vLLM needs a patch for on CPUs (see test_patches.py)."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs import result_of
+from engine_process import run_program
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # of vLLM's own, while it is imported
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # vLLM's warnings while it is imported
 
 PROMPTS = [[300, 400, 500] * 6, [310, 410] * 8, [320]]
 ENGINE = {
@@ -24,7 +24,7 @@ ENGINE = {
         "prompt_lookup_max": 3,
     },
 }
-ONLY_THE_LIKELIEST: list[dict[str, Any]] = [
+GREEDY_IN_EFFECT: list[dict[str, Any]] = [
     {"top_k": 1},
     {"top_k": 1, "temperature": 0.3},
     {"top_p": 1e-6},
@@ -32,48 +32,42 @@ ONLY_THE_LIKELIEST: list[dict[str, Any]] = [
 ]
 
 
-def test_what_leaves_one_choice_gives_the_greedy_tokens(demo: Path, tmp_path: Path) -> None:
-    def ask(**sampling: Any) -> list[dict[str, Any]]:
-        asked = {"temperature": 1, "max_tokens": 24, "ignore_eos": True, "flat_logprobs": True} | sampling
-        return [{"prompt": prompt, "sampling": asked} for prompt in PROMPTS]
+def test_sampling_with_one_candidate_returns_the_greedy_tokens(demo: Path, tmp_path: Path) -> None:
+    def requests(**sampling: Any) -> list[dict[str, Any]]:
+        parameters = {"temperature": 1, "max_tokens": 24, "ignore_eos": True, "flat_logprobs": True} | sampling
+        return [{"prompt": prompt, "sampling": parameters} for prompt in PROMPTS]
 
-    each = [ask(**sampling) for sampling in ONLY_THE_LIKELIEST]
-    together = [request for requests in each for request in requests]
-    rounds = [ask(temperature=0), *each, together, ask(seed=1), ask(seed=1)]
-    result = result_of("run_sampling.py", {"model": demo, "engine": ENGINE, "rounds": rounds}, tmp_path / "out.json")
-    greedy, *others = [[answer["token_ids"] for answer in answers] for answers in result]
-    *likeliest, company, drawn, drawn_again = others
-    assert likeliest == [greedy] * len(ONLY_THE_LIKELIEST)
-    assert company == greedy * len(ONLY_THE_LIKELIEST)
-    assert drawn == drawn_again != greedy
+    separate = [requests(**sampling) for sampling in GREEDY_IN_EFFECT]
+    together = [request for batch in separate for request in batch]
+    rounds = [requests(temperature=0), *separate, together, requests(seed=1), requests(seed=1)]
+    result = run_program("run_sampling.py", {"model": demo, "engine": ENGINE, "rounds": rounds}, tmp_path / "out.json")
+    greedy, *others = [[response["token_ids"] for response in responses] for responses in result]
+    *in_separate_rounds, in_one_round, sampled, sampled_again = others
+    assert in_separate_rounds == [greedy] * len(GREEDY_IN_EFFECT)
+    assert in_one_round == greedy * len(GREEDY_IN_EFFECT)
+    assert sampled == sampled_again != greedy
 
 
 @pytest.fixture
 def expand() -> Any:
-    """vLLM's stand-in for a kernel, mended."""
+    """vLLM's CPU replacement of a Triton kernel, patched."""
     if torch.cuda.is_available():
-        pytest.skip("GPUs have the kernel")
+        pytest.skip("GPUs run the Triton kernel")
     from vllm.platforms import current_platform
     from vllm.utils import cpu_triton_utils
 
     from yuan_grpc.model.patches import cpu_spec_decode
 
     current_platform.import_kernels()
-    cpu_spec_decode.mend()
-    return getattr(cpu_triton_utils, cpu_spec_decode.EXPAND)
+    cpu_spec_decode.apply()
+    return getattr(cpu_triton_utils, cpu_spec_decode.EXPAND_KERNEL)
 
 
-@pytest.mark.parametrize("values", [[0.7, 0.0, 1.3], [20, 0, 7]], ids=["floats", "whole numbers"])
-def test_each_draft_has_its_requests_value(expand: Any, values: list[float]) -> None:
+@pytest.mark.parametrize("values", [[0.7, 0.0, 1.3], [20, 0, 7]], ids=["floats", "integers"])
+def test_each_draft_token_gets_the_value_of_its_request(expand: Any, values: list[float]) -> None:
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     output = torch.full((5,), 99, dtype=torch.tensor(values).dtype)
     expand(output, torch.tensor(values), ends, 0, 1)
     assert output.tolist() == torch.tensor([values[0]] * 2 + [values[2]] * 3).tolist()
     expand(output, torch.tensor(values), ends + torch.tensor([-2, 0, 0]), 0, 1)
     assert output.tolist() == torch.tensor([1] * 2 + [values[2]] * 3).tolist()
-
-
-def test_vllm_itself_still_needs_the_mend(expand: Any) -> None:
-    output = torch.full((2,), 99.0)
-    expand.__wrapped__(output, torch.tensor([0.7]), torch.tensor([2], dtype=torch.int32), 0, 1)
-    assert output.tolist() == [99, 99]

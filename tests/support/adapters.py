@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them, with random weights, and the weights they make of a checkpoint's."""
+"""LoRA adapters with random weights in the format of PEFT, and checkpoints with adapters merged in."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,21 +15,21 @@ PREFIX = "base_model.model."
 def write_adapter(
     folder: Path, weights: Mapping[str, Tensor], modules: Iterable[str], *, rank: int = 8, seed: int = 0, **config: Any
 ) -> dict[str, Tensor]:
-    """Writes an adapter of the modules, named by the ends of their names, and returns its tensors.
+    """Write an adapter for the modules and return its tensors.
 
     Args:
-        folder: made if need be.
-        weights: the checkpoint's.
-        modules: `q_proj`, `conv1` and the like: in every layer; or more of a name, to be in one.
-        rank: of all modules.
-        seed: of the weights.
-        config: fields of `adapter_config.json`.
+        folder: The folder to write to; created if it does not exist.
+        weights: The weights of the checkpoint.
+        modules: Ends of module names: `q_proj` for every layer, a longer name for a single layer.
+        rank: The rank of all modules.
+        seed: The seed of the weights.
+        config: Additional fields of `adapter_config.json`.
     """
     generator = torch.Generator().manual_seed(seed)
-    ends = tuple(f"{module}.weight" for module in modules)
+    suffixes = tuple(f"{module}.weight" for module in modules)
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if name.endswith(ends):
+        if name.endswith(suffixes):
             module, (outputs, *inputs) = name.removesuffix(".weight"), weight.shape
             a = torch.randn(rank, *inputs, generator=generator) * weight[0].numel() ** -0.5
             b = torch.randn(outputs, rank, *[1] * len(inputs[1:]), generator=generator) * rank**-0.5
@@ -41,8 +41,8 @@ def write_adapter(
     return tensors
 
 
-def merged(weights: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
-    """The checkpoint's weights with B·A times alpha / rank added."""
+def merge_adapter(weights: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
+    """Return the checkpoint's weights with B·A * alpha / rank added."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     result = dict(weights)
     tensors = load_file(adapter / "adapter_model.safetensors")

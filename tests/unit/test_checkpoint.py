@@ -1,4 +1,4 @@
-"""Checkpoints: the published layout, in and out."""
+"""Tests of writing and loading checkpoints in the published layout."""
 
 import json
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ def place_nothing(name: str) -> Placement | None:
     return None
 
 
-def test_the_demo_is_what_the_code_makes(demo: Path, tmp_path: Path) -> None:
+def test_the_demo_is_reproducible(demo: Path, tmp_path: Path) -> None:
     write_demo(tmp_path)
     for file in ("config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / file).read_bytes() == (demo / file).read_bytes(), file
-    made, shipped = load_file(tmp_path / "model.safetensors"), load_file(demo / "model.safetensors")
-    assert made.keys() == shipped.keys()
-    assert all(torch.equal(made[name], shipped[name]) for name in made)
+    written, shipped = load_file(tmp_path / "model.safetensors"), load_file(demo / "model.safetensors")
+    assert written.keys() == shipped.keys()
+    assert all(torch.equal(written[name], shipped[name]) for name in written)
 
 
 def test_the_demo_has_padding_rows_and_a_stored_copy_of_its_head(demo: Path) -> None:
@@ -47,14 +47,14 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
-def test_sizes_come_from_the_caller(demo: Path, tmp_path: Path) -> None:
+def test_the_sizes_can_be_chosen(demo: Path, tmp_path: Path) -> None:
     config = write_checkpoint(tmp_path, demo, SIZES | {"tie_word_embeddings": False}, file_format="bin")
     stored = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     assert {name: tuple(weight.shape) for name, weight in stored.items()} == published_shapes(config)
     assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
 
 
-def test_a_whole_checkpoint_loads_and_brings_its_tied_head_back() -> None:
+def test_loading_a_complete_checkpoint_returns_its_tied_head() -> None:
     stored = weights() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
     assert load_checkpoint(stored.items(), CONFIG, place_nothing) is stored["lm_head.weight"]
 
@@ -83,7 +83,7 @@ def test_an_untied_head_must_be_stored() -> None:
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
 def test_an_unknown_weight_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"a weight no Yuan model has: {name}"):
+    with pytest.raises(ValueError, match=f"a weight that no Yuan model has: {name}"):
         load_checkpoint((weights() | {name: torch.zeros(1)}).items(), CONFIG, place_nothing)
 
 
@@ -93,16 +93,16 @@ def test_a_weight_of_another_shape_is_named() -> None:
         load_checkpoint(stored.items(), CONFIG, place_nothing)
 
 
-def test_weights_are_placed_as_they_stream_by() -> None:
-    seen: list[str] = []
+def test_each_weight_is_placed_as_soon_as_it_is_read() -> None:
+    placed: list[str] = []
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in weights().items():
             yield name, weight
-            if name != "lm_head.weight":  # kept back until it can be compared with the embedding
-                assert seen[-1] == name
+            if name != "lm_head.weight":  # placed last, after a comparison with the embedding
+                assert placed[-1] == name
 
     def place(name: str) -> None:
-        seen.append(name)
+        placed.append(name)
 
     load_checkpoint(stream(), CONFIG, place)

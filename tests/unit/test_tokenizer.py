@@ -1,4 +1,4 @@
-"""The tokenizer: exact ids, whole characters, and every space."""
+"""Tests of the tokenizer: exact ids, complete characters and preserved spaces."""
 
 import json
 from itertools import groupby
@@ -18,7 +18,7 @@ DEMO_TOKENIZER = YuanTokenizer(Path(DEMO) / "tokenizer.model")
 
 @pytest.fixture(scope="session")
 def yuan(published: Path) -> YuanTokenizer:
-    """The published tokenizer."""
+    """Published tokenizer."""
     return YuanTokenizer.from_pretrained(published / "tokenizer")
 
 
@@ -35,7 +35,7 @@ def test_every_golden_text_decodes_as_sentencepiece_decodes_it(yuan: YuanTokeniz
         assert yuan.decode(plain) == model.decode(plain)
 
 
-def test_published_ids_are_where_they_belong(yuan: YuanTokenizer) -> None:
+def test_special_tokens_have_their_published_ids(yuan: YuanTokenizer) -> None:
     assert (len(yuan), yuan.max_token_id) == (134958, 134957)
     assert (yuan.eos_token_id, yuan.pad_token_id) == (77185, 77188)
     assert yuan.encode("A<sep>B") == [319, 77187, 350]
@@ -52,7 +52,7 @@ def test_text_survives_a_round_trip(text: str) -> None:
 
 
 def check_spans(tokenizer: YuanTokenizer, text: str) -> None:
-    """Whether the spans are in the text and in order, and each token's is that of the very characters it stands for."""
+    """Check that the spans are ordered and within the text, and that each covers exactly its token's characters."""
     tokens = tokenizer.encode_with_offsets(text)
     assert [token for token, *_ in tokens] == tokenizer.encode(text)
     assert [piece for _, piece, *_ in tokens] == tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
@@ -69,11 +69,11 @@ def check_spans(tokenizer: YuanTokenizer, text: str) -> None:
 @given(
     st.lists(st.sampled_from([*SPECIAL, "</s>", "▁", " ", "世", "😀", "é", "\n", "for", "\0"]) | st.text()).map("".join)
 )
-def test_every_character_is_in_its_tokens_span(text: str) -> None:
+def test_every_character_is_in_the_span_of_its_token(text: str) -> None:
     check_spans(DEMO_TOKENIZER, text)
 
 
-def test_every_golden_texts_characters_are_in_their_tokens_spans(yuan: YuanTokenizer, published: Path) -> None:
+def test_every_character_of_the_golden_texts_is_in_the_span_of_its_token(yuan: YuanTokenizer, published: Path) -> None:
     for line in (published / "tokenizer_golden.jsonl").read_text("utf-8").splitlines():
         check_spans(yuan, json.loads(line)["text"])
 
@@ -90,30 +90,30 @@ def test_spans_count_characters() -> None:
     ]
 
 
-def test_a_grammar_takes_no_special_token_and_no_padding_for_text() -> None:
+def test_a_grammar_does_not_allow_special_tokens_or_padding() -> None:
     rows = len(DEMO_TOKENIZER) + 47
     info = xgrammar.TokenizerInfo.from_huggingface(DEMO_TOKENIZER, vocab_size=rows)
     end = DEMO_TOKENIZER.eos_token_id
     not_text = {*DEMO_TOKENIZER.convert_tokens_to_ids([*SPECIAL, *HIDDEN]), *range(len(DEMO_TOKENIZER), rows)} - {end}
     assert set(info.special_token_ids) == not_text
     assert info.stop_token_ids == [end]
-    written = {token: info.decoded_vocab[token].decode("utf-8", "replace") for token in range(rows)}
+    decoded = {token: info.decoded_vocab[token].decode("utf-8", "replace") for token in range(rows)}
     assert all(
-        written[token] == DEMO_TOKENIZER.convert_tokens_to_string([piece])
+        decoded[token] == DEMO_TOKENIZER.convert_tokens_to_string([piece])
         for piece, token in DEMO_TOKENIZER.get_vocab().items()
     )
 
 
 @given(st.lists(st.integers(0, len(DEMO_TOKENIZER) - 1), max_size=20), st.integers(0, 20))
-def test_texts_of_two_halves_join_to_the_whole_where_no_character_is_split(ids: list[int], cut: int) -> None:
+def test_the_texts_of_two_halves_join_unless_a_character_is_split(ids: list[int], split: int) -> None:
     def text(part: list[int]) -> str:
         return DEMO_TOKENIZER.convert_tokens_to_string(DEMO_TOKENIZER.convert_ids_to_tokens(part))
 
-    head, tail = text(ids[:cut]), text(ids[cut:])
+    head, tail = text(ids[:split]), text(ids[split:])
     assert "\ufffd" in head + tail or head + tail == text(ids)
 
 
-def test_nothing_is_added_to_a_prompt() -> None:
+def test_no_token_is_added_to_a_prompt() -> None:
     assert DEMO_TOKENIZER.encode("") == []
     assert DEMO_TOKENIZER.encode("A", add_special_tokens=True) == DEMO_TOKENIZER.encode("A", add_special_tokens=False)
     assert DEMO_TOKENIZER.num_special_tokens_to_add() == 0
@@ -125,29 +125,29 @@ def test_a_single_token_keeps_its_space_for_vllm() -> None:
     assert DEMO_TOKENIZER.decode(DEMO_TOKENIZER.encode("for")) == "for"
 
 
-def test_hidden_tokens_are_left_out_and_marks_of_an_answer_are_not() -> None:
+def test_skipping_special_tokens_keeps_separators_and_code_markers() -> None:
     ids = [DEMO_TOKENIZER.convert_tokens_to_ids(token) for token in (*HIDDEN, "<sep>", "<commit_msg>", "<mask>")]
     assert DEMO_TOKENIZER.decode(ids, skip_special_tokens=True) == "<sep><commit_msg><mask>"
     assert DEMO_TOKENIZER.decode(ids) == "".join(HIDDEN) + "<sep><commit_msg><mask>"
 
 
-def test_ids_that_are_no_tokens_have_no_text() -> None:
+def test_unknown_ids_decode_to_nothing() -> None:
     assert DEMO_TOKENIZER.decode([len(DEMO_TOKENIZER), 10**6]) == ""
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", slice(-2, None)), ("right", slice(None, 2))])
-def test_truncation_cuts_the_side_it_is_told(side: str, kept: slice) -> None:
+def test_truncation_removes_the_chosen_end(side: str, kept: slice) -> None:
     tokenizer = YuanTokenizer(Path(DEMO) / "tokenizer.model", truncation_side=side)
     ids = tokenizer.encode("世界上最高的山")
     assert tokenizer.encode("世界上最高的山", truncation=True, max_length=2) == ids[kept]
 
 
-def test_several_texts_are_encoded_at_once() -> None:
+def test_a_list_of_texts_is_encoded_at_once() -> None:
     encoded = DEMO_TOKENIZER(["山", "河"])
     assert encoded["input_ids"] == [DEMO_TOKENIZER.encode("山"), DEMO_TOKENIZER.encode("河")]
 
 
-def test_a_conversation_is_joined_as_yuan_was_trained() -> None:
+def test_a_conversation_is_formatted_as_in_training() -> None:
     turns = [
         {"role": "user", "content": "问"},
         {"role": "assistant", "content": "答"},
@@ -156,7 +156,7 @@ def test_a_conversation_is_joined_as_yuan_was_trained() -> None:
     assert DEMO_TOKENIZER.apply_chat_template(turns) == "问<n>答<n>再问<sep>"
 
 
-def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_the_tokenizer_of_another_model_is_rejected(tmp_path: Path) -> None:
     from sentencepiece import SentencePieceTrainer
 
     corpus = tmp_path / "corpus.txt"
@@ -168,8 +168,8 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
         YuanTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_word_is_written_otherwise_within_a_text(demo: Path) -> None:
+def test_a_word_inside_a_text_has_another_encoding(demo: Path) -> None:
     tokenizer = YuanTokenizer.from_pretrained(demo)
-    behind_a_space, within = tokenizer.encode_word("山")
-    assert tokenizer.convert_ids_to_tokens(behind_a_space)[0].startswith("▁")
-    assert tokenizer.convert_ids_to_tokens(within) == ["山"]
+    after_a_space, inside_a_text = tokenizer.encode_word("山")
+    assert tokenizer.convert_ids_to_tokens(after_a_space)[0].startswith("▁")
+    assert tokenizer.convert_ids_to_tokens(inside_a_text) == ["山"]

@@ -51,7 +51,7 @@ _NOT_TEXT = frozenset((*SPECIAL, *HIDDEN))
 
 
 class YuanTokenizer:
-    """A sentencepiece model with the interface of vLLM's `TokenizerLike`.
+    """A sentencepiece model that implements vLLM's `TokenizerLike`.
 
     Args:
         model_file: The checkpoint's `tokenizer.model`.

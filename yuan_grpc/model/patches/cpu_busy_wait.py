@@ -1,4 +1,4 @@
-"""Sleep between polls of vLLM's shared-memory queue on CPUs.
+"""Sleep between polls of the shared-memory queue on CPUs.
 
 Why: while vLLM's processes wait for each other they call `sched_yield` in a loop. Linux 6.18 counts that as work, so
     two waiting processes delay all others on the machine. The server's process was held up until a complete response

@@ -1,0 +1,244 @@
+"""The faults of vLLM that yuan_grpc.model.patches fixes.
+
+Each test shows that vLLM without the patch still has the fault. When one fails after an upgrade of vLLM, the patch may
+no longer be needed: see the head of its module. Other tests show that the patches work.
+"""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from yuan_grpc.model.patches import (
+    cpu_busy_wait,
+    cpu_lora_slots,
+    cpu_seeds,
+    cpu_spec_decode,
+    grammar_timeout,
+    logprob_token_ids,
+    lora_classes,
+)
+from yuan_grpc.model.tokenizer import YuanTokenizer
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # vLLM's warnings while it is imported
+
+SUPPORT = Path(__file__).parents[1] / "support"
+UNPATCHED = os.environ | {
+    "VLLM_PLUGINS": "",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+"""Environment in which vLLM does not load the plugin, and logs when an engine begins to shut down."""
+SLOW_REGEX = "((a{0,100}){0,100}){0,100}"
+
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the fault is in vLLM for CPUs")
+
+
+@pytest.fixture
+def kernels() -> None:
+    """Loads vLLM's compiled operators for CPUs."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+
+
+@on_a_cpu
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
+def test_cpu_amx_vllm_does_not_request_the_tile_registers() -> None:
+    program = [sys.executable, str(SUPPORT / "unpatched_attention.py")]
+    for options, status in (([], -signal.SIGILL), (["--patched"], 0)):
+        done = subprocess.run([*program, *options], env=UNPATCHED, capture_output=True, text=True)
+        assert done.stdout.splitlines() == ["amx"], done.stderr
+        assert done.returncode == status, done.stderr
+
+
+@on_a_cpu
+def test_cpu_busy_wait_vllm_polls_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed import utils
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    calls: list[str] = []
+    monkeypatch.setattr(shm_broadcast, "sched_yield", utils.sched_yield)
+    monkeypatch.setattr(os, "sched_yield", lambda: calls.append("sched_yield"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: calls.append("sleep"))
+    reader: Any = SimpleNamespace(is_reader=True, last_read=time.monotonic(), busy_loop_s=1000)
+    shm_broadcast.SpinCondition.wait(reader)
+    assert calls == ["sched_yield"]
+    cpu_busy_wait.apply()
+    shm_broadcast.SpinCondition.wait(reader)
+    assert calls == ["sched_yield", "sleep"]
+
+
+@on_a_cpu
+def test_cpu_lora_slots_vllm_applies_the_last_adapter_to_requests_without_one() -> None:
+    from vllm.lora import worker_manager
+    from vllm.lora.ops.torch_ops import bgmv_expand
+
+    output = torch.zeros(1, 2)
+    bgmv_expand(torch.ones(1, 1), torch.ones(3, 1, 2, 1), output, torch.tensor([-1]), add_inputs=True)
+    assert output.tolist() == [[1, 1]]
+    cpu_lora_slots.apply()
+    assert inspect.unwrap(worker_manager.create_lora_manager) is not worker_manager.create_lora_manager
+
+
+@on_a_cpu
+def test_cpu_seeds_vllm_rewinds_generators_that_have_no_offset() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    requests = SimpleNamespace(num_reqs=1, generators={0: torch.Generator()})
+    discarded = SimpleNamespace(np=torch.tensor([True]).numpy())
+    runner: Any = SimpleNamespace(input_batch=requests, discard_request_mask=discarded)
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        CPUModelRunner._bookkeeping_sync(runner, None, None, None, None, 0)
+    cpu_seeds.apply()
+    assert CPUModelRunner.sample_tokens.__wrapped__ is GPUModelRunner.sample_tokens
+
+
+@on_a_cpu
+def test_cpu_spec_decode_vllm_drops_the_expanded_parameters(kernels: None) -> None:
+    from vllm.utils import cpu_triton_utils
+
+    cpu_spec_decode.apply()
+    patched = getattr(cpu_triton_utils, cpu_spec_decode.EXPAND_KERNEL)
+    output = torch.full((2,), 99.0)
+    inspect.unwrap(patched)(output, torch.tensor([0.7]), torch.tensor([2], dtype=torch.int32), 0, 1)
+    assert output.tolist() == [99, 99]
+
+
+@on_a_cpu
+def test_cpu_spec_decode_vllm_cannot_apply_top_k_to_no_logits() -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    cpu_spec_decode.apply()
+    logits, k = torch.empty(0, 8), torch.empty(0, dtype=torch.int32)
+    with pytest.raises((RuntimeError, IndexError)):
+        inspect.unwrap(topk_topp_sampler.apply_top_k_only)(logits, k.clone())
+    assert topk_topp_sampler.apply_top_k_only(logits, k) is logits
+
+
+def test_grammar_timeout_vllm_accepts_tokens_of_a_constraint_that_takes_too_long(demo: Path) -> None:
+    import xgrammar
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+
+    grammar_timeout.apply()
+    fill_bitmask, accept_tokens = map(inspect.unwrap, (XgrammarGrammar.fill_bitmask, XgrammarGrammar.accept_tokens))
+    tokenizer = YuanTokenizer.from_pretrained(demo)
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer))
+    compiled = xgrammar.GrammarCompiler(info).compile_regex(SLOW_REGEX)
+    grammar = XgrammarGrammar(len(tokenizer), xgrammar.GrammarMatcher(compiled), compiled)
+    bitmask, token_ids = xgrammar.allocate_token_bitmask(1, len(tokenizer)), tokenizer.encode_word("a")[1]
+    seconds = 0.0
+    for _ in range(50):
+        started = time.thread_time()
+        fill_bitmask(grammar, bitmask, 0)
+        seconds = time.thread_time() - started
+        assert accept_tokens(grammar, "request", token_ids)
+        if seconds > grammar_timeout.LIMIT_SECONDS:
+            break
+    assert seconds > grammar_timeout.LIMIT_SECONDS
+
+
+def test_logprob_token_ids_vllm_drops_the_top_tokens_of_other_requests(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.sampler import Sampler
+
+    empty = torch.empty(0)
+    metadata = SamplingMetadata(
+        temperature=None,
+        all_greedy=True,
+        all_random=False,
+        top_p=None,
+        top_k=None,
+        generators={},
+        max_num_logprobs=2,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=empty,
+        presence_penalties=empty,
+        repetition_penalties=empty,
+        output_token_ids=[[], []],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+        logprob_token_ids={0: [5, 6]},
+    )
+
+    def top_tokens_of_the_other_request() -> list[int]:
+        with torch.compiler.set_stance("force_eager"):
+            tensors = Sampler()(torch.arange(16.0).view(2, 8), metadata).logprobs_tensors
+        return list(tensors.logprob_token_ids[1].tolist())
+
+    logprob_token_ids.apply()
+    assert top_tokens_of_the_other_request() == [7, 7, 6]
+    for method in ("forward", logprob_token_ids.GATHER):
+        monkeypatch.setattr(Sampler, method, inspect.unwrap(getattr(Sampler, method)))
+    assert top_tokens_of_the_other_request() == [7, 0, 0]
+
+
+def test_lora_classes_vllm_has_no_registration_of_lora_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.lora import utils
+    from vllm.v1.worker import lora_model_runner_mixin
+
+    from yuan_grpc.model.lora import LORA_LAYERS, YuanAdapterManager
+
+    monkeypatch.setattr(utils, "_all_lora_classes", utils._all_lora_classes)
+    monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", None)
+    assert "for lora_cls in _all_lora_classes:" in inspect.getsource(utils.from_layer)
+    load_lora_model = inspect.getsource(lora_model_runner_mixin.LoRAModelRunnerMixin.load_lora_model)
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in load_lora_model
+    lora_classes.apply()
+    assert utils._all_lora_classes[: len(LORA_LAYERS)] == LORA_LAYERS
+    assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is YuanAdapterManager
+
+
+@dataclass
+class UnpatchedEngine:
+    """An engine process without the plugin, and the process that started it."""
+
+    server: subprocess.Popen[str]
+    process: psutil.Process
+    group: int
+
+
+@pytest.fixture
+def unpatched_engine(tmp_path: Path) -> Iterator[UnpatchedEngine]:
+    """Starts an engine process; it does not outlive the test."""
+    program = [sys.executable, SUPPORT / "unpatched_engine.py", tmp_path / "socket"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (tmp_path / "log").open("w")}
+    with subprocess.Popen(program, env=UNPATCHED, text=True, **pipes) as server:
+        assert server.stdout is not None
+        started = json.loads(next(line for line in server.stdout if line.startswith("{")))
+        process = psutil.Process(started["pid"])
+        try:
+            yield UnpatchedEngine(server, process, started["group"])
+        finally:
+            for one in (*process.children(recursive=True), process):
+                one.kill()
+            server.kill()
+
+
+def test_worker_process_vllm_leaves_its_engine_in_the_servers_group_and_alive_after_it(
+    unpatched_engine: UnpatchedEngine, tmp_path: Path
+) -> None:
+    assert unpatched_engine.group == os.getpgid(unpatched_engine.server.pid)
+    unpatched_engine.server.kill()
+    with pytest.raises(psutil.TimeoutExpired):
+        unpatched_engine.process.wait(timeout=3)
+    assert "[shutdown]" not in (tmp_path / "log").read_text()
