@@ -1,4 +1,4 @@
-"""Any message that a descriptor allows, for hypothesis: of likely values, of unlikely ones, or of both."""
+"""Hypothesis strategies for protobuf messages, with given likely values, arbitrary values, or both."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -10,10 +10,10 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
 Values = Mapping[str, st.SearchStrategy[Any]]
-"""Likely values by `Message.field`; for a list those of an item are `Message.field[]`, for a map pairs."""
+"""Strategies by `Message.field`, or by `Message.field[]` for the items of a list. A map's values are pairs."""
 
-DEPTH = 3
-TEXTS = (
+MAX_DEPTH = 3
+STRINGS = (
     *("", " ", "\n\t", "\0", "\x7f\x1b[0m", "a", "AB", "def add(a, b):", "世界上最高的山是什么", "é", "e\u0301"),
     *(
         "😀",
@@ -47,7 +47,7 @@ TEXTS = (
     ),
 )
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-9, 2.0, 2.0000001, 100.0, 1e30, -1e30)
-NO_NUMBERS = (float("nan"), float("inf"), float("-inf"))
+NON_FINITE = (float("nan"), float("inf"), float("-inf"))
 SUBNORMAL = {FieldDescriptor.CPPTYPE_FLOAT: 1e-45, FieldDescriptor.CPPTYPE_DOUBLE: 5e-324}
 RANGES = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -59,21 +59,21 @@ INTEGERS = (-2, -1, 0, 1, 2, 7, 16, 128, 129, 1024, 1169, 2048, 2**24)
 
 
 def messages(
-    kind: type[Message],
+    message_class: type[Message],
     likely: Values | None = None,
     sizes: tuple[int, int] = (0, 8),
     without: Collection[str] = (),
 ) -> st.SearchStrategy[Any]:
-    """Messages with a few fields set, all others absent.
+    """Return a strategy for messages with a few fields set.
 
     Args:
-        kind: their class.
-        likely: the values of fields. A field that is not there, and every field where it is None, gets anything.
-        sizes: how many fields are set at least, where there are so many, and at most.
-        without: fields that stay absent.
+        message_class: the class of the messages.
+        likely: strategies for the values of fields; other fields, or all if None, get arbitrary values.
+        sizes: minimum and maximum number of fields that are set.
+        without: fields that are never set.
     """
-    descriptor: Any = kind.DESCRIPTOR
-    return _message(descriptor, likely or {}, sizes, DEPTH, without)
+    descriptor: Any = message_class.DESCRIPTOR
+    return _message(descriptor, likely or {}, sizes, MAX_DEPTH, without)
 
 
 @st.composite
@@ -85,20 +85,20 @@ def _message(
     depth: int,
     without: Collection[str] = (),
 ) -> Message:
-    message, (least, most) = GetMessageClass(descriptor)(), sizes
+    message, (min_fields, max_fields) = GetMessageClass(descriptor)(), sizes
     fields = [field for field in descriptor.fields if field.name not in without]
     if fields and depth:
         for field in draw(
-            st.lists(st.sampled_from(fields), unique=True, min_size=min(least, len(fields)), max_size=most)
+            st.lists(st.sampled_from(fields), unique=True, min_size=min(min_fields, len(fields)), max_size=max_fields)
         ):
-            _put(message, field, draw(_of_field(field, likely, depth)))
+            _set_field(message, field, draw(_field_values(field, likely, depth)))
     return message
 
 
-def _put(message: Message, field: FieldDescriptor, value: Any) -> None:
+def _set_field(message: Message, field: FieldDescriptor, value: Any) -> None:
     if field.message_type and field.message_type.GetOptions().map_entry:
-        for key, one in value:
-            _put_entry(getattr(message, field.name), field.message_type.fields_by_name["value"], key, one)
+        for key, entry in value:
+            _set_map_entry(getattr(message, field.name), field.message_type.fields_by_name["value"], key, entry)
     elif field.is_repeated:
         getattr(message, field.name).extend(value)
     elif field.message_type:
@@ -108,31 +108,34 @@ def _put(message: Message, field: FieldDescriptor, value: Any) -> None:
         setattr(message, field.name, value)
 
 
-def _put_entry(entries: Any, field: FieldDescriptor, key: Any, value: Any) -> None:
+def _set_map_entry(entries: Any, field: FieldDescriptor, key: Any, value: Any) -> None:
     if field.message_type:
         entries[key].CopyFrom(value)
     else:
         entries[key] = value
 
 
-def _of_field(field: FieldDescriptor, likely: Values, depth: int) -> st.SearchStrategy[Any]:
+def _field_values(field: FieldDescriptor, likely: Values, depth: int) -> st.SearchStrategy[Any]:
     assert field.containing_type is not None
     name = f"{field.containing_type.name}.{field.name}"
     if name in likely:
         return likely[name]
     if field.message_type and field.message_type.GetOptions().map_entry:
-        sides = [_of_one(field.message_type.fields_by_name[side], likely, depth) for side in ("key", "value")]
-        return st.lists(st.tuples(*sides), max_size=3)
-    one = likely.get(f"{name}[]") or _of_one(field, likely, depth)
-    return _lists(one) if field.is_repeated else one
+        entry_fields = field.message_type.fields_by_name
+        entries = st.tuples(*[_single_values(entry_fields[part], likely, depth) for part in ("key", "value")])
+        return st.lists(entries, max_size=3)
+    values = likely.get(f"{name}[]") or _single_values(field, likely, depth)
+    return _lists(values) if field.is_repeated else values
 
 
 def _lists(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Short ones, and some that are too long for most fields."""
-    return st.builds(lambda some, times: some * times, st.lists(items, max_size=3), st.sampled_from([1, 1, 1, 30, 700]))
+    """Return a strategy for short lists, and some that are too long for most fields."""
+    return st.builds(
+        lambda values, times: values * times, st.lists(items, max_size=3), st.sampled_from([1, 1, 1, 30, 700])
+    )
 
 
-def _of_one(field: FieldDescriptor, likely: Values, depth: int) -> st.SearchStrategy[Any]:
+def _single_values(field: FieldDescriptor, likely: Values, depth: int) -> st.SearchStrategy[Any]:
     if field.message_type:
         return likely.get(field.message_type.full_name) or _message(field.message_type, likely, (0, 3), depth - 1)
     return _SCALARS[field.cpp_type](field)
@@ -140,40 +143,40 @@ def _of_one(field: FieldDescriptor, likely: Values, depth: int) -> st.SearchStra
 
 def _integers(field: FieldDescriptor) -> st.SearchStrategy[int]:
     low, high = RANGES[field.cpp_type]
-    at_limits = [low, low + 1, high - 1, high, *(value for value in INTEGERS if low <= value <= high)]
-    return st.sampled_from(at_limits) | st.integers(low, high)
+    limits = [low, low + 1, high - 1, high, *(value for value in INTEGERS if low <= value <= high)]
+    return st.sampled_from(limits) | st.integers(low, high)
 
 
 def _floats(field: FieldDescriptor) -> st.SearchStrategy[float]:
-    return st.sampled_from([*FLOATS, *NO_NUMBERS, SUBNORMAL[field.cpp_type]])
+    return st.sampled_from([*FLOATS, *NON_FINITE, SUBNORMAL[field.cpp_type]])
 
 
-def _texts(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+def _strings(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.type == FieldDescriptor.TYPE_BYTES:
         return st.binary(max_size=8)
-    return st.sampled_from(TEXTS) | st.text(max_size=4)
+    return st.sampled_from(STRINGS) | st.text(max_size=4)
 
 
-def _members(field: FieldDescriptor) -> st.SearchStrategy[int]:
+def _enum_values(field: FieldDescriptor) -> st.SearchStrategy[int]:
     assert field.enum_type is not None
-    return st.sampled_from([*field.enum_type.values_by_number, -1, 99])  # of an open enum, any number is one
+    return st.sampled_from([*field.enum_type.values_by_number, -1, 99])  # an open enum accepts any number
 
 
 _SCALARS: dict[int, Callable[[FieldDescriptor], st.SearchStrategy[Any]]] = {
     **dict.fromkeys(RANGES, _integers),
     **dict.fromkeys(SUBNORMAL, _floats),
     FieldDescriptor.CPPTYPE_BOOL: lambda _: st.booleans(),
-    FieldDescriptor.CPPTYPE_STRING: _texts,
-    FieldDescriptor.CPPTYPE_ENUM: _members,
+    FieldDescriptor.CPPTYPE_STRING: _strings,
+    FieldDescriptor.CPPTYPE_ENUM: _enum_values,
 }
 
 
 def has_field(descriptor: Descriptor, path: str) -> bool:
-    """Whether a violation's `a.b[3].c` is a field of the message."""
-    return _walk(descriptor, re.sub(r"\[[^\]]*\]", "", path).split("."))
+    """Return whether a violation's path, such as `a.b[3].c`, names a field of the message."""
+    return _has_path(descriptor, re.sub(r"\[[^\]]*\]", "", path).split("."))
 
 
-def _walk(descriptor: Descriptor | None, names: list[str]) -> bool:
+def _has_path(descriptor: Descriptor | None, names: list[str]) -> bool:
     for name in names:
         field = descriptor.fields_by_name.get(name) if descriptor else None
         if field is None:
