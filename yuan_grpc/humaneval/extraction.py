@@ -1,7 +1,7 @@
-"""The program in a generated text: by the rules of the published evaluation, and by a plain cut.
+"""Extraction of a program from generated text, by the rules of the published evaluation or by a plain cut.
 
-Both take a prompt and what was generated for it. The rules are kept to the letter, oddities included: what they lose
-the published numbers have lost too.
+Both ways take a prompt and the text generated for it. The published rules are reproduced exactly, with their bugs: the
+published pass rates include the programs that those bugs destroy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 FENCE = "```"
-OPENING = "```python"
+OPENING_FENCE = "```python"
 END_OF_TEXT = "<eod>"
 REPLACEMENTS = (
     ('\nFIX = """\nAdd more test cases.\n"""', ""),
@@ -22,75 +22,79 @@ REPLACEMENTS = (
     ("\n```python", ""),
 )
 QUOTES = ('"""', "'''")
-ENDS = ("\nprint", "\n# 示例", "\n```", "\n# 测试", "\n# 单元测试", "\n#", "\nif")
-"""Where what belongs to the program ends, in the order in which they are looked for."""
+END_MARKERS = ("\nprint", "\n# 示例", "\n```", "\n# 测试", "\n# 单元测试", "\n#", "\nif")
+"""Text that ends the program, in the order of the search."""
 
 
-def by_rules(prompt: str, generated: str) -> str:
-    """The program as the published evaluation had it: rules 1 to 7."""
-    text = replaced(after_opening(without_end_of_text(prompt + generated)))
-    text = without_docstring(text)
-    return cut_at_ends(without_second_function(up_to_block(text)))
+def extract_by_rules(prompt: str, generated: str) -> str:
+    """Return the program as the published evaluation extracts it, by rules 1 to 7."""
+    text = apply_replacements(drop_before_code(strip_end_of_text(prompt + generated)))
+    text = remove_docstring(text)
+    return cut_at_end_markers(remove_second_function(keep_up_to_block(text)))
 
 
-def by_first_fence(prompt: str, generated: str) -> str:
-    """The program as a reader would have it: all between the opening fence and the first closing one."""
-    program = after_opening(without_end_of_text(prompt + generated))
+def extract_first_block(prompt: str, generated: str) -> str:
+    """Return the text between the opening fence and the first closing fence."""
+    program = drop_before_code(strip_end_of_text(prompt + generated))
     closing = re.search(rf"^{FENCE}", program, re.MULTILINE)
     return program[: closing.start()] if closing else program
 
 
-EXTRACTIONS: dict[str, Callable[[str, str], str]] = {"rules": by_rules, "plain": by_first_fence}
-"""The two ways, by the names that files and reports have for them."""
+EXTRACTIONS: dict[str, Callable[[str, str], str]] = {"rules": extract_by_rules, "plain": extract_first_block}
+"""Extraction functions by their names in files and reports."""
 
 
-def with_fence(generated: str) -> str:
-    """A text that ended at the closing fence, with that fence: without it, rule 6 destroys whole programs."""
+def ensure_closing_fence(generated: str) -> str:
+    """Append a closing fence unless the text ends with one. Without it, rule 6 destroys correct programs."""
     return generated if generated.endswith(FENCE) else generated + FENCE
 
 
-def without_end_of_text(text: str) -> str:
-    """Rule 1: a last `<eod>` is dropped, and with it one space at the very beginning: the one before it stays."""
+def strip_end_of_text(text: str) -> str:
+    """Apply rule 1: drop a final `<eod>` and, with it, one space at the start of the text.
+
+    A space before `<eod>` stays.
+    """
     if not text.endswith(END_OF_TEXT):
         return text
     return text.removesuffix(END_OF_TEXT).removeprefix(" ")
 
 
-def after_opening(text: str) -> str:
-    """Rule 2: all after the first opening fence; the whole text where there is none, as in other sets."""
-    return text.split(OPENING, 1)[-1]
+def drop_before_code(text: str) -> str:
+    """Apply rule 2: keep the text after the first opening fence, or all of it if there is no fence."""
+    return text.split(OPENING_FENCE, 1)[-1]
 
 
-def replaced(text: str) -> str:
-    """Rule 3: all replacements, in order."""
+def apply_replacements(text: str) -> str:
+    """Apply rule 3: make all replacements, in order."""
     for old, new in REPLACEMENTS:
         text = text.replace(old, new)
     return text
 
 
-def without_docstring(text: str) -> str:
-    """Rule 4: without the first docstring, wherever its text occurs."""
+def remove_docstring(text: str) -> str:
+    """Apply rule 4: remove the first docstring and every other occurrence of the same text."""
     for quotes in QUOTES:
         if text.count(quotes) >= 2:
             first = text.find(quotes)
-            second = text.find(quotes, first + 1)  # of four quotes in a row the second three
+            second = text.find(quotes, first + 1)  # in a row of four quotes, this finds the last three
             return text.replace(text[first : second + len(quotes)], "")
     return text
 
 
-def up_to_block(text: str) -> str:
-    """Rule 5: what stands before the block, and the block."""
+def keep_up_to_block(text: str) -> str:
+    """Apply rule 5: keep the code block and the text before it."""
     fenced = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)
-    block = fenced.group(1) if fenced else first_function(text)
+    block = fenced.group(1) if fenced else find_first_function(text)
     if block is None:
         return text
     return text[: text.find(block[:10])] + block
 
 
-def first_function(text: str) -> str | None:
-    """From the first line that starts with `def `, but for the very first line, to the empty line that ends it.
+def find_first_function(text: str) -> str | None:
+    """Return the text from the first `def ` line, other than line 1, to the next empty line.
 
-    To the end where there is no empty line, or another such line comes before it. None without such a line.
+    The result extends to the end of the text if no empty line follows, or if another `def ` line precedes it. None if
+    there is no such `def ` line.
     """
     lines = text.split("\n")
     start = next((i for i, line in enumerate(lines) if i and line.startswith("def ")), None)
@@ -104,18 +108,18 @@ def first_function(text: str) -> str | None:
     return "\n".join(lines[start:])
 
 
-def without_second_function(text: str) -> str:
-    """Rule 6: without all from the second function on, wherever that occurs, unless rule 7 cuts something off."""
-    if text.count("\ndef") < 2 or any(mark in text for mark in ("\n```", "\n#", "\nif")):
+def remove_second_function(text: str) -> str:
+    """Apply rule 6: remove the text from the second function on, and its other occurrences, unless rule 7 would cut."""
+    if text.count("\ndef") < 2 or any(marker in text for marker in ("\n```", "\n#", "\nif")):
         return text
     second = text.find("\ndef", text.find("\ndef") + 1)
     return text.replace(text[second:], "\n")
 
 
-def cut_at_ends(text: str) -> str:
-    """Rule 7: up to each of the ends in turn, unless it comes first of all."""
-    for end in ENDS:
-        at = text.find(end)
-        if at > 0:
-            text = text[:at]
+def cut_at_end_markers(text: str) -> str:
+    """Apply rule 7: cut at each end marker in turn, unless the text starts with it."""
+    for marker in END_MARKERS:
+        position = text.find(marker)
+        if position > 0:
+            text = text[:position]
     return text

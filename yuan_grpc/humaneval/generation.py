@@ -1,4 +1,4 @@
-"""Samples from servers: as many at a time as they compute, through restarts, each recorded once."""
+"""Generation of samples on one or more servers, with retries across restarts. Each sample is recorded once."""
 
 from __future__ import annotations
 
@@ -13,200 +13,212 @@ import grpc
 
 from yuan_grpc.client import Completion, Token, YuanError
 from yuan_grpc.humaneval.extraction import FENCE
-from yuan_grpc.humaneval.records import Record, Records, Run
+from yuan_grpc.humaneval.records import Record, RecordFile, Run
 
 GREEDY: dict[str, Any] = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}
 REQUEST: dict[str, Any] = {
     "max_tokens": 512,
     "use_beam_search": False,
     "stop": ["<eod>"],
-    "include_stop_str_in_output": True,  # the closing fence is part of what the rules are for
+    "include_stop_str_in_output": True,  # the extraction rules need the closing fence
 }
-"""The published request, but for its 256 tokens, which cut answers off, and for the stop at the closing fence."""
+"""The published request, except for its limit of 256 tokens, which truncates answers, and its stop at the fence."""
 FENCE_PROBE = "\n```"
+"""Text whose last token is the closing fence, if the vocabulary has a token for it."""
 
 TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
-"""What a server gets over, so that it is asked for as long as there is patience."""
+"""Errors that are retried until the server's patience ends."""
 PERMANENT = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
-"""What stays so, however often it is asked."""
-ATTEMPTS = 3
-"""At errors of any other kind."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Errors that are recorded without a retry."""
+MAX_ATTEMPTS = 3
+"""Number of attempts that fail with any other error before it is recorded."""
+MIN_BACKOFF, MAX_BACKOFF = 0.5, 30.0
+"""Bounds of the delay before a server is tried again, in seconds."""
 
 
 Generate = Callable[..., Awaitable[Completion]]
-"""What is needed of `AsyncClient`: its `generate`, with a prompt and the request's fields; raises YuanError."""
+"""Signature of `AsyncClient.generate`: takes a prompt and request fields, raises YuanError."""
 
 
 @dataclass
 class Target:
-    """A server, how many samples are asked of it at a time, and how it is."""
+    """A server, its concurrency limit and its state."""
 
     name: str
     generate: Generate
     concurrency: int
-    answered: float = 0.0
-    """When it last did, on the clock of the generation."""
-    resting_until: float = 0.0
+    last_response: float = 0.0
+    """Time of the last successful call, on the clock of the generation."""
+    backoff_until: float = 0.0
     failures: int = 0
-    """Times that it was tried again in vain."""
-    given_up: bool = False
+    """Consecutive backoffs without a successful call."""
+    is_abandoned: bool = False
 
 
 @dataclass
-class Job:
-    """A sample to be generated, and its mishaps so far."""
+class PendingSample:
+    """A sample to generate, and its failed attempts."""
 
     task_id: str
     sample: int
     attempts: int = 0
-    failing_since: float | None = None
-    """When a server was first lost over it, perhaps by chance."""
+    unavailable_since: float | None = None
+    """Time at which a server first became unavailable during this sample's call, possibly by coincidence."""
 
 
 class PatienceError(RuntimeError):
-    """No server answers any more; the message says for how long, and the last error."""
+    """No server has responded within the patience; the message gives it and the last error."""
 
 
 @dataclass
 class Generation:
-    """The work of generating all samples that the records do not have yet."""
+    """Generation of all samples that the record file lacks."""
 
-    records: Records
+    records: RecordFile
     targets: Sequence[Target]
     patience: float = 600.0
-    """Seconds for which a server may answer nothing but that it cannot."""
-    told: Callable[[Record], None] = lambda record: None
-    """Called with each record that has been kept."""
+    """Seconds after its last successful call until a failing server is abandoned."""
+    on_record: Callable[[Record], None] = lambda record: None
+    """Callback for each recorded sample."""
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    _jobs: deque[Job] = field(default_factory=deque)
+    _pending: deque[PendingSample] = field(default_factory=deque)
     _last_error: str = ""
 
     async def run(self) -> None:
-        """Returns when every sample is recorded, with its text or with an error that stays.
+        """Generate until every sample is recorded, with its text or with a permanent error.
 
-        Raises PatienceError where the servers are gone, and what the file's disk raises. Cancelled, it cancels all
-        calls that run. In any case what is recorded stays, and the rest can be generated later.
+        Cancellation cancels all calls in progress. Samples recorded before an error or a cancellation are kept, and a
+        later run generates the others.
+
+        Raises:
+            PatienceError: all servers are abandoned.
+            OSError: a sample could not be written.
         """
-        self._jobs.extend(Job(*key) for key in self.records.missing)
-        self._left = len(self._jobs)
-        self._changed = asyncio.Event()
+        self._pending.extend(PendingSample(*key) for key in self.records.missing)
+        self._remaining = len(self._pending)
+        self._queue_changed = asyncio.Event()
         for target in self.targets:
-            target.answered = self.clock()
+            target.last_response = self.clock()
         workers = {
-            asyncio.create_task(self._work(target))
+            asyncio.create_task(self._run_worker(target))
             for target in self.targets
-            for _ in range(min(target.concurrency, self._left))
+            for _ in range(min(target.concurrency, self._remaining))
         }
         try:
-            await self._until_ended(workers)
+            await self._wait_for(workers)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        if self._left:
+        if self._remaining:
             raise PatienceError(
-                f"no server has answered for {self.patience:.0f} s; {self._left} samples are left. {self._last_error}"
+                f"no server has responded for {self.patience:.0f} s; {self._remaining} samples remain. "
+                f"{self._last_error}"
             )
 
-    async def _until_ended(self, workers: set[asyncio.Task[None]]) -> None:
+    async def _wait_for(self, workers: set[asyncio.Task[None]]) -> None:
         while workers:
-            ended, workers = await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
-            for worker in ended:
+            finished, workers = await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
+            for worker in finished:
                 worker.result()
 
-    async def _work(self, target: Target) -> None:
-        """Takes one job after the other, until none is left or the server is given up."""
-        while self._left and not target.given_up:
-            if (rest := target.resting_until - self.clock()) > 0:
-                await self.sleep(rest)
-            elif self._jobs:
-                await self._try(target, self._jobs.popleft())
+    async def _run_worker(self, target: Target) -> None:
+        """Generate pending samples until none remain or the server is abandoned."""
+        while self._remaining and not target.is_abandoned:
+            if (delay := target.backoff_until - self.clock()) > 0:
+                await self.sleep(delay)
+            elif self._pending:
+                await self._generate(target, self._pending.popleft())
             else:
-                # Others are at the last jobs, and may give them back.
-                self._changed.clear()
-                await self._changed.wait()
+                # Other workers have the last samples and may return them to the queue.
+                self._queue_changed.clear()
+                await self._queue_changed.wait()
 
-    async def _try(self, target: Target, job: Job) -> None:
-        begun = self.clock()
+    async def _generate(self, target: Target, pending: PendingSample) -> None:
+        started = self.clock()
         run = self.records.run
-        parameters = run.request if run.seed is None else {**run.request, "seed": run.seed + job.sample}
+        parameters = run.request if run.seed is None else {**run.request, "seed": run.seed + pending.sample}
         try:
-            answer = await target.generate(run.prompts[job.task_id], **parameters)
+            completion = await target.generate(run.prompts[pending.task_id], **parameters)
         except YuanError as error:
-            self._fail(target, job, error)
+            self._handle_failure(target, pending, error)
         else:
-            target.answered, target.failures = self.clock(), 0
-            self._keep(record_of(job, answer, target.name, round(self.clock() - begun, 3)))
+            target.last_response, target.failures = self.clock(), 0
+            self._record(make_record(pending, completion, target.name, round(self.clock() - started, 3)))
 
-    def _fail(self, target: Target, job: Job, error: YuanError) -> None:
-        """Gives the job back, or records its error where trying again is of no use."""
+    def _handle_failure(self, target: Target, pending: PendingSample, error: YuanError) -> None:
+        """Record a permanent error, or return the sample to the queue."""
         now = self.clock()
         self._last_error = f"{target.name}: {error.code.name}: {error.message}"
-        job.attempts += 1
-        if error.code is grpc.StatusCode.UNAVAILABLE and job.failing_since is None:
-            job.failing_since = now
-        lasting = error.code in PERMANENT or (error.code not in TRANSIENT and job.attempts >= ATTEMPTS)
-        if lasting or self._is_deadly(job, target, now):
-            what = {"code": error.code.name, "message": error.message}
-            self._keep(Record(job.task_id, job.sample, target=target.name, request_id=error.request_id, error=what))
+        pending.attempts += 1
+        if error.code is grpc.StatusCode.UNAVAILABLE and pending.unavailable_since is None:
+            pending.unavailable_since = now
+        is_permanent = error.code in PERMANENT or (error.code not in TRANSIENT and pending.attempts >= MAX_ATTEMPTS)
+        if is_permanent or self._crashes_server(pending, target, now):
+            details = {"code": error.code.name, "message": error.message}
+            self._record(
+                Record(pending.task_id, pending.sample, target=target.name, request_id=error.request_id, error=details)
+            )
             return
-        target.given_up = now - target.answered > self.patience
-        self._rest(target, now, error.retry_after)
-        self._jobs.append(job)  # behind the others, so that they are tried before it is again
-        self._changed.set()
+        target.is_abandoned = now - target.last_response > self.patience
+        self._back_off(target, now, error.retry_after)
+        self._pending.append(pending)  # at the end, so that the other samples are tried first
+        self._queue_changed.set()
 
-    def _is_deadly(self, job: Job, target: Target, now: float) -> bool:
-        """Whether the server answers others but not this one, of which it dies each time."""
-        since = job.failing_since
-        return since is not None and now - since > self.patience and target.answered > since
+    def _crashes_server(self, pending: PendingSample, target: Target, now: float) -> bool:
+        """Return whether the server responds to other requests but becomes unavailable each time during this one."""
+        since = pending.unavailable_since
+        return since is not None and now - since > self.patience and target.last_response > since
 
-    def _rest(self, target: Target, now: float, asked: float | None) -> None:
-        """Leaves a server alone for a while: what it asked for, or twice as long each time that it fails again."""
-        if now < target.resting_until:
-            return  # a call that had begun before
-        pause: float = min(FIRST_PAUSE * 2.0**target.failures, LONGEST_PAUSE)
+    def _back_off(self, target: Target, now: float, retry_after: float | None) -> None:
+        """Pause a server for the time it requests, or for a delay that doubles with each consecutive failure."""
+        if now < target.backoff_until:
+            return  # this call started before the backoff
+        delay: float = min(MIN_BACKOFF * 2.0**target.failures, MAX_BACKOFF)
         target.failures += 1
-        target.resting_until = now + max(pause, asked or 0.0)
+        target.backoff_until = now + max(delay, retry_after or 0.0)
 
-    def _keep(self, record: Record) -> None:
+    def _record(self, record: Record) -> None:
         self.records.append(record)
-        self._left -= 1
-        self.told(record)
-        if not self._left:
-            self._changed.set()
+        self._remaining -= 1
+        self.on_record(record)
+        if not self._remaining:
+            self._queue_changed.set()
 
 
-def record_of(job: Job, answer: Completion, target: str, seconds: float) -> Record:
-    """What is kept of an answer."""
-    choice = answer.choices[0]
+def make_record(pending: PendingSample, completion: Completion, target: str, seconds: float) -> Record:
+    """Return the record of a completion."""
+    choice = completion.choices[0]
     return Record(
-        job.task_id,
-        job.sample,
+        pending.task_id,
+        pending.sample,
         text=choice.text,
         finish_reason=choice.finish_reason,
         stop_string=choice.stop_string,
         stop_token_id=choice.stop_token_id,
-        prompt_tokens=answer.usage.prompt_tokens,
-        completion_tokens=answer.usage.completion_tokens,
-        seed=answer.seed,
-        request_id=answer.request_id,
+        prompt_tokens=completion.usage.prompt_tokens,
+        completion_tokens=completion.usage.completion_tokens,
+        seed=completion.seed,
+        request_id=completion.request_id,
         target=target,
         seconds=seconds,
     )
 
 
-def stopping_at_fence(request: dict[str, Any], probe: Sequence[Token]) -> dict[str, Any]:
-    """The request, made to stop at the closing fence; `probe` are the tokens of FENCE_PROBE.
+def add_fence_stop(request: dict[str, Any], probe: Sequence[Token]) -> dict[str, Any]:
+    """Return the request with a stop at the closing fence.
 
-    In the published vocabulary the fence is one token, 28956. Where it is not, its text does.
+    Args:
+        request: the request's fields.
+        probe: the tokens of FENCE_PROBE. In the published vocabulary the fence is one token, 28956, which is added to
+            the stop tokens. In another vocabulary its text is added to the stop strings.
     """
     if probe and probe[-1].piece == FENCE:
         return {**request, "stop_token_ids": [probe[-1].id]}
     return {**request, "stop": [*request["stop"], FENCE_PROBE]}
 
 
-def request_of(run: Run) -> str:
-    """A run's request in a line, for people."""
+def describe_request(run: Run) -> str:
+    """Return a run's request as one line of text."""
     return ", ".join(f"{name} {value}" for name, value in run.request.items() if value is not False)

