@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import result_of
+from engine_process import run_program
 
 pytestmark = pytest.mark.engine
 
@@ -45,7 +45,7 @@ ROUNDS = {
 def run(model: Path, out: Path, unpatched: bool = False) -> dict[str, Round]:
     """Run the rounds in an engine in a separate process."""
     job = {"model": str(model), "engine": ENGINE, "rounds": list(ROUNDS.values()), "unpatched": unpatched}
-    results = result_of("run_sampling.py", job, out)
+    results = run_program("run_sampling.py", job, out)
     return {name: [result["logprobs"] for result in batch] for name, batch in zip(ROUNDS, results, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Tests of what only a GPU has, of kernels that Triton's interpreter runs, too, and of engines that round."""
+"""Fixtures and checks for tests that need a GPU, run Triton kernels or compare rounded results."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import ReferenceYuan
 
-VLLMS_DEFAULT = {  # in place of a test's own, but for memory, which a GPU may be short of
+VLLM_DEFAULTS = {  # overrides a test's own settings, except for the memory limit
     "enforce_eager": False,
     "dtype": "bfloat16",
     "block_size": None,
@@ -20,26 +20,26 @@ VLLMS_DEFAULT = {  # in place of a test's own, but for memory, which a GPU may b
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def kernels_in(module: str) -> Any:
-    """A module of the model's with Triton kernels. Where these cannot run, the test is skipped."""
+def import_kernels(module: str) -> Any:
+    """Return a module of `yuan_grpc.model` with Triton kernels; skip the test where they cannot run."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
         pytest.skip("no NVIDIA GPU here, and TRITON_INTERPRET is not set")
     return import_module(f"yuan_grpc.model.{module}")
 
 
-def on_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test of what only a GPU has."""
+def requires_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that needs a GPU."""
     skipped = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
     return pytest.mark.gpu(skipped(test))  # type: ignore[no-any-return]
 
 
-def rounding(reference: ReferenceYuan, prompts: list[list[int]], answers: list[dict[str, Any]]) -> float:
-    """The largest difference of a token's log-probability to the formulas', whichever tokens were taken."""
+def largest_difference(reference: ReferenceYuan, prompts: list[list[int]], answers: list[dict[str, Any]]) -> float:
+    """Return the largest difference between log-probabilities of the chosen tokens and those of the reference."""
     largest = []
     for prompt, answer in zip(prompts, answers, strict=True):
         logprobs = reference.logprobs(prompt + answer["token_ids"])[len(prompt) - 1 : -1]
-        scored = logprobs.gather(1, torch.tensor(answer["token_ids"])[:, None])[:, 0]
-        largest.append(float((scored - torch.tensor(answer["logprobs"])).abs().max()))
+        chosen = logprobs.gather(1, torch.tensor(answer["token_ids"])[:, None])[:, 0]
+        largest.append(float((chosen - torch.tensor(answer["logprobs"])).abs().max()))
     print("largest differences:", *(f"{value:.1e}" for value in largest))
     return max(largest)

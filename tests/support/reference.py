@@ -1,4 +1,4 @@
-"""Yuan 2.0 in plain torch, float32, whole sequences, no cache: the formulas, to hold the engine against."""
+"""Reference implementation of Yuan 2.0 in plain torch: float32, whole sequences, no cache."""
 
 import json
 import math
@@ -13,36 +13,36 @@ from torch.nn.functional import silu, softmax
 
 @dataclass(frozen=True)
 class Continuation:
-    """A greedy continuation and the log-probability of each of its tokens."""
+    """Greedy continuation with the log-probability of each token."""
 
     token_ids: list[int]
     logprobs: list[float]
 
 
 class ReferenceYuan:
-    """One checkpoint, computed a whole sequence at a time."""
+    """Yuan 2.0 with the weights of a checkpoint, evaluated on whole sequences."""
 
-    def __init__(self, checkpoint: Path, known_tokens: int) -> None:
+    def __init__(self, checkpoint: Path, num_tokens: int) -> None:
         self.config = json.loads((checkpoint / "config.json").read_text())
         self.weights = {
             name: weight.float()
             for file in sorted(checkpoint.glob("*.safetensors"))
             for name, weight in load_file(file).items()
         }
-        self.known_tokens = known_tokens
+        self.num_tokens = num_tokens
         self.heads = self.config["num_attention_heads"]
         self.head_dim = self.config["hidden_size"] // self.heads
 
     def logprobs(self, token_ids: list[int]) -> Tensor:
-        """[tokens] ids -> [tokens, known tokens] log-probabilities of what comes next; padding ids are no tokens."""
+        """Return log-probabilities of the next token after each of [tokens] ids, without padding: [tokens, num_tokens]."""
         x = self.weights["model.embed_tokens.weight"][token_ids]
         for layer in range(self.config["num_hidden_layers"]):
             x = self._layer(x, f"model.layers.{layer}.")
         logits = self._norm(x, "model.norm.weight") @ self.weights["lm_head.weight"].T
-        return torch.log_softmax(logits[:, : self.known_tokens], dim=-1)
+        return torch.log_softmax(logits[:, : self.num_tokens], dim=-1)
 
     def continue_greedily(self, prompt: list[int], tokens: int) -> Continuation:
-        """Appends the most likely token, again and again."""
+        """Append the most likely token repeatedly."""
         ids, logprobs = list(prompt), []
         for _ in range(tokens):
             logprob, token = self.logprobs(ids)[-1].max(dim=-1)
@@ -50,28 +50,28 @@ class ReferenceYuan:
             logprobs.append(float(logprob))
         return Continuation(ids[len(prompt) :], logprobs)
 
-    def _layer(self, x: Tensor, at: str) -> Tensor:
-        y = self._norm(x, at + "input_layernorm.weight")
-        v = y @ self.weights[at + "self_attn.v_proj.weight"].T
-        z = self._filter(y, at + "self_attn.lf_gate.")
-        qk = torch.cat([z @ self.weights[at + f"self_attn.{name}_proj.weight"].T for name in "qk"], dim=-1)
+    def _layer(self, x: Tensor, prefix: str) -> Tensor:
+        y = self._norm(x, prefix + "input_layernorm.weight")
+        v = y @ self.weights[prefix + "self_attn.v_proj.weight"].T
+        z = self._filter(y, prefix + "self_attn.lf_gate.")
+        qk = torch.cat([z @ self.weights[prefix + f"self_attn.{name}_proj.weight"].T for name in "qk"], dim=-1)
         qk = qk.view(-1, self.heads, 2 * self.head_dim)
         q, k = self._rotate(qk[..., : self.head_dim]), self._rotate(qk[..., self.head_dim :])
         scores = torch.einsum("shd,thd->hst", q, k) * self.head_dim**-0.5
         future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
         mixed = torch.einsum("hst,thd->shd", softmax(scores.masked_fill(future, -torch.inf), dim=-1), v.view_as(q))
-        x = x + mixed.flatten(1) @ self.weights[at + "self_attn.o_proj.weight"].T
-        y = self._norm(x, at + "post_attention_layernorm.weight")
-        up, gate = (y @ self.weights[at + f"mlp.{name}_proj.weight"].T for name in ("up", "gate"))
-        return x + (silu(up) * gate) @ self.weights[at + "mlp.down_proj.weight"].T
+        x = x + mixed.flatten(1) @ self.weights[prefix + "self_attn.o_proj.weight"].T
+        y = self._norm(x, prefix + "post_attention_layernorm.weight")
+        up, gate = (y @ self.weights[prefix + f"mlp.{name}_proj.weight"].T for name in ("up", "gate"))
+        return x + (silu(up) * gate) @ self.weights[prefix + "mlp.down_proj.weight"].T
 
-    def _filter(self, y: Tensor, at: str) -> Tensor:
-        h1 = self._convolve(y, at + "conv1.")
-        h2 = self._convolve(h1, at + "conv2.")
-        return self._norm(h2 + y, at + "output_layernorm.weight", eps=1e-6)
+    def _filter(self, y: Tensor, prefix: str) -> Tensor:
+        h1 = self._convolve(y, prefix + "conv1.")
+        h2 = self._convolve(h1, prefix + "conv2.")
+        return self._norm(h2 + y, prefix + "output_layernorm.weight", eps=1e-6)
 
-    def _convolve(self, x: Tensor, at: str) -> Tensor:
-        kernel, bias = self.weights[at + "weight"], self.weights[at + "bias"]  # [out, in, 2, 1], [out]
+    def _convolve(self, x: Tensor, prefix: str) -> Tensor:
+        kernel, bias = self.weights[prefix + "weight"], self.weights[prefix + "bias"]  # [out, in, 2, 1], [out]
         previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
         return previous @ kernel[:, :, 0, 0].T + x @ kernel[:, :, 1, 0].T + bias
 
@@ -80,7 +80,7 @@ class ReferenceYuan:
         return self.weights[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """NeoX-style rotary embedding over the whole head: [tokens, heads, head_dim]."""
+        """Apply NeoX-style rotary embedding to the whole head: [tokens, heads, head_dim]."""
         frequencies, magnitude = self._yarn() if self.config.get("use_yarn") else (self._frequencies(10_000.0), 1.0)
         angles = torch.arange(len(x))[:, None] * frequencies
         cos, sin = magnitude * angles.cos()[:, None], magnitude * angles.sin()[:, None]
@@ -92,7 +92,7 @@ class ReferenceYuan:
         return torch.pow(base, -torch.arange(0, self.head_dim, 2) / self.head_dim)
 
     def _yarn(self) -> tuple[Tensor, float]:
-        """Frequencies of the YaRN variant, [head_dim / 2], and what cosines and sines are multiplied by."""
+        """Return YaRN's frequencies, [head_dim / 2], and the factor for cosines and sines."""
         d, base, scaling = self.head_dim, self.config.get("rope_theta", 1e6), self.config.get("rope_scaling", {})
         s, original = scaling.get("factor", 128), scaling.get("original_max_position_embeddings", 8192)
         low, high = (d * math.log(original / (2 * math.pi * r)) / (2 * math.log(base)) for r in (32, 1))

@@ -1,11 +1,12 @@
-"""Runs a vLLM engine on a checkpoint, in this process alone, and writes what it generated as JSON.
+"""Runs a vLLM engine on rounds of prompts and writes the generated tokens as JSON.
 
     python run_engine.py OUT.json < JOB.json
 
 A job has `model`, `engine` (vLLM's arguments) and `rounds`: lists of prompts (token ids) that are decoded together,
-greedily, `tokens` tokens each. An engine that does not start gives `{"error": "…"}`. It may have `n`, how many answers
-each prompt gets, one after the other; `sleep`, the levels at which it sleeps before each later round; `load`, folders
-of adapters to load first, and `adapters`, the folder or null for each prompt of every round.
+greedily, with `tokens` tokens each. Optional are `n`, the number of consecutive choices per prompt; `sleep`, the sleep
+levels to use before the later rounds; `load`, folders of LoRA adapters to load first; and `adapters`, the folder or
+null for each prompt of every round. The result of an engine that does not start is `{"error": "…"}`. The engine runs in
+this process.
 """
 
 import json
@@ -18,7 +19,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Starts the engine and decodes round after round."""
+    """Start the engine and decode each round."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
@@ -27,7 +28,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         return {"error": str(error)}
     n = job.get("n", 1)
-    greedy = {"temperature": 0} if n == 1 else {"temperature": 1, "top_k": 1}  # vLLM wants several to be drawn
+    greedy = (
+        {"temperature": 0} if n == 1 else {"temperature": 1, "top_k": 1}
+    )  # vLLM requires sampling for several choices
     sampling = SamplingParams(n=n, max_tokens=job["tokens"], logprobs=0, ignore_eos=True, **greedy)
     folders = job.get("load", [])
     requests = {folder: LoRARequest(folder, number, folder) for number, folder in enumerate(folders, start=1)}
@@ -41,18 +44,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         adapters = [requests.get(folder) for folder in job.get("adapters", [None] * len(prompts))]
         tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         outputs = llm.generate(tokens, sampling, use_tqdm=False, lora_request=adapters)
-        rounds.append([_answer(output, choice) for output in outputs for choice in output.outputs])
-    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    counted = {
-        "preemptions": counters["vllm:num_preemptions"],
-        "drafted": counters.get("vllm:spec_decode_num_draft_tokens", 0),
-        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
+        rounds.append([_result(output, choice) for output in outputs for choice in output.outputs])
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    counters = {
+        "preemptions": metrics["vllm:num_preemptions"],
+        "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
+        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
     }
-    return {"rounds": rounds, "errors": errors, "loaded": loaded} | counted
+    return {"rounds": rounds, "errors": errors, "loaded": loaded} | counters
 
 
 def _sleep(llm: Any, level: int) -> None:
-    """Gives the GPU's memory back and takes it again; what of level 2 is gone is read again."""
+    """Release the GPU's memory and allocate it again; level 2 discards the weights, so reload them."""
     llm.sleep(level)
     llm.wake_up(["weights"])
     if level == 2:
@@ -68,7 +71,7 @@ def _load(llm: Any, request: Any) -> str | None:
     return None
 
 
-def _answer(output: Any, choice: Any) -> dict[str, Any]:
+def _result(output: Any, choice: Any) -> dict[str, Any]:
     return {
         "token_ids": list(choice.token_ids),
         "logprobs": [ranked[token].logprob for ranked, token in zip(choice.logprobs, choice.token_ids, strict=True)],

@@ -1,11 +1,12 @@
-"""Runs a vLLM engine in this process alone, each request with parameters of its own, and writes its answers as JSON.
+"""Runs a vLLM engine on requests with individual sampling parameters and writes the results as JSON.
 
     python run_sampling.py OUT.json < JOB.json
 
 A job has `model`, `engine` (vLLM's arguments) and `rounds`: lists of requests that are decoded together, each with
-`prompt` (token ids), `sampling` (vLLM's parameters) and perhaps `constraint` (vLLM's structured outputs). An answer has
-`text`, `token_ids`, `finish_reason`, and `logprobs`: the token id, log-probability and rank of every entry, position by
-position, or null where none were asked for. A job with `unpatched` runs vLLM's sampler as it is.
+`prompt` (token ids), `sampling` (vLLM's parameters) and optionally `constraint` (vLLM's structured outputs). A result
+has `text`, `token_ids`, `finish_reason` and `logprobs`: token id, log-probability and rank of every entry for each
+position, or null if none were requested. A job with `unpatched` runs vLLM's own sampler. The engine runs in this
+process.
 """
 
 import json
@@ -18,7 +19,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Starts the engine and decodes round after round."""
+    """Start the engine and decode each round."""
     if job.get("unpatched"):
         from yuan_grpc.model.patches import logprob_token_ids
 
@@ -26,12 +27,12 @@ def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     from vllm import LLM, TokensPrompt
 
     llm = LLM(job["model"], **job["engine"])
-    answers = []
+    results = []
     for requests in job["rounds"]:
         prompts = [TokensPrompt(prompt_token_ids=request["prompt"]) for request in requests]
         sampling = [_sampling(**request) for request in requests]
-        answers.append([_answer(output) for output in llm.generate(prompts, sampling, use_tqdm=False)])
-    return answers
+        results.append([_result(output) for output in llm.generate(prompts, sampling, use_tqdm=False)])
+    return results
 
 
 def _sampling(prompt: list[int], sampling: dict[str, Any], constraint: dict[str, Any] | None = None) -> Any:
@@ -41,7 +42,7 @@ def _sampling(prompt: list[int], sampling: dict[str, Any], constraint: dict[str,
     return SamplingParams(**sampling, structured_outputs=constraint and StructuredOutputsParams(**constraint))
 
 
-def _answer(output: Any) -> dict[str, Any]:
+def _result(output: Any) -> dict[str, Any]:
     (choice,) = output.outputs
     return {
         "text": choice.text,
@@ -51,9 +52,9 @@ def _answer(output: Any) -> dict[str, Any]:
     }
 
 
-def _positions(found: Any) -> list[list[tuple[int, float, int]]]:
-    entries = list(zip(found.token_ids, found.logprobs, found.ranks, strict=True))
-    return [entries[start:end] for start, end in zip(found.start_indices, found.end_indices, strict=True)]
+def _positions(logprobs: Any) -> list[list[tuple[int, float, int]]]:
+    entries = list(zip(logprobs.token_ids, logprobs.logprobs, logprobs.ranks, strict=True))
+    return [entries[start:end] for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True)]
 
 
 if __name__ == "__main__":

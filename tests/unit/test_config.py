@@ -1,4 +1,4 @@
-"""The configuration: what a file may leave out, what it may say in several ways, and what is refused."""
+"""YuanConfig: defaults, alternative fields, and rejected values."""
 
 from typing import Any
 
@@ -10,25 +10,25 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 128, "original_max_pos
 
 
 def config(**fields: Any) -> YuanConfig:
-    """The configuration of a file with these fields."""
+    """Return the configuration of a file with these fields."""
     return YuanConfig(**fields)
 
 
 def scaling(**entries: Any) -> dict[str, Any]:
-    """A `rope_scaling` of type YaRN."""
+    """Return a `rope_scaling` of type YaRN."""
     return {"type": "yarn", **entries}
 
 
-def test_a_silent_configuration_has_the_published_values() -> None:
-    silent = config()
-    assert (silent.rms_norm_eps, silent.tie_word_embeddings, silent.use_yarn) == (1e-6, True, False)
-    assert silent.rope_parameters == {"rope_type": "default", "rope_theta": 10_000}
-    assert (silent.bos_token_id, silent.eos_token_id, silent.pad_token_id) == (77185, 77185, 77185)
-    assert (silent.head_dim, silent.num_key_value_heads, silent.max_position_embeddings) == (64, 32, 8192)
+def test_defaults_are_the_published_values() -> None:
+    default = config()
+    assert (default.rms_norm_eps, default.tie_word_embeddings, default.use_yarn) == (1e-6, True, False)
+    assert default.rope_parameters == {"rope_type": "default", "rope_theta": 10_000}
+    assert (default.bos_token_id, default.eos_token_id, default.pad_token_id) == (77185, 77185, 77185)
+    assert (default.head_dim, default.num_key_value_heads, default.max_position_embeddings) == (64, 32, 8192)
     assert config(model_max_length=4096).max_position_embeddings == 4096
 
 
-def test_a_silent_yarn_configuration_has_the_published_values() -> None:
+def test_yarn_defaults_are_the_published_values() -> None:
     yarn = config(use_yarn=True)
     assert (yarn.use_yarn, yarn.rope_parameters, yarn.max_position_embeddings) == (True, YARN, 1_048_576)
 
@@ -42,7 +42,7 @@ def test_a_published_yarn_file_states_the_length_it_extends_from() -> None:
     assert extended.rope_parameters == YARN | {"factor": 16, "original_max_position_embeddings": 4096}
 
 
-def test_a_yarn_file_in_the_words_of_transformers_states_the_length_it_extends_to() -> None:
+def test_a_yarn_file_in_transformers_notation_states_the_length_it_extends_to() -> None:
     entries = scaling(factor=4.0, original_max_position_embeddings=8192)
     yarn = config(use_yarn=True, max_position_embeddings=32768, rope_scaling=entries, rope_theta=5e5)
     assert yarn.max_position_embeddings == 32768
@@ -52,7 +52,7 @@ def test_a_yarn_file_in_the_words_of_transformers_states_the_length_it_extends_t
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "rotary_base"])
-def test_the_base_may_have_either_name(field: str) -> None:
+def test_the_base_has_two_field_names(field: str) -> None:
     assert config(**{field: 5e5}).rope_parameters["rope_theta"] == 5e5
     assert config(use_yarn=True, **{field: 5e5}).rope_parameters["rope_theta"] == 5e5
 
@@ -60,29 +60,29 @@ def test_the_base_may_have_either_name(field: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [{}, {"use_yarn": True}, {"rope_scaling": scaling(original_max_position_embeddings=8192)}],
-    ids=["plain", "published yarn", "yarn in the words of transformers"],
+    ids=["default", "published yarn", "yarn in transformers notation"],
 )
 @pytest.mark.parametrize("positions", [None, 8192, 16384])
-def test_a_configuration_written_out_and_read_again_is_the_same(fields: dict[str, Any], positions: int | None) -> None:
-    once = config(max_position_embeddings=positions, **fields)
-    again = config(**once.to_dict())
-    assert again.to_dict() == once.to_dict()
+def test_a_saved_configuration_loads_unchanged(fields: dict[str, Any], positions: int | None) -> None:
+    original = config(max_position_embeddings=positions, **fields)
+    loaded = config(**original.to_dict())
+    assert loaded.to_dict() == original.to_dict()
 
 
-def test_what_a_plain_file_says_of_yarn_is_of_no_account() -> None:
+def test_yarn_fields_are_ignored_without_yarn() -> None:
     fields = {"use_yarn": False, "yarn_scale_factor": 128, "rope_scaling": None, "attn_factor": 1.0}
     assert config(**fields).rope_parameters == config().rope_parameters
 
 
 @pytest.mark.parametrize("flag", ["use_shareqk", "use_moe"])
-def test_a_variant_that_would_be_computed_wrongly_is_refused(flag: str) -> None:
+def test_an_unsupported_variant_is_rejected(flag: str) -> None:
     with pytest.raises(ValueError, match=f"config.json sets `{flag}`, which is not supported"):
         config(**{flag: True})
     config(**{flag: False})
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
         ({"rope_scaling": True}, "`rope_scaling` must be an object, not True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`rope_scaling` must have the `rope_type` .* 'linear'"),
@@ -96,16 +96,19 @@ def test_a_variant_that_would_be_computed_wrongly_is_refused(flag: str) -> None:
         ({"use_yarn": False, "rope_scaling": scaling()}, "`use_yarn` must not be false where"),
         ({"use_yarn": True, "yarn_scale_factor": 0.5}, r"`factor` must be a number above 1, not 0\.5"),
         ({"rope_scaling": scaling(factor="128")}, "`factor` must be a number above 1, not '128'"),
-        ({"use_yarn": True, "max_position_embeddings": 4096}, "at least `original_max_position_embeddings`, 8192"),
+        (
+            {"use_yarn": True, "max_position_embeddings": 4096},
+            "at least `original_max_position_embeddings`, 8192, .* not 4096",
+        ),
     ],
 )
-def test_a_rotation_that_is_not_yuans_is_refused(fields: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_an_unsupported_rotation_is_rejected(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         config(**fields)
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="`hidden_size` must be"):
+def test_inconsistent_sizes_are_rejected() -> None:
+    with pytest.raises(ValueError, match="`hidden_size` must be `num_attention_heads` × `head_dim`, 32 × 3, not 100"):
         config(hidden_size=100, num_attention_heads=32)
     with pytest.raises(ValueError, match="`head_dim` must be even"):
         config(hidden_size=96, num_attention_heads=32)
@@ -117,12 +120,14 @@ def test_the_published_sizes_can_be_split(ranks: int) -> None:
     check_split(config(hidden_size=8192, intermediate_size=32768, num_attention_heads=64), ranks)
 
 
-def test_a_split_that_does_not_come_out_even_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`intermediate_size` must be divisible .*, and 8190 is not divisible by 4"):
+def test_an_uneven_split_is_rejected() -> None:
+    with pytest.raises(
+        ValueError, match="`intermediate_size` must be divisible by the tensor-parallel size, 4, not 8190"
+    ):
         check_split(config(intermediate_size=8190), 4)
 
 
-def test_a_pipeline_of_more_stages_than_layers_is_refused() -> None:
+def test_a_pipeline_with_more_stages_than_layers_is_rejected() -> None:
     check_stages(config(num_hidden_layers=3), 3)
     with pytest.raises(ValueError, match="`pipeline_parallel_size` must be at most `num_hidden_layers`, 3, not 4"):
         check_stages(config(num_hidden_layers=3), 4)
