@@ -17,7 +17,7 @@ import grpc
 import pytest
 from callers import CLIENTS, SyncClientAdapter
 from fake_engine import FakeEngine, last, more
-from serving import served
+from servers import serve_grpc
 
 from yuan_grpc.client import (
     AlreadyExistsError,
@@ -99,7 +99,7 @@ class EchoEngine(FakeEngine):
 
 async def test_generate_returns_a_completion(client_class: Any) -> None:
     engine = FakeEngine(last("yes"))
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         completion = await client.generate("AB", request_id="mine", max_tokens=8, top_k=1)
     assert (completion.text, completion.request_id, completion.model, completion.seed) == ("yes", "mine", "fake", None)
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (2, 3)
@@ -126,12 +126,12 @@ async def test_generate_returns_a_completion(client_class: Any) -> None:
     ids=["text", "ids", "pairs", "dicts", "messages", "request"],
 )
 async def test_a_prompt_may_have_any_of_its_forms(client_class: Any, prompt: Any, seen: str) -> None:
-    async with served(EchoEngine()) as address, client_class(address) as client:
+    async with serve_grpc(EchoEngine()) as address, client_class(address) as client:
         assert (await client.generate(prompt)).text == seen
 
 
 async def test_an_invalid_request_error_has_all_fields(client_class: Any) -> None:
-    async with served(FakeEngine(last())) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine(last())) as address, client_class(address) as client:
         with pytest.raises(InvalidRequestError) as raised:
             await client.generate("AB", temperature=-1, top_p=7, request_id="mine")
     error = raised.value
@@ -148,7 +148,7 @@ async def test_an_invalid_request_error_has_all_fields(client_class: Any) -> Non
 
 
 async def test_an_overload_error_says_when_to_retry(client_class: Any) -> None:
-    async with served(EchoEngine()) as address, client_class(address, retries=0) as client:
+    async with serve_grpc(EchoEngine()) as address, client_class(address, retries=0) as client:
         with pytest.raises(ResourceExhaustedError) as raised:
             await client.generate("?")
     assert (raised.value.reason, raised.value.retry_after, str(raised.value)) == (
@@ -159,14 +159,14 @@ async def test_an_overload_error_says_when_to_retry(client_class: Any) -> None:
 
 
 async def test_an_exception_in_the_engine_is_an_internal_error(client_class: Any) -> None:
-    async with served(EchoEngine()) as address, client_class(address) as client:
+    async with serve_grpc(EchoEngine()) as address, client_class(address) as client:
         with pytest.raises(InternalError) as raised:
             await client.generate("!")
     assert raised.value.reason == "INTERNAL"
 
 
 async def test_an_unknown_model_is_not_found(client_class: Any) -> None:
-    async with served(FakeEngine(last())) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine(last())) as address, client_class(address) as client:
         with pytest.raises(NotFoundError) as raised:
             await client.generate("AB", model="other")
     assert raised.value.reason == "MODEL_NOT_FOUND"
@@ -181,7 +181,7 @@ async def test_an_unreachable_server_is_unavailable(client_class: Any) -> None:
 
 async def test_a_duplicate_request_id_is_reported_and_not_retried(client_class: Any) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         async with client.stream("AB", request_id="taken") as stream:
             assert await anext(stream) == "a"
             with pytest.raises(AlreadyExistsError) as raised:
@@ -192,7 +192,7 @@ async def test_a_duplicate_request_id_is_reported_and_not_retried(client_class: 
 
 async def test_an_aborted_call_is_cancelled(client_class: Any) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         stream = client.stream("AB")
         assert await anext(stream) == "a"
         await client.abort(stream.completion.request_id)
@@ -204,7 +204,7 @@ async def test_an_aborted_call_is_cancelled(client_class: Any) -> None:
 
 async def test_a_deadline_ends_a_call_and_frees_its_engine_request(client_class: Any) -> None:
     engine = FakeEngine(hangs=True)
-    async with served(engine) as address, client_class(address, timeout=0.1) as client:
+    async with serve_grpc(engine) as address, client_class(address, timeout=0.1) as client:
         with pytest.raises(DeadlineError) as raised:
             await client.generate("AB")
         assert isinstance(raised.value, TimeoutError)
@@ -212,7 +212,7 @@ async def test_a_deadline_ends_a_call_and_frees_its_engine_request(client_class:
 
 
 async def test_a_calls_timeout_overrides_the_clients(client_class: Any) -> None:
-    async with served(FakeEngine(hangs=True)) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine(hangs=True)) as address, client_class(address) as client:
         with pytest.raises(DeadlineError):
             await client.generate("AB", timeout=0.1)
 
@@ -248,7 +248,7 @@ async def test_a_stream_yields_deltas_and_builds_the_completion(client_class: An
         StepOutput([ChoiceDelta(1, "y", [121], finish_reason=FinishReason.STOP)]),
         StepOutput([ChoiceDelta(0, "b", [98], [TokenLogprobs(ranked, (ranked,))], -1.0, FinishReason.LENGTH)]),
     ]
-    async with served(FakeEngine(*steps)) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine(*steps)) as address, client_class(address) as client:
         async with client.stream("AB", n=2, logprobs=1, seed=5) as stream:
             assert await anext(stream) == "a"
             assert (stream.text, stream.completion.choices[0].finish_reason) == ("a", None)
@@ -269,7 +269,7 @@ async def test_a_stream_has_the_same_flat_logprobs_as_the_unary_call(client_clas
     steps.append(
         StepOutput([ChoiceDelta(0, "a", [97], [TokenLogprobs(ranked, (ranked, other))], -1.5, FinishReason.LENGTH)])
     )
-    async with served(FakeEngine(*steps)) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine(*steps)) as address, client_class(address) as client:
         async with client.stream("AB", logprobs=2, flat_logprobs=True) as stream:
             assert "".join([delta async for delta in stream]) == "aaa"
         unary = await client.generate("AB", logprobs=2, flat_logprobs=True)
@@ -280,7 +280,7 @@ async def test_a_stream_has_the_same_flat_logprobs_as_the_unary_call(client_clas
 
 async def test_leaving_the_with_block_frees_the_engine(client_class: Any) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         async with client.stream("AB") as stream:
             async for _ in stream:
                 break
@@ -291,7 +291,7 @@ async def test_leaving_the_with_block_frees_the_engine(client_class: Any) -> Non
 
 async def test_an_exception_in_the_with_block_frees_the_engine(client_class: Any) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         with pytest.raises(ZeroDivisionError):
             await _raise_while_reading(client.stream("AB"))
         await engine.freed.wait()
@@ -306,7 +306,7 @@ async def _raise_while_reading(stream: Any) -> None:
 
 async def test_a_garbage_collected_stream_frees_the_engine(client_class: Any) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         stream = client.stream("AB")
         assert await anext(stream) == "a"
         del stream
@@ -317,7 +317,7 @@ async def test_a_garbage_collected_stream_frees_the_engine(client_class: Any) ->
 
 async def test_leaving_a_loop_over_a_stream_frees_the_engine(client_class: Any) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         async for _ in client.stream("AB"):
             break
         gc.collect()
@@ -327,7 +327,7 @@ async def test_leaving_a_loop_over_a_stream_frees_the_engine(client_class: Any) 
 
 async def test_closing_a_stream_ends_a_pending_read(client_class: Any) -> None:
     engine = FakeEngine(more("a"), hangs=True)
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         stream = client.stream("AB")
         assert await anext(stream) == "a"
         remaining = asyncio.ensure_future(_collect(stream))
@@ -350,7 +350,7 @@ def test_closing_a_client_does_not_wait_for_a_channel_that_never_closes(monkeypa
 
 async def test_closing_a_client_ends_its_calls(client_class: Any) -> None:
     engine = FakeEngine(hangs=True)
-    async with served(engine) as address:
+    async with serve_grpc(engine) as address:
         client = client_class(address)
         call = asyncio.ensure_future(client.generate("AB"))
         await engine.began.wait()
@@ -367,7 +367,7 @@ async def test_closing_a_client_ends_its_calls(client_class: Any) -> None:
 
 async def test_cancelling_a_task_frees_the_engine() -> None:
     engine = FakeEngine(hangs=True)
-    async with served(engine) as address, AsyncClient(address) as client:
+    async with serve_grpc(engine) as address, AsyncClient(address) as client:
         task = asyncio.ensure_future(client.generate("AB"))
         await engine.began.wait()
         task.cancel()
@@ -378,7 +378,7 @@ async def test_cancelling_a_task_frees_the_engine() -> None:
 
 async def test_an_unknown_parameter_is_a_type_error_before_anything_is_sent(client_class: Any) -> None:
     engine = FakeEngine(last())
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         with pytest.raises(TypeError, match="`max_token` is not a generation parameter"):
             await client.generate("AB", max_token=3)
         with pytest.raises(TypeError, match="`max_token` is not a generation parameter"):
@@ -394,7 +394,7 @@ async def _collect(items: Any) -> list[Any]:
 
 async def test_many_results_come_in_the_order_of_the_prompts(client_class: Any) -> None:
     engine = EchoEngine()
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         results = client.generate_many(["2", "1", "a", "0"], concurrency=4)
         first = asyncio.ensure_future(anext(results))
         for turn in engine.turns:
@@ -408,7 +408,7 @@ async def test_many_results_come_in_the_order_of_the_prompts(client_class: Any) 
 
 async def test_many_results_come_as_they_finish(client_class: Any) -> None:
     engine = EchoEngine()
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         results, found = client.generate_many(["2", "1", "0"], concurrency=3, ordered=False), []
         for turn in engine.turns:
             turn.set()
@@ -420,7 +420,7 @@ async def test_many_results_come_as_they_finish(client_class: Any) -> None:
 @pytest.mark.parametrize("ordered", [True, False])
 async def test_a_failed_request_does_not_affect_the_others(client_class: Any, ordered: bool) -> None:
     prompts = ["a", "!", "b", "\ud800", "c", "x" * 100]
-    async with served(EchoEngine()) as address, client_class(address) as client:
+    async with serve_grpc(EchoEngine()) as address, client_class(address) as client:
         results = await _collect(client.generate_many(prompts, concurrency=2, ordered=ordered))
     found = {result.index: result for result in results}
     assert sorted(found) == list(range(len(prompts)))
@@ -442,7 +442,7 @@ async def test_many_requests_are_bounded_and_the_source_may_be_endless(client_cl
             prompts_read.append("a")
             yield "a"
 
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         results = client.generate_many(endless(), concurrency=3, ordered=ordered)
         async with aclosing(results):
             assert [(await anext(results)).text for _ in range(20)] == ["a"] * 20
@@ -458,7 +458,7 @@ async def test_a_concurrency_of_one_runs_one_request_at_a_time(client_class: Any
             prompts_read.append(text)
             yield text
 
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         results = client.generate_many(source(), concurrency=1)
         first = asyncio.ensure_future(anext(results))
         await engine.began.wait()
@@ -477,7 +477,7 @@ async def test_unread_results_after_a_slow_request_are_bounded(client_class: Any
             prompts_read.append(text)
             yield text
 
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         results = client.generate_many(source(), concurrency=3, timeout=1)
         assert isinstance((await anext(results)).error, DeadlineError)
         assert len(prompts_read) <= 4
@@ -486,7 +486,7 @@ async def test_unread_results_after_a_slow_request_are_bounded(client_class: Any
 
 async def test_closing_the_many_generator_frees_the_engine(client_class: Any) -> None:
     engine = EchoEngine()
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         results = client.generate_many(["a", "…", "…"], concurrency=3)
         assert (await anext(results)).text == "a"
         await results.aclose()
@@ -505,7 +505,7 @@ async def test_leaving_a_loop_over_many_frees_the_engine() -> None:
             may_close.wait()
 
     may_close = threading.Event()
-    async with served(engine) as address:
+    async with serve_grpc(engine) as address:
         leaving = asyncio.ensure_future(asyncio.to_thread(leave, address))
         await engine.freed.wait()
         while engine.running or not engine.finished:  # noqa: ASYNC110 - as above
@@ -527,7 +527,7 @@ with Client(sys.argv[1]) as client:
         sys.stdin.read()
 """
     engine, pipe = FakeEngine(hangs=True), asyncio.subprocess.PIPE
-    async with served(engine) as address:
+    async with serve_grpc(engine) as address:
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, address, stdin=pipe, stdout=pipe)
         await engine.began.wait()
         process.send_signal(signal.SIGINT)
@@ -540,7 +540,7 @@ with Client(sys.argv[1]) as client:
 
 async def test_a_prompt_of_the_wrong_type_raises_and_frees_the_engine(client_class: Any) -> None:
     engine = EchoEngine()
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         with pytest.raises(TypeError, match="`prompt` must be text"):
             await _collect(client.generate_many(["…", 7], concurrency=3))
         while engine.running:  # noqa: ASYNC110 - as above
@@ -568,7 +568,7 @@ async def test_an_async_source_may_wait_for_results() -> None:
         for _ in range(3):
             yield (await received.get()).text + "a"
 
-    async with served(EchoEngine()) as address, AsyncClient(address) as client:
+    async with serve_grpc(EchoEngine()) as address, AsyncClient(address) as client:
         texts = []
         async for result in client.generate_many(source(), concurrency=4):
             texts.append(result.text)
@@ -577,7 +577,7 @@ async def test_an_async_source_may_wait_for_results() -> None:
 
 
 async def test_text_is_tokenized_and_detokenized(client_class: Any) -> None:
-    async with served(FakeEngine()) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine()) as address, client_class(address) as client:
         tokens = await client.tokenize("AB")
         assert tokens == [Token(65, "A", 0, 1), Token(66, "B", 1, 2)]
         assert await client.detokenize([token.id for token in tokens]) == "AB"
@@ -585,7 +585,7 @@ async def test_text_is_tokenized_and_detokenized(client_class: Any) -> None:
 
 
 async def test_model_returns_the_served_model(client_class: Any) -> None:
-    async with served(FakeEngine()) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine()) as address, client_class(address) as client:
         model = await client.model()
     assert (model.name, model.sizes.tokens, model.limits) == (
         "fake",
@@ -596,7 +596,7 @@ async def test_model_returns_the_served_model(client_class: Any) -> None:
 
 
 async def test_adapters_are_loaded_and_unloaded(client_class: Any) -> None:
-    async with served(FakeEngine()) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine()) as address, client_class(address) as client:
         await client.load_lora("style")
         assert await client.loras() == Loras(("style",), ("style",))
         await client.unload_lora("style")
@@ -606,7 +606,7 @@ async def test_adapters_are_loaded_and_unloaded(client_class: Any) -> None:
 
 async def test_waiting_ends_when_the_server_is_serving(client_class: Any) -> None:
     health = Health(NAME)
-    async with served(FakeEngine(last()), health) as address, client_class(address) as client:
+    async with serve_grpc(FakeEngine(last()), health) as address, client_class(address) as client:
         waiting = asyncio.ensure_future(client.wait_until_ready(timeout=30))
         with pytest.raises(DeadlineError, match=r"within 0.2 s: its health was NOT_SERVING"):
             await client.wait_until_ready(timeout=0.2)
@@ -640,12 +640,12 @@ def test_the_server_accepts_the_clients_shortest_keepalive_interval() -> None:
 async def test_a_large_response_arrives(client_class: Any) -> None:
     text = "x" * (5 << 20)
     engine = FakeEngine(StepOutput([ChoiceDelta(0, text, [1], finish_reason=FinishReason.LENGTH)]))
-    async with served(engine) as address, client_class(address) as client:
+    async with serve_grpc(engine) as address, client_class(address) as client:
         assert (await client.generate("AB")).text == text
 
 
 async def test_threads_share_a_client() -> None:
-    async with served(EchoEngine()) as address, SyncClientAdapter(address) as client:
+    async with serve_grpc(EchoEngine()) as address, SyncClientAdapter(address) as client:
         texts = [chr(0x4E00 + i) for i in range(50)]
         completions = await asyncio.gather(*(client.generate(text) for text in texts))
     assert [completion.text for completion in completions] == texts
