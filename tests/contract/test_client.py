@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
-from callers import CLIENTS, SyncClientAdapter
+from client_adapters import CLIENTS, SyncClientAdapter
 from fake_engine import FakeEngine, last, more
 from servers import serve_grpc
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
-from callers import CLIENTS
+from client_adapters import CLIENTS
 from fake_service import CODES, FakeService, running
 
 from yuan_grpc.client import (
