@@ -1,9 +1,9 @@
 #!/bin/sh
-# Measures served models on HumanEval: samples, verdicts, report. Run it again to go on after an interruption.
+# Measure served models on HumanEval: generate, score, report. Run it again to resume after an interruption.
 #
 #   clients/humaneval/overnight.sh RUN PROMPTS HOST:PORT [HOST:PORT ...]
 #
-# More options for `generate` go into GENERATE, such as GENERATE="--samples 20 --temperature 0.8 --top-p 0.95".
+# GENERATE has more options for `generate`, for example GENERATE="--samples 20 --temperature 0.8 --top-p 0.95".
 set -eu
 if [ "$#" -lt 3 ]; then
     sed -n '4p' "$0" >&2
@@ -15,7 +15,7 @@ targets=
 for address; do
     targets="$targets --target $address"
 done
-# Without quotes on purpose: both are lists of words.
+# Both variables are lists of words, so they are not quoted.
 # shellcheck disable=SC2086
 yuan-grpc humaneval generate "$run" --prompts "$prompts" $targets ${GENERATE:-}
 yuan-grpc humaneval score "$run"

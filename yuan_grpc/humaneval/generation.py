@@ -27,7 +27,7 @@ FENCE_PROBE = "\n```"
 """Text whose last token is the closing fence, if the vocabulary has a token for it."""
 
 TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
-"""Errors that are retried until the server's patience ends."""
+"""Errors that are retried as long as `patience` allows."""
 PERMANENT = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
 """Errors that are recorded without a retry."""
 MAX_ATTEMPTS = 3
@@ -63,7 +63,7 @@ class PendingSample:
     sample: int
     attempts: int = 0
     unavailable_since: float | None = None
-    """Time at which a server first became unavailable during this sample's call, possibly by coincidence."""
+    """Time at which a server first became unavailable during this sample's call, possibly for another reason."""
 
 
 class PatienceError(RuntimeError):
