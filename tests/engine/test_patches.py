@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
 
@@ -220,9 +221,11 @@ class UnpatchedEngine:
 @pytest.fixture
 def unpatched_engine(tmp_path: Path) -> Iterator[UnpatchedEngine]:
     """Starts an engine process; it does not outlive the test."""
-    program = [sys.executable, SUPPORT / "unpatched_engine.py", tmp_path / "socket"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (tmp_path / "log").open("w")}
-    with subprocess.Popen(program, env=UNPATCHED, text=True, **pipes) as server:
+    program = [sys.executable, str(SUPPORT / "unpatched_engine.py"), str(tmp_path / "socket")]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(program, env=UNPATCHED, text=True, stdin=PIPE, stdout=PIPE, stderr=log) as server,
+    ):
         assert server.stdout is not None
         started = json.loads(next(line for line in server.stdout if line.startswith("{")))
         process = psutil.Process(started["pid"])
