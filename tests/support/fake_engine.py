@@ -1,4 +1,4 @@
-"""An engine by hand, for what a real one cannot be made to do on demand."""
+"""A scripted engine, for behaviour that a real one cannot produce on demand."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -18,22 +18,34 @@ INFO = ModelInfo(
 
 
 def last(text: str = "!", index: int = 0, cumulative_logprob: float | None = None) -> StepOutput:
-    """A step that ends a choice."""
+    """Return an output that ends a choice."""
     ids = [ord(character) for character in text]
     delta = ChoiceDelta(index, text, ids, cumulative_logprob=cumulative_logprob, finish_reason=FinishReason.LENGTH)
     return StepOutput([delta])
 
 
 def more(text: str, index: int = 0) -> StepOutput:
-    """A step after which there is more to come."""
+    """Return an output after which the choice continues."""
     return StepOutput([ChoiceDelta(index, text, [ord(character) for character in text])])
 
 
 class FakeEngine:
-    """Plays a script to every request: acceptance, steps to yield, exceptions to raise, and then, if told so, nothing
-    until it is cut short.
+    """Plays a script for every request: acceptance, then outputs to yield and exceptions to raise.
 
-    A token is a character. Its start fails with `start_error`, or lasts until `may_start` is set; `died` ends it.
+    A token is a character.
+
+    Args:
+        script: outputs and exceptions, in order.
+        hangs: whether a request waits for its deadline after the script.
+        is_ready: whether requests are accepted.
+
+    Attributes:
+        requests: all requests so far.
+        start_error: raised by `start`.
+        may_start: `start` waits for it.
+        died: set to make the engine die.
+        running: number of running requests.
+        began, freed: set when a request begins and when one has been freed.
     """
 
     def __init__(self, *script: StepOutput | Exception, hangs: bool = False, is_ready: bool = True) -> None:
@@ -76,7 +88,9 @@ class FakeEngine:
     def apply_chat_template(self, turns: Sequence[str]) -> str:
         return "|".join(turns) + ">"
 
-    def decode_continuation(self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool) -> tuple[str, str | None]:
+    def decode_continuation(
+        self, request: EngineRequest, token_ids: Sequence[int], *, ended: bool
+    ) -> tuple[str, str | None]:
         return self.detokenize(token_ids, skip_special_tokens=True), None
 
     async def load_lora(self, name: str) -> None:
@@ -97,7 +111,7 @@ class FakeEngine:
         self.requests.append(request)
         self.running += 1
         self.began.set()
-        ended = {
+        finished = {
             delta.index
             for output in self.script
             if isinstance(output, StepOutput)
@@ -113,9 +127,9 @@ class FakeEngine:
                 yield output
             if self.hangs:
                 await (deadline or asyncio.Event()).wait()
-                going_on = [index for index in range(request.sampling.n) if index not in ended]
+                unfinished = [index for index in range(request.sampling.n) if index not in finished]
                 yield StepOutput(
-                    [ChoiceDelta(index, "", (), finish_reason=FinishReason.DEADLINE) for index in going_on]
+                    [ChoiceDelta(index, "", (), finish_reason=FinishReason.DEADLINE) for index in unfinished]
                 )
         finally:
             self.running -= 1

@@ -1,4 +1,4 @@
-"""transformers' own beam search over the reference model: what ours is held against."""
+"""Beam search in transformers over the reference model, to compare `BeamSearch` with."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,23 +19,26 @@ from yuan_grpc.server.engine.types import BeamSearchParams, ChoiceDelta, EngineR
 
 
 class HfYuan(PreTrainedModel, GenerationMixin):  # type: ignore[misc] # transformers is not followed
-    """The reference model as `generate` wants one. No cache: every step computes whole sequences."""
+    """The reference model for `generate`, without a cache: every step computes whole sequences."""
 
     config_class = PretrainedConfig
 
     def __init__(self, reference: ReferenceYuan) -> None:
-        super().__init__(PretrainedConfig(vocab_size=reference.known_tokens))
+        super().__init__(PretrainedConfig(vocab_size=reference.num_tokens))
         self.reference = reference
-        self.place = torch.nn.Parameter(torch.zeros(1))  # by which it knows its device
+        self.parameter = torch.nn.Parameter(torch.zeros(1))  # determines the device
 
     def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
-        """[sequences, tokens] ids -> log-probabilities, which are logits whose softmax changes nothing."""
+        """[sequences, tokens] ids -> log-probabilities, as logits that softmax does not change."""
         return CausalLMOutput(logits=torch.stack([self.reference.logprobs(ids.tolist()) for ids in input_ids]))
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search that both can do. `length_penalty` agrees at 0 and where all lengths are one: ours counts the prompt."""
+    """A search for both implementations.
+
+    `BeamSearch` counts the prompt in the length, so `length_penalty` agrees only at 0 or for choices of equal length.
+    """
 
     prompt: list[int]
     width: int
@@ -45,8 +48,8 @@ class Search:
     max_tokens: int = 12
 
 
-def hf_answers(model: HfYuan, search: Search) -> list[tuple[list[int], float]]:
-    """transformers' beams, best first: the tokens, an ending one included, and their cumulative log-probability."""
+def hf_choices(model: HfYuan, search: Search) -> list[tuple[list[int], float]]:
+    """Return the beams of transformers, best first: tokens with the ending one, and their cumulative log-probability."""
     with _one_thread():
         found = model.generate(
             torch.tensor([search.prompt]),
@@ -63,26 +66,26 @@ def hf_answers(model: HfYuan, search: Search) -> list[tuple[list[int], float]]:
             return_dict_in_generate=True,
             output_scores=True,
         )
-    answers = [_up_to_an_end(ids[len(search.prompt) :], search.ends) for ids in found.sequences.tolist()]
+    choices = [_up_to_an_end(ids[len(search.prompt) :], search.ends) for ids in found.sequences.tolist()]
     scores = found.sequences_scores.tolist()
-    return [(ids, score * len(ids) ** search.length_penalty) for ids, score in zip(answers, scores, strict=True)]
+    return [(ids, score * len(ids) ** search.length_penalty) for ids, score in zip(choices, scores, strict=True)]
 
 
 def rare_tokens(model: HfYuan, prompt: list[int], width: int) -> tuple[int, ...]:
-    """Tokens to end at, for the demo model hardly ends by itself: those that its best beams have, but not often."""
-    counts = Counter(token_id for token_ids, _ in hf_answers(model, Search(prompt, width)) for token_id in token_ids)
+    """Return tokens to end at: rare ones in the best beams. The demo model seldom ends by itself."""
+    counts = Counter(token_id for token_ids, _ in hf_choices(model, Search(prompt, width)) for token_id in token_ids)
     return tuple(token_id for token_id, _ in counts.most_common()[-5:])
 
 
-async def our_answers(engine: Engine, search: Search) -> list[ChoiceDelta]:
-    """What `BeamSearch` makes of it. The model's own end of text ends nothing."""
+async def our_choices(engine: Engine, search: Search) -> list[ChoiceDelta]:
+    """Return the choices of `BeamSearch`. The model's end-of-text token does not end a choice."""
     sampling = Sampling(max_tokens=search.max_tokens, stop_token_ids=search.ends, ignore_eos=True)
     beam = BeamSearchParams(search.width, search.width, search.length_penalty, search.early_stopping)
     with _one_thread():
         async with aclosing(
             BeamSearch(engine, EngineRequest(uuid4().hex, search.prompt, sampling), beam).run()
-        ) as steps:
-            *_, last = [step async for step in steps]
+        ) as outputs:
+            *_, last = [output async for output in outputs]
     return list(last.deltas)
 
 
@@ -93,7 +96,7 @@ def _up_to_an_end(token_ids: list[int], ends: tuple[int, ...]) -> list[int]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The tensors are tiny: torch's threads would do nothing but wait for each other."""
+    """Run torch on one thread: with such small tensors, its threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

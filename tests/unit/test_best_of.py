@@ -1,4 +1,4 @@
-"""Choices put together, and the best of several."""
+"""Accumulation of outputs, replicated choices, and best-of sampling."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -29,35 +29,36 @@ def request(**fields: int) -> EngineRequest:
     return EngineRequest("id", [1], Sampling(**fields))  # type: ignore[arg-type]
 
 
-def test_pieces_of_a_choice_are_put_together() -> None:
-    gathering = OutputAccumulator(2)
+def test_deltas_of_a_choice_are_joined() -> None:
+    accumulator = OutputAccumulator(2)
     position = TokenLogprobs(TOKEN, ())
-    gathering.add(StepOutput())
-    gathering.add(StepOutput([ChoiceDelta(1, "a", [1], [position], -1.0)], cached_tokens=3, prompt_logprobs=[position]))
-    gathering.add(
+    accumulator.add(StepOutput())
+    accumulator.add(
+        StepOutput([ChoiceDelta(1, "a", [1], [position], -1.0)], cached_tokens=3, prompt_logprobs=[position])
+    )
+    accumulator.add(
         StepOutput([ChoiceDelta(1, "b", [2], [position], -2.0, FinishReason.STOP, "x"), ChoiceDelta(0, "c", [3])])
     )
-    whole = gathering.combined()
-    assert whole.deltas == [
+    combined = accumulator.combined()
+    assert combined.deltas == [
         ChoiceDelta(0, "c", [3]),
         ChoiceDelta(1, "ab", [1, 2], [position] * 2, -2.0, FinishReason.STOP, "x"),
     ]
-    assert (whole.cached_tokens, whole.prompt_logprobs) == (3, [position])
+    assert (combined.cached_tokens, combined.prompt_logprobs) == (3, [position])
 
 
-async def test_choices_that_can_only_be_alike_are_computed_once() -> None:
+async def test_identical_choices_are_computed_once() -> None:
     engine = FakeEngine(more("a"), last("b", 0))
-    came = await all_of(replicate_choices(engine.generate(request(), stream=True), 2))
-    assert [[(delta.index, delta.text) for delta in output.deltas] for output in came] == [
+    received = await all_of(replicate_choices(engine.generate(request(), stream=True), 2))
+    assert [[(delta.index, delta.text) for delta in output.deltas] for output in received] == [
         [],
         [(0, "a"), (1, "a")],
         [(0, "b"), (1, "b")],
     ]
 
 
-async def test_the_best_of_several_come_in_order_at_the_end() -> None:
-    script = last("bad", 0, -9.0), last("good", 1, -1.0), last("fair", 2, -5.0)
-    engine = FakeEngine(*script)
+async def test_the_best_choices_are_yielded_in_order_at_the_end() -> None:
+    engine = FakeEngine(last("bad", 0, -9.0), last("good", 1, -1.0), last("fair", 2, -5.0))
     *progress, end = await all_of(best_of(engine, request(n=2), 3))
     assert [(delta.index, delta.text) for delta in end.deltas] == [(0, "good"), (1, "fair")]
     assert end.discarded_tokens == 3
@@ -66,15 +67,15 @@ async def test_the_best_of_several_come_in_order_at_the_end() -> None:
     assert (engine.requests[0].sampling.n, engine.requests[0].sampling.logprobs) == (3, 0)
 
 
-@pytest.mark.parametrize(("logprobs", "kept"), [(None, 0), (0, 1)])
-async def test_logprobs_that_only_rank_are_not_returned(logprobs: int | None, kept: int) -> None:
+@pytest.mark.parametrize(("logprobs", "returned"), [(None, 0), (0, 1)])
+async def test_logprobs_are_returned_only_on_request(logprobs: int | None, returned: int) -> None:
     delta = ChoiceDelta(0, "A", [65], [TokenLogprobs(TOKEN, ())], -1.0, FinishReason.LENGTH)
     sampling = Sampling(n=1, logprobs=logprobs)
     *_, end = await all_of(best_of(FakeEngine(StepOutput([delta])), EngineRequest("id", [1], sampling), 2))
-    assert len(end.deltas[0].logprobs) == kept
+    assert len(end.deltas[0].logprobs) == returned
 
 
-async def test_the_best_of_several_cut_short_are_the_best_so_far() -> None:
+async def test_at_the_deadline_the_best_choices_so_far_are_returned() -> None:
     deadline = asyncio.Event()
     deadline.set()
     engine = FakeEngine(more("a", 0), StepOutput([ChoiceDelta(1, "b", [2], cumulative_logprob=-1.0)]), hangs=True)
@@ -85,7 +86,7 @@ async def test_the_best_of_several_cut_short_are_the_best_so_far() -> None:
     ]
 
 
-async def test_a_choice_without_a_token_is_no_good() -> None:
+async def test_an_empty_choice_ranks_last() -> None:
     empty = StepOutput([ChoiceDelta(0, "", (), cumulative_logprob=0.0, finish_reason=FinishReason.DEADLINE)])
     *_, end = await all_of(best_of(FakeEngine(empty, last("b", 1, -9.0)), request(n=1), 2))
     assert [delta.text for delta in end.deltas] == ["b"]
