@@ -1,4 +1,4 @@
-"""LoRA adapters, loaded out of a folder and named by requests, on the real engine behind the real server."""
+"""LoRA adapters, loaded from a folder and selected by requests, on a real server with a real engine."""
 
 import asyncio
 
@@ -17,30 +17,30 @@ async def load(served: Served, name: str) -> None:
     await served.stub.LoadLora(pb.LoadLoraRequest(name=name))
 
 
-async def refusal(served: Served, name: str) -> tuple[grpc.StatusCode, str]:
+async def load_error(served: Served, name: str) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await load(served, name)
     return raised.value.code(), raised.value.details() or ""
 
 
-async def ids(served: Served, model: str = "") -> list[int]:
+async def generated_ids(served: Served, model: str = "") -> list[int]:
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=30, top_k=1, ignore_eos=True, model=model)
     response = await served.generate(request)
     assert response.model == (model or "yuan-demo")
     return list(response.choices[0].token_ids)
 
 
-async def test_an_adapter_answers_by_its_name_and_changes_no_one_else(served: Served) -> None:
-    plain = await ids(served)
+async def test_an_adapter_is_selected_by_name_and_does_not_affect_other_requests(served: Served) -> None:
+    plain = await generated_ids(served)
     await load(served, "poems")
     await load(served, "code")
-    poems, code = await ids(served, "poems"), await ids(served, "code")
+    poems, code = await generated_ids(served, "poems"), await generated_ids(served, "code")
     assert len({tuple(plain), tuple(poems), tuple(code)}) == 3
-    together = await asyncio.gather(*[ids(served, model) for model in ("", "poems", "code") * 4])
-    assert together == [plain, poems, code] * 4
+    concurrent = await asyncio.gather(*[generated_ids(served, model) for model in ("", "poems", "code") * 4])
+    assert concurrent == [plain, poems, code] * 4
 
 
-async def test_adapters_are_listed_loaded_and_available(served: Served) -> None:
+async def test_loaded_and_available_adapters_are_listed(served: Served) -> None:
     await load(served, "poems")
     listed = await served.stub.ListLoras(pb.ListLorasRequest())
     assert [lora.name for lora in listed.loras] == ["poems"]
@@ -51,7 +51,7 @@ async def test_adapters_are_listed_loaded_and_available(served: Served) -> None:
 
 async def test_an_adapter_that_is_not_loaded_is_not_found(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await ids(served, "poems")
+        await generated_ids(served, "poems")
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -66,75 +66,75 @@ async def test_an_adapter_that_is_not_loaded_is_not_found(served: Served) -> Non
         ("broken", grpc.StatusCode.INVALID_ARGUMENT),
         ("yuan-demo", grpc.StatusCode.ALREADY_EXISTS),
     ],
-    ids=["not there", "no name", "a path", "the parent", "a long name", "of another model", "the model"],
+    ids=["missing", "empty", "path", "parent folder", "long name", "for another model", "served model"],
 )
-async def test_what_cannot_be_loaded_is_refused_and_harms_nobody(
+async def test_an_adapter_that_cannot_be_loaded_is_rejected_without_side_effects(
     served: Served, name: str, code: grpc.StatusCode
 ) -> None:
-    before = await ids(served)
-    said, details = await refusal(served, name)
-    assert said is code
+    before = await generated_ids(served)
+    raised, details = await load_error(served, name)
+    assert raised is code
     assert str(served.lora_folder) not in details
-    assert await ids(served) == before
+    assert await generated_ids(served) == before
 
 
-async def test_there_is_room_for_so_many(served: Served) -> None:
+async def test_the_number_of_loaded_adapters_is_limited(served: Served) -> None:
     await load(served, "poems")
-    assert (await refusal(served, "poems"))[0] is grpc.StatusCode.ALREADY_EXISTS
+    assert (await load_error(served, "poems"))[0] is grpc.StatusCode.ALREADY_EXISTS
     await load(served, "code")
-    assert (await refusal(served, "stories"))[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert (await load_error(served, "stories"))[0] is grpc.StatusCode.FAILED_PRECONDITION
     await served.stub.UnloadLora(pb.UnloadLoraRequest(name="poems"))
     await load(served, "stories")
-    assert await ids(served, "stories")
+    assert await generated_ids(served, "stories")
 
 
-async def test_an_unloaded_adapter_stays_with_those_that_run_with_it(served: Served) -> None:
+async def test_running_requests_keep_an_unloaded_adapter(served: Served) -> None:
     await load(served, "poems")
-    expected = await ids(served, "poems")
+    expected = await generated_ids(served, "poems")
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=30, top_k=1, ignore_eos=True, model="poems")
-    parts = aiter(served.stub.GenerateStream(request))
-    await anext(parts)
+    messages = aiter(served.stub.GenerateStream(request))
+    await anext(messages)
     await served.stub.UnloadLora(pb.UnloadLoraRequest(name="poems"))
-    tokens = [token_id async for part in parts for choice in part.choices for token_id in choice.token_ids]
+    tokens = [token_id async for message in messages for choice in message.choices for token_id in choice.token_ids]
     assert tokens == expected
 
 
-async def test_who_names_an_adapter_that_is_being_loaded_does_not_find_it(served: Served) -> None:
-    async def asked(model: str) -> grpc.StatusCode:
+async def test_an_adapter_cannot_be_selected_while_it_is_loading(served: Served) -> None:
+    async def status_with(model: str) -> grpc.StatusCode:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await ids(served, model)
+            await generated_ids(served, model)
         return raised.value.code()
 
-    before = await ids(served)
-    results = await asyncio.gather(refusal(served, "broken"), *[asked("broken") for _ in range(6)])
+    before = await generated_ids(served)
+    results = await asyncio.gather(load_error(served, "broken"), *[status_with("broken") for _ in range(6)])
     assert {result for result in results if isinstance(result, grpc.StatusCode)} == {grpc.StatusCode.NOT_FOUND}
-    assert await ids(served) == before
+    assert await generated_ids(served) == before
     await load(served, "poems")
-    await load(served, "code")  # for which there is room again
+    await load(served, "code")  # the failed load has freed its memory
 
 
-async def test_a_beam_search_keeps_its_adapter(served: Served) -> None:
+async def test_a_beam_search_keeps_its_unloaded_adapter(served: Served) -> None:
     await load(served, "poems")
     request = pb.GenerateRequest(prompt=PROMPT, max_tokens=20, use_beam_search=True, best_of=3, model="poems")
     expected = await served.generate(request)
-    parts = aiter(served.stub.GenerateStream(request))
-    await anext(parts)
+    messages = aiter(served.stub.GenerateStream(request))
+    await anext(messages)
     await served.stub.UnloadLora(pb.UnloadLoraRequest(name="poems"))
     await load(served, "code")
-    *_, end = [part async for part in parts]
+    *_, end = [message async for message in messages]
     assert end.choices == expected.choices
 
 
-async def test_new_files_under_an_old_name_are_what_is_loaded(served: Served) -> None:
-    folder = served.lora_folder / "poems" / "adapter_model.safetensors"
+async def test_new_files_under_an_old_name_are_loaded(served: Served) -> None:
+    file = served.lora_folder / "poems" / "adapter_model.safetensors"
     other = served.lora_folder / "code" / "adapter_model.safetensors"
-    before = folder.read_bytes()
+    before = file.read_bytes()
     await load(served, "poems")
-    old = await ids(served, "poems")
+    old = await generated_ids(served, "poems")
     await served.stub.UnloadLora(pb.UnloadLoraRequest(name="poems"))
     try:
-        folder.write_bytes(other.read_bytes())
+        file.write_bytes(other.read_bytes())
         await load(served, "poems")
-        assert await ids(served, "poems") != old
+        assert await generated_ids(served, "poems") != old
     finally:
-        folder.write_bytes(before)
+        file.write_bytes(before)
