@@ -457,7 +457,7 @@ async def test_deeply_nested_values_are_rejected(
 
 
 @pytest.mark.parametrize("depth", [900, 950, 980, 990, 1000])
-async def test_a_deeply_nested_schema_is_accepted_or_rejected(depth: int) -> None:
+async def test_a_deeply_nested_schema_causes_no_server_error(depth: int) -> None:
     schema = '{"a":' * depth + "1" + "}" * depth
     response_format = f'{{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}'
     body = json.dumps(BODIES[CHAT])[:-1] + f', "response_format": {response_format}}}'
