@@ -1,8 +1,9 @@
-"""Attention of decoding steps on a Hopper GPU, µs a layer: FlashAttention 3 and Triton's as vLLM calls them, and ours.
+"""Attention of decoding steps on a Hopper GPU in µs per layer: FlashAttention 3, vLLM's Triton attention and ours.
 
-Each is timed in a CUDA graph of as many layers as fit, up to 24, with keys and values of their own, so that no cache
-holds them once they are more than some 50 MB in all; the least of three times is taken. FlashAttention has the room for
-parts of a sequence that Yuan gives it. `read` is how long the keys and values take at the speed of a copy.
+Each is timed in a CUDA graph of as many layers as fit in memory, up to 24, with separate keys and values, so that the
+GPU's caches do not hold them if their total exceeds about 50 MB. The shortest of three runs is reported. FlashAttention
+gets as many splits of a sequence as in a Yuan model. `read` is the time to read the keys and values at the speed of a
+copy.
 
     python benchmarks/decoding_attention.py --out attention.jsonl
     python benchmarks/decoding_attention.py --out attention.jsonl --heads 32 --dim 128 --batches 1,32 --lengths 256,2048
@@ -17,24 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from variants import Record, sizes_of
+from variants import Record, parse_sizes
 from vllm.utils.math_utils import cdiv
 
-from yuan_grpc.model.vllm_config import MULTIPROCESSORS
+from yuan_grpc.model.hopper import MULTIPROCESSORS
 
 BLOCK_SIZE = 16
-LONGEST = 4096
+MAX_LENGTH = 4096
 LAYERS = 24
 REPLAYS = 8
-SEGMENTS = 16  # that vLLM's Triton attention cuts a sequence into where there are few
+SEGMENTS = 16  # segments per sequence in vLLM's Triton attention if there are few sequences
 
 Attention = Callable[[int], None]
-"""Computes one layer's."""
+"""Computes the attention of a layer, given by its index."""
 
 
 @dataclass
 class Step:
-    """One decoding step's queries, and what its sequences have in the caches of several layers."""
+    """Queries of a decoding step and its sequences in the caches of several layers."""
 
     q: torch.Tensor
     caches: list[torch.Tensor]
@@ -44,18 +45,18 @@ class Step:
 
     @staticmethod
     def random(memory: torch.Tensor, heads: int, dim: int, batch: int, length: int) -> "Step":
-        """Sequences in shuffled blocks of as many layers as the memory holds.
+        """Return a step with shuffled blocks, for as many layers as fit in the memory.
 
         Raises:
-            ValueError: it holds fewer than two, or the sequences are longer than `LONGEST`.
+            ValueError: fewer than two layers fit, or the sequences are longer than `MAX_LENGTH`.
         """
         blocks = cdiv(length, BLOCK_SIZE) * batch
         shape = (blocks, BLOCK_SIZE, heads, 2 * dim)
         layer = blocks * BLOCK_SIZE * heads * 2 * dim
         layers = min(LAYERS, memory.numel() // layer)
-        if layers < 2 or length > LONGEST:
-            raise ValueError(f"left out: {batch} sequences of {length} tokens, too many or too long")
-        table = torch.zeros(batch, LONGEST // BLOCK_SIZE, dtype=torch.int32, device=memory.device)
+        if layers < 2 or length > MAX_LENGTH:
+            raise ValueError(f"skipped: {batch} sequences of {length} tokens are too many or too long")
+        table = torch.zeros(batch, MAX_LENGTH // BLOCK_SIZE, dtype=torch.int32, device=memory.device)
         table[:, : blocks // batch] = torch.randperm(blocks, device=memory.device).view(batch, -1)
         q = torch.randn(batch, heads, dim, device=memory.device, dtype=memory.dtype)
         caches = [memory[n * layer : (n + 1) * layer].view(shape).transpose(1, 2) for n in range(layers)]
@@ -63,7 +64,7 @@ class Step:
         return Step(q, caches, table, lengths, torch.empty_like(q))
 
     def attentions(self) -> Iterator[tuple[str, Attention]]:
-        """All of them, as `vllm.v1.attention.backends` calls them; here and not above, for only GPUs have them."""
+        """Yield all implementations, called as in `vllm.v1.attention.backends`. The imports work on GPUs only."""
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
@@ -77,7 +78,7 @@ class Step:
             "cu_seqlens_q": starts,
             "max_seqlen_q": 1,
             "seqused_k": self.seq_lens,
-            "max_seqlen_k": LONGEST,
+            "max_seqlen_k": MAX_LENGTH,
             "softmax_scale": dim**-0.5,
             "causal": True,
             "block_table": self.block_table,
@@ -86,7 +87,7 @@ class Step:
         schedule = get_scheduler_metadata(
             batch_size=batch,
             max_seqlen_q=1,
-            max_seqlen_k=LONGEST,
+            max_seqlen_k=MAX_LENGTH,
             num_heads_q=heads,
             num_heads_kv=heads,
             headdim=dim,
@@ -100,14 +101,14 @@ class Step:
         )
         segments = [self.q.new_empty((batch, heads, SEGMENTS, *last), dtype=torch.float32) for last in ((dim,), (), ())]
 
-        def halves(layer: int) -> dict[str, torch.Tensor]:
+        def keys_and_values(layer: int) -> dict[str, torch.Tensor]:
             keys, values = self.caches[layer].transpose(1, 2).chunk(2, dim=-1)
             return {"k": keys, "v": values}
 
         def flash(layer: int) -> None:
             flash_attn_varlen_func(
                 **shared,
-                **halves(layer),
+                **keys_and_values(layer),
                 window_size=[-1, -1],
                 softcap=0.0,
                 scheduler_metadata=schedule,
@@ -118,7 +119,7 @@ class Step:
         def triton(layer: int) -> None:
             unified_attention(
                 **shared,
-                **halves(layer),
+                **keys_and_values(layer),
                 window_size=(-1, -1),
                 softcap=0,
                 q_descale=None,
@@ -132,13 +133,15 @@ class Step:
             )
 
         def yuan(layer: int) -> None:
-            decode_kernel.attend(self.q, self.caches[layer], self.block_table, self.seq_lens, self.out, dim**-0.5)
+            decode_kernel.decode_attention(
+                self.q, self.caches[layer], self.block_table, self.seq_lens, self.out, dim**-0.5
+            )
 
         yield from {"flash": flash, "triton": triton, "yuan": yuan}.items()
 
 
 def microseconds(attention: Attention, layers: int) -> float:
-    """The least of three times of a layer."""
+    """Return the shortest of three times of a layer."""
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         attention(0)
     torch.cuda.synchronize()
@@ -161,7 +164,7 @@ def microseconds(attention: Attention, layers: int) -> float:
 
 
 def copy_speed(memory: torch.Tensor) -> float:
-    """Bytes that are read or written in a microsecond."""
+    """Return the number of bytes that a copy reads or writes per microsecond."""
     half = memory.numel() // 2
 
     def copy(_: int) -> None:
@@ -171,13 +174,15 @@ def copy_speed(memory: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Measures, and prints a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("attention.jsonl"), help="JSON lines (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=64, help="of a head (default: %(default)s)")
-    parser.add_argument("--batches", type=sizes_of, default="1,4,16,64,256", help="(default: %(default)s)")
-    parser.add_argument("--lengths", type=sizes_of, default="256,1024,4096", help="tokens each (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=64, help="head dimension (default: %(default)s)")
+    parser.add_argument("--batches", type=parse_sizes, default="1,4,16,64,256", help="(default: %(default)s)")
+    parser.add_argument(
+        "--lengths", type=parse_sizes, default="256,1024,4096", help="tokens per sequence (default: %(default)s)"
+    )
     parser.add_argument("--memory", type=float, default=24, help="GiB of keys and values (default: %(default)s)")
     arguments = parser.parse_args()
     memory = torch.empty(int(arguments.memory * 2**29), dtype=torch.bfloat16, device="cuda").normal_()
@@ -192,15 +197,15 @@ def main() -> None:
             print(error, file=sys.stderr)
             continue
         read = batch * length * arguments.heads * 2 * arguments.dim * memory.element_size() / speed
-        took, answers = {}, []
+        times, outputs = {}, []
         for name, attention in step.attentions():
-            took[name] = microseconds(attention, len(step.caches))
+            times[name] = microseconds(attention, len(step.caches))
             attention(0)
-            answers.append(step.out.float())
-        off = max(float((answer - answers[0]).abs().max()) for answer in answers)
-        record.add(step="attention", batch=batch, tokens=length, read=read, difference=off, **took)
-        cells = " | ".join(f"{value:.1f}" for value in (read, *took.values()))
-        print(f"| {batch}×{length} | {cells} | {off:.1e} |", flush=True)
+            outputs.append(step.out.float())
+        difference = max(float((output - outputs[0]).abs().max()) for output in outputs)
+        record.add(step="attention", batch=batch, tokens=length, read=read, difference=difference, **times)
+        cells = " | ".join(f"{value:.1f}" for value in (read, *times.values()))
+        print(f"| {batch}×{length} | {cells} | {difference:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

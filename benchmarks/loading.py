@@ -1,13 +1,13 @@
-"""How long a checkpoint of Yuan2.0-2B's shape takes to load, and how much memory that takes at its peak.
+"""Time and peak memory for loading a checkpoint of Yuan2.0-2B's shape.
 
-Writes the checkpoint as one `.bin` and as sharded safetensors (4.7 GB each, deleted afterwards), then loads each
-through the engine in a process of its own:
+Writes the checkpoint as one `.bin` file and as sharded safetensors (4.7 GB each, deleted afterwards), then loads each
+with the engine in a separate process:
 
     python benchmarks/loading.py --folder /tmp/checkpoints --out loading.jsonl
 
-Memory is told apart: `anonymous` is what the process holds, `file` what it has mapped of the checkpoint, which Linux
-takes back when others need it. Both are GiB, from /proc/self/status; `pss` is from smaps_rollup.
-On a GPU `gpu_peak` is what torch had allocated at most.
+Memory is reported in GiB: `anonymous` is allocated by the process, and `file` is mapped from the checkpoint, so Linux
+can reclaim it for other processes. Both are from /proc/self/status; `pss` is from smaps_rollup. On a GPU `gpu_peak` is
+the peak of torch's allocations.
 """
 
 import argparse
@@ -37,39 +37,39 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 class Memory(threading.Thread):
-    """Samples this process's memory until it is stopped, and keeps the highest of each kind since it was asked."""
+    """Samples this process's memory until stopped, and keeps the peak of each kind since the last reset."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.highest: dict[str, float] = {}
+        self.peak: dict[str, float] = {}
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        """Samples until stopped."""
+        """Take samples until stopped."""
         while not self.stopped.wait(PAUSE_SECONDS):
             self.sample()
 
     def sample(self) -> dict[str, float]:
-        """GiB now, by kind."""
+        """Update the peaks and return the current GiB by kind."""
         now = self.now()
-        self.highest = {kind: max(value, self.highest.get(kind, 0.0)) for kind, value in now.items()}
+        self.peak = {kind: max(value, self.peak.get(kind, 0.0)) for kind, value in now.items()}
         return now
 
     def reset(self) -> dict[str, float]:
-        """Forgets the highest; GiB now, by kind."""
-        self.highest = {}
+        """Reset the peaks and return the current GiB by kind."""
+        self.peak = {}
         return self.sample()
 
     @staticmethod
     def now() -> dict[str, float]:
-        """GiB now, by kind."""
+        """Return the current GiB by kind."""
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
         return {kind: int(fields[name].split()[0]) * 1024 / GIB for name, kind in STATUS.items()}
 
 
 def proportional() -> float:
-    """GiB of this process, what it shares with others counted in part."""
+    """Return the GiB of this process, with shared memory counted proportionally."""
     for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024 / GIB
@@ -77,7 +77,7 @@ def proportional() -> float:
 
 
 def shards(config: YuanConfig) -> Iterator[dict[str, torch.Tensor]]:
-    """Random bfloat16 weights, embedding and head first and then a layer at a time; the head equals the embedding."""
+    """Yield random bfloat16 weights: embedding and an equal head first, then one layer at a time."""
     noise = torch.randn(2**22).to(torch.bfloat16) * 0.02
 
     def weight(shape: tuple[int, ...]) -> torch.Tensor:
@@ -88,16 +88,16 @@ def shards(config: YuanConfig) -> Iterator[dict[str, torch.Tensor]]:
     embedding = weight(shapes.pop(EMBEDDING))
     yield {EMBEDDING: embedding, HEAD: embedding.clone()}
     shapes.pop(HEAD)
-    of_layer: dict[str, dict[str, tuple[int, ...]]] = {}
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        of_layer.setdefault(layer, {})[name] = shape
-    for group in of_layer.values():
+        layers.setdefault(layer, {})[name] = shape
+    for group in layers.values():
         yield {name: weight(shape) for name, shape in group.items()}
 
 
-def write(folder: Path, shape: Shape, layout: str) -> None:
-    """Writes config and weights: one `pytorch_model.bin`, or safetensors, a shard a layer, with their index."""
+def write_checkpoint(folder: Path, shape: Shape, layout: str) -> None:
+    """Write config and weights: one `pytorch_model.bin`, or safetensors with one shard per layer and an index."""
     folder.mkdir(parents=True)
     fields = shape.config("yuan")
     folder.joinpath("config.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -108,87 +108,89 @@ def write(folder: Path, shape: Shape, layout: str) -> None:
             weights |= shard
         torch.save(weights, folder / "pytorch_model.bin")
         return
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards(config), start=1):
         file = f"model-{number:05}-of-{shape.layers + 2:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, file)
-    index = {"metadata": {}, "weight_map": places}
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": weight_map}
     folder.joinpath("model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def own_size(model: torch.nn.Module) -> float:
-    """GiB of a model's parameters and buffers, each storage counted once."""
+def model_size(model: torch.nn.Module) -> float:
+    """Return the GiB of a model's parameters and buffers, with each storage counted once."""
     tensors = [*model.parameters(), *model.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values()) / GIB
 
 
-def watch(load: Callable[..., Any], memory: Memory, seen: dict[str, Any]) -> Callable[..., Any]:
-    """vLLM's loader, with what it took noted in `seen`."""
+def measured(load: Callable[..., Any], memory: Memory, result: dict[str, Any]) -> Callable[..., Any]:
+    """Wrap vLLM's loader so that it stores its time and memory in `result`."""
 
     @wraps(load)
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         before, start = memory.reset(), time.perf_counter()
         model = load(*args, **kwargs)
-        seen["seconds"] = round(time.perf_counter() - start, 2)
+        result["seconds"] = round(time.perf_counter() - start, 2)
         after = memory.sample()
-        seen["model_gib"] = round(own_size(model), 3)
+        result["model_gib"] = round(model_size(model), 3)
         for kind in STATUS.values():
-            seen[f"{kind}_before"], seen[f"{kind}_after"] = round(before[kind], 3), round(after[kind], 3)
-            seen[f"{kind}_peak"] = round(memory.highest[kind], 3)
+            result[f"{kind}_before"], result[f"{kind}_after"] = round(before[kind], 3), round(after[kind], 3)
+            result[f"{kind}_peak"] = round(memory.peak[kind], 3)
         if on_gpu:
-            seen["gpu_peak"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-            seen["gpu_after"] = round(torch.cuda.memory_allocated() / GIB, 3)
-        seen["pss_after"] = round(proportional(), 3)
+            result["gpu_peak"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+            result["gpu_after"] = round(torch.cuda.memory_allocated() / GIB, 3)
+        result["pss_after"] = round(proportional(), 3)
         return model
 
-    return watched
+    return wrapper
 
 
 def child() -> None:
-    """Writes a checkpoint, or loads one."""
+    """Write or load a checkpoint."""
     job = read_job()
     folder = Path(job["folder"])
     record = Record(Path(job["out"]), layout=job["layout"], variant=job["layout"])
     start = time.perf_counter()
     if job["write"]:
-        write(folder, Shape(**job["shape"]), job["layout"])
+        write_checkpoint(folder, Shape(**job["shape"]), job["layout"])
         return print(f"{job['layout']} | written in {time.perf_counter() - start:.0f} s", flush=True)
     record.attempt("load", lambda: load(folder, job["engine"]))
 
 
 def load(folder: Path, engine: dict[str, Any]) -> dict[str, Any]:
-    """Starts an engine on a checkpoint; what its loader took, and what the whole process did."""
+    """Start an engine on a checkpoint and return the time and memory of its loader and of the whole process."""
     from vllm import LLM
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    memory, seen = Memory(), dict[str, Any]()
+    memory, result = Memory(), dict[str, Any]()
     memory.start()
-    BaseModelLoader.load_model = watch(BaseModelLoader.load_model, memory, seen)
+    BaseModelLoader.load_model = measured(BaseModelLoader.load_model, memory, result)
     llm = LLM(str(folder), skip_tokenizer_init=True, **engine)
     memory.stopped.set()
-    seen["anonymous_ready"] = round(memory.now()["anonymous"], 3)
+    result["anonymous_ready"] = round(memory.now()["anonymous"], 3)
     del llm
-    seen["max_resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)
-    return seen
+    result["max_resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)
+    return result
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = base_parser(__doc__, "loading.jsonl", limit=500)
     parser.add_argument("layouts", nargs="*", default=["bin", "safetensors"], help="bin, safetensors (default: both)")
-    parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="where to write; must not exist")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints, and use those that are there")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("checkpoints"), help="folder for the checkpoints; must not exist"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints, and use existing ones")
     Shape.add_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Writes, loads and deletes one layout after the other."""
+    """Write, load and delete each layout."""
     arguments = read_arguments()
     if arguments.child:
         return child()
@@ -199,15 +201,15 @@ def main() -> None:
         "max_num_seqs": 1,
         "kv_cache_memory_bytes": 256 * 2**20,
     }
-    common = {"out": str(arguments.out.absolute()), "shape": asdict(Shape.of(arguments))}
+    common = {"out": str(arguments.out.absolute()), "shape": asdict(Shape.from_arguments(arguments))}
     log = arguments.out.with_suffix(".log")
     for layout in arguments.layouts:
         folder = arguments.folder.absolute() / layout
         job = common | {"layout": layout, "folder": str(folder), "engine": engine | arguments.engine}
-        inside = Variant(layout, "yuan", {}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+        variant = Variant(layout, "yuan", {}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
         try:
-            writing = [] if arguments.keep and folder.exists() else [(inside, job | {"write": True})]
-            run_each(Path(__file__).absolute(), [*writing, (inside, job | {"write": False})], log, arguments.limit)
+            write_jobs = [] if arguments.keep and folder.exists() else [(variant, job | {"write": True})]
+            run_each(Path(__file__).absolute(), [*write_jobs, (variant, job | {"write": False})], log, arguments.limit)
         finally:
             if not arguments.keep:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -216,7 +218,7 @@ def main() -> None:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown, a row a load."""
+    """Return a Markdown table with one row per load."""
     columns = ["layout", "seconds", "model_gib", "anonymous_before", "anonymous_peak", "anonymous_after"]
     columns += ["file_peak", "resident_peak", "pss_after", "anonymous_ready", "max_resident", "gpu_peak"]
     rows = [[str(record.get(column, "–")) for column in columns] for record in records if record["step"] == "load"]

@@ -1,13 +1,13 @@
-"""Where a step's time goes: GPU time of each kernel, launches, and how long the GPU waits, as compact text.
+"""Time of a step by kernel: GPU time, launches and GPU idle time, as compact text.
 
-Decode steps are profiled once a batch of random prompts is past its prefill; prefill steps are whole prompts answered
-with one token. Without a profiler the same number of steps is timed before, so that its cost shows; what the processor
-does is profiled too, function by function, which makes their own time longer. Engines are all started at once, each in
-one process, and used one after another.
+Decode steps are profiled after the prefill of a batch of random prompts. Prefill steps are whole prompts answered with
+one token. The same number of steps is timed without a profiler first, to show its overhead. Python functions are
+profiled as well, which increases their own time. All engines are started at once, each in a separate process, and busy
+consecutively.
 
     python benchmarks/model_profile.py --out profile.jsonl yuan 'yuan:{"quantization":"fp8"}'
 
-On a CPU, the kernels are torch's own operators:
+On a CPU the kernels are torch's operators:
 
     python benchmarks/model_profile.py --out /tmp/profile.jsonl --hidden 128 --layers 2 --heads 4 --width 256 \\
       --vocabulary 512 --positions 512 --decode 1,4 --prompt 16 --steps 4 --prefill 1x64 --top 5 \\
@@ -32,14 +32,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from variants import (
     Record,
-    add_turns_options,
+    add_engine_options,
     base_parser,
-    children,
     describe,
-    jobs_of,
+    jobs_from,
     random_prompts,
     serve,
     start_engine,
+    started_children,
 )
 
 WARM_STEPS = 8
@@ -47,18 +47,18 @@ FUNCTIONS = 120
 NAME_LENGTH = 100
 KINDS = {
     "LFA": "shift_add|_plan_kernel|shared_blocks",
-    "attention": "flash|attn|attention|reshape_and_cache|_attend|_join|_keep",
-    "products": "gemm|nvjet|cutlass|cublas|gemv|splitk|_product|addmm",
+    "attention": "flash|attn|attention|reshape_and_cache|merge_splits|write_kv_cache",
+    "products": "gemm|nvjet|cutlass|cublas|gemv|splitk|addmm",
     "sampling": "argmax|sample|topk|softmax|logit|gumbel",
     "compiled (norms, rotation, activation)": "^triton_",
     "copies": "memcpy|memset|copy",
 }
-"""Kinds of kernels, and what of a name tells them, the first that fits."""
+"""Kind of kernel -> pattern of its name; the first match counts."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch, in microseconds of the profiler's clock."""
+    """Kernel launch, with times in microseconds of the profiler's clock."""
 
     name: str
     start: float
@@ -66,7 +66,7 @@ class Kernel:
 
 
 class Stepping:
-    """An engine in this process, driven step by step."""
+    """Engine in this process, driven step by step."""
 
     def __init__(self, llm: Any, vocabulary: int) -> None:
         self.engine = llm.llm_engine
@@ -75,45 +75,45 @@ class Stepping:
         self.numbers = count()
 
     def add(self, batch: int, length: int, tokens: int) -> list[str]:
-        """Queues so many random prompts and returns their names."""
+        """Queue a batch of random prompts and return their request ids."""
         from vllm import SamplingParams, TokensPrompt
 
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        names = []
+        request_ids = []
         for ids in random_prompts(self.generator, batch, length, self.vocabulary):
-            names.append(f"request-{next(self.numbers)}")
-            self.engine.add_request(names[-1], TokensPrompt(prompt_token_ids=ids), sampling)
-        return names
+            request_ids.append(f"request-{next(self.numbers)}")
+            self.engine.add_request(request_ids[-1], TokensPrompt(prompt_token_ids=ids), sampling)
+        return request_ids
 
     def step(self) -> set[str]:
-        """One step; the names of those that got a token."""
-        return {answer.request_id for answer in self.engine.step()}
+        """Run a step and return the ids of the requests that got a token."""
+        return {output.request_id for output in self.engine.step()}
 
-    def steps(self, number: int) -> None:
-        """So many steps."""
-        for _ in range(number):
+    def run_steps(self, count: int) -> None:
+        """Run this number of steps."""
+        for _ in range(count):
             self.step()
 
     def finish(self) -> None:
-        """Steps until nothing is left to do."""
+        """Run steps until all requests are finished."""
         while self.engine.has_unfinished_requests():
             self.step()
 
-    def prefilled(self, batch: int, length: int, tokens: int) -> None:
-        """Queues prompts and steps until each has its first token."""
+    def add_and_prefill(self, batch: int, length: int, tokens: int) -> None:
+        """Queue prompts and run steps until each has its first token."""
         waiting = set(self.add(batch, length, tokens))
         while waiting:
             waiting -= self.step()
 
     def prefill(self, batch: int, length: int, repeats: int) -> None:
-        """Answers fresh prompts with one token, again and again."""
+        """Generate one token for new prompts, repeatedly."""
         for _ in range(repeats):
             self.add(batch, length, 1)
             self.finish()
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Seconds of wall time, until the GPU is done too."""
+    """Return the wall time in seconds, including pending work of the GPU."""
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -122,7 +122,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def profiled(work: Callable[[], None]) -> list[Kernel]:
-    """What ran on the GPU meanwhile; on a CPU, the operators that called no others."""
+    """Return the kernels that ran on the GPU; on a CPU, the operators that called no others."""
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         timed(work)
@@ -134,8 +134,8 @@ def profiled(work: Callable[[], None]) -> list[Kernel]:
     ]
 
 
-def busy(kernels: Iterable[Kernel]) -> float:
-    """Microseconds during which at least one kernel ran."""
+def busy_time(kernels: Iterable[Kernel]) -> float:
+    """Return the microseconds during which at least one kernel ran."""
     total, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         total += max(0.0, kernel.end - max(kernel.start, until))
@@ -144,25 +144,25 @@ def busy(kernels: Iterable[Kernel]) -> float:
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel of that name is for."""
-    return next((kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE)), "the rest")
+    """Return the kind of the kernel with that name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
 def summary(kernels: list[Kernel], steps: int, wall: float) -> dict[str, Any]:
-    """Microseconds and launches per step, in all and by kernel, the costliest first.
+    """Return microseconds and launches per step, in total and by kernel, the most expensive first.
 
     Args:
-        kernels: what was profiled.
-        steps: over how many steps.
+        kernels: profiled kernels.
+        steps: number of profiled steps.
         wall: seconds that these steps take without a profiler.
     """
-    of_name: dict[str, list[float]] = defaultdict(list)
-    of_kind: dict[str, list[float]] = defaultdict(list)
+    times_by_name: dict[str, list[float]] = defaultdict(list)
+    times_by_kind: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
-        of_name[kernel.name].append(kernel.end - kernel.start)
-        of_kind[kind_of(kernel.name)].append(kernel.end - kernel.start)
+        times_by_name[kernel.name].append(kernel.end - kernel.start)
+        times_by_kind[kind_of(kernel.name)].append(kernel.end - kernel.start)
     span = max((kernel.end for kernel in kernels), default=0.0) - min((kernel.start for kernel in kernels), default=0.0)
-    used = busy(kernels)
+    busy = busy_time(kernels)
     table = [
         {
             "name": name,
@@ -170,26 +170,26 @@ def summary(kernels: list[Kernel], steps: int, wall: float) -> dict[str, Any]:
             "launches": round(len(times) / steps, 2),
             "us_each": round(sum(times) / len(times), 1),
         }
-        for name, times in of_name.items()
+        for name, times in times_by_name.items()
     ]
     return {
         "wall_us": round(wall * 1e6 / steps, 1),
         "profiled_us": round(span / steps, 1),
         "kernels_us": round(sum(kernel.end - kernel.start for kernel in kernels) / steps, 1),
-        "idle_us": round(wall * 1e6 / steps - used / steps, 1),
-        "profiled_idle_us": round((span - used) / steps, 1),
+        "idle_us": round(wall * 1e6 / steps - busy / steps, 1),
+        "profiled_idle_us": round((span - busy) / steps, 1),
         "launches": round(len(kernels) / steps, 1),
         "steps": steps,
-        "kinds": {kind: round(sum(times) / steps, 1) for kind, times in of_kind.items()},
+        "kinds": {kind: round(sum(times) / steps, 1) for kind, times in times_by_kind.items()},
         "table": sorted(table, key=lambda row: -float(row["us"])),
     }
 
 
 def show(title: str, result: dict[str, Any], top: int) -> str:
-    """The summary as text: one line of totals, then a line a kernel."""
+    """Return the summary as text: a line of totals, then a line per kernel."""
     lines = [
         f"## {title}",
-        "wall {wall_us} µs a step ({profiled_us} profiled), kernels {kernels_us} µs in {launches} launches, "
+        "wall {wall_us} µs per step ({profiled_us} profiled), kernels {kernels_us} µs in {launches} launches, "
         "GPU idle {idle_us} µs ({profiled_idle_us} profiled), over {steps} steps".format(**result),
         ", ".join(f"{kind} {us} µs" for kind, us in result["kinds"].items()),
         "      µs      % launches  µs each  kernel",
@@ -198,23 +198,23 @@ def show(title: str, result: dict[str, Any], top: int) -> str:
     for row in result["table"][:top]:
         share = 100 * row["us"] / total
         lines.append("{us:8.1f} {0:6.1f} {launches:8.2f} {us_each:8.1f}  {1}".format(share, short(row["name"]), **row))
-    rest = result["table"][top:]
-    if rest:
-        lines.append(f"{sum(row['us'] for row in rest):8.1f}  in {len(rest)} others")
-    lines.append(f"processor {result['cpu_us']} µs a step; profiled:\n      µs with calls   calls  function")
+    others = result["table"][top:]
+    if others:
+        lines.append(f"{sum(row['us'] for row in others):8.1f}  in {len(others)} others")
+    lines.append(f"CPU {result['cpu_us']} µs per step; profiled:\n      µs with calls   calls  function")
     lines += ["{us:8.1f} {us_with_calls:10.1f} {calls:7.1f}  {name}".format(**row) for row in result["functions"][:top]]
     return "\n".join(lines)
 
 
 def short(name: str) -> str:
-    """A kernel's name without what template arguments repeat."""
+    """Return a kernel's name without namespaces, truncated."""
     name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
     name = re.sub(r"c10::|cutlass::|cute::|std::", "", name)
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
 def profiled_functions(work: Callable[[], None], steps: int) -> list[dict[str, Any]]:
-    """Python functions by their own time, in microseconds a step, and that with what they call."""
+    """Return Python functions by their own time in microseconds per step, with the time including calls."""
     profiler = cProfile.Profile()
     profiler.runcall(work)
     functions: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
@@ -222,16 +222,16 @@ def profiled_functions(work: Callable[[], None], steps: int) -> list[dict[str, A
         {
             "name": f"{Path(file).parent.name}/{Path(file).name}:{line} {name}",
             "calls": round(calls / steps, 1),
-            "us": round(own * 1e6 / steps, 1),
-            "us_with_calls": round(whole * 1e6 / steps, 1),
+            "us": round(own_time * 1e6 / steps, 1),
+            "us_with_calls": round(total_time * 1e6 / steps, 1),
         }
-        for (file, line, name), (_, calls, own, whole, _) in functions.items()
+        for (file, line, name), (_, calls, own_time, total_time, _) in functions.items()
     ]
     return sorted(table, key=lambda row: -float(row["us"]))[:FUNCTIONS]
 
 
-def examined(work: Callable[[], None], steps: int) -> dict[str, Any]:
-    """Times, then profiles, so many steps of the same work; waiting for a GPU may count as the processor's."""
+def measure(work: Callable[[], None], steps: int) -> dict[str, Any]:
+    """Time, then profile this number of steps; waiting for the GPU may count as CPU time."""
     cpu = time.thread_time()
     wall = timed(work)
     cpu = time.thread_time() - cpu
@@ -240,61 +240,61 @@ def examined(work: Callable[[], None], steps: int) -> dict[str, Any]:
 
 
 def decode(stepping: Stepping, batch: int, length: int, steps: int) -> dict[str, Any]:
-    """Profiles decode steps of one batch."""
-    stepping.prefilled(batch, length, 4 * steps + 4 * WARM_STEPS)
-    stepping.steps(WARM_STEPS)
-    result = examined(partial(stepping.steps, steps), steps)
+    """Profile decode steps of a batch."""
+    stepping.add_and_prefill(batch, length, 4 * steps + 4 * WARM_STEPS)
+    stepping.run_steps(WARM_STEPS)
+    result = measure(partial(stepping.run_steps, steps), steps)
     stepping.finish()
     return result
 
 
 def prefill(stepping: Stepping, batch: int, length: int, repeats: int) -> dict[str, Any]:
-    """Profiles prompts answered with one token; a "step" here is one such batch."""
+    """Profile prompts answered with one token; a step is one such batch."""
     stepping.prefill(batch, length, 2)
-    return examined(partial(stepping.prefill, batch, length, repeats), repeats)
+    return measure(partial(stepping.prefill, batch, length, repeats), repeats)
 
 
 def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
-    """One engine in this process, profiled step by step."""
+    """Start an engine in this process and return its description and the function that profiles it."""
     llm = start_engine(job)
     stepping = Stepping(llm, job["shape"]["vocabulary"])
 
-    def answer(decoding: bool, batch: int, length: int, steps: int) -> dict[str, Any]:
+    def handle(decoding: bool, batch: int, length: int, steps: int) -> dict[str, Any]:
         return (decode if decoding else prefill)(stepping, batch, length, steps)
 
-    return describe(llm), answer
+    return describe(llm), handle
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = base_parser(__doc__, "profile.jsonl", limit=300)
-    add_turns_options(parser, decode="1,256", prefill="1x1024,4x4096")
-    parser.add_argument("--steps", type=int, default=50, help="decode steps profiled (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="prefills profiled (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=40, help="kernels and functions shown (default: %(default)s)")
+    add_engine_options(parser, decode="1,256", prefill="1x1024,4x4096")
+    parser.add_argument("--steps", type=int, default=50, help="profiled decode steps (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="profiled prefills (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=40, help="displayed kernels and functions (default: %(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Starts an engine for each variant, and profiles one after another."""
+    """Start an engine for each variant and profile them consecutively."""
     arguments = read_arguments()
     if arguments.child:
         return serve(start)
-    jobs = jobs_of(arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    asked = {
+    jobs = jobs_from(arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    requests = {
         f"decode {batch}": {"decoding": True, "batch": batch, "length": arguments.prompt, "steps": arguments.steps}
         for batch in arguments.decode
     }
     for batch, length in arguments.prefill:
         prompts = {"decoding": False, "batch": batch, "length": length, "steps": arguments.repeats}
-        asked[f"prefill {batch}×{length}"] = prompts
+        requests[f"prefill {batch}×{length}"] = prompts
     record = Record(arguments.out)
-    with children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
+    with started_children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
         for child in running:
-            for step, question in asked.items():
-                result = child.ask(arguments.limit, **question)
+            for step, request in requests.items():
+                result = child.call(arguments.limit, **request)
                 record.add(variant=child.variant.label, step=step, **result)
-                if "error" in result:  # what is still queued would be profiled with the next step's
+                if "error" in result:  # requests that are still queued would be profiled in the next step
                     print(f"{child.variant.label} | {step} | {result['error']}", flush=True)
                     break
                 print(show(f"{child.variant.label}, {step}", result, arguments.top), flush=True)

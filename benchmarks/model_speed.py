@@ -1,23 +1,24 @@
-"""Decode and prefill throughput of models through vLLM's offline engine, side by side, as a Markdown table.
+"""Decode and prefill throughput of models in vLLM's offline engine, as a Markdown table.
 
-Models are `yuan` and `llama`, both of Yuan2.0-2B's shape with dummy weights and no tokenizer; engine arguments and
-environment variables go with the name. All engines run at once on the same GPU and take turns: each repeat of each step
-is timed with one after the other while the rest wait, so that what slows a machine down for a while slows them all.
+Models are `yuan` and `llama`, both with Yuan2.0-2B's shape, dummy weights and no tokenizer, and with optional engine
+arguments and environment variables. All engines run at once on the same GPU and take turns: each repetition of each
+step is timed with one engine after the other while the others wait, so that a temporary slowdown of the machine affects
+all of them.
 
     python benchmarks/model_speed.py --out speed.jsonl llama yuan
     python benchmarks/model_speed.py --out speed.jsonl --cache 6 --decode 1,64 --prefill 1x1024 \\
       yuan 'yuan:{"quantization":"fp8"}' 'yuan:{"linear_backend":"torch"}' 'VLLM_BATCH_INVARIANT=1 yuan'
 
-Memory for keys and values is `--cache` GiB for each: 20 is enough for 256 answers of 384 tokens at the 2B shape. Larger
-models go the same way, as Yuan2.0-51B on two GPUs of 80 GB (102B has 84 layers, and takes four):
+Each engine has `--cache` GiB for keys and values: 20 is enough for 256 answers of 384 tokens with the 2B shape. Larger
+models work the same way, for example Yuan2.0-51B on two GPUs with 80 GB (102B has 84 layers and needs four):
 
     python benchmarks/model_speed.py --out large.jsonl --hidden 8192 --layers 42 --heads 64 --width 32768 \\
       --positions 2048 --decode 1,32 --tokens 128 --prefill 1x1024,8x1024 --cache 6 --limit 600 \\
       --engine '{"max_num_seqs":32,"max_num_batched_tokens":8192}' 'yuan:{"tensor_parallel_size":2}'
 
-Decode milliseconds per step come from the difference between answers of many tokens and of one, so they hold no
-prefill; requests are greedy, on random prompts, and nothing is detokenized. `cpu_ms` is the processor time that the
-engine's processes take for a step. On a CPU, sizes and engine are made small:
+Decode times per step are the difference between answers of many tokens and of one token, so they exclude the prefill.
+Requests are greedy with random prompts, and nothing is detokenized. `cpu_ms` is the CPU time of the engine's processes
+per step. On a CPU, use small sizes:
 
     python benchmarks/model_speed.py --out /tmp/speed.jsonl --hidden 128 --layers 2 --heads 4 --width 256 \\
       --vocabulary 512 --positions 512 --decode 1,4 --prompt 16 --tokens 8 --prefill 2x64 --cache 0.06 \\
@@ -39,15 +40,15 @@ import psutil
 from variants import (
     Child,
     Record,
-    add_turns_options,
+    add_engine_options,
     base_parser,
-    children,
     describe,
-    jobs_of,
+    jobs_from,
     random_prompts,
     read_records,
     serve,
     start_engine,
+    started_children,
 )
 
 WARM_TOKENS = 16
@@ -55,7 +56,7 @@ WARM_TOKENS = 16
 
 @dataclass(frozen=True)
 class Step:
-    """What is measured: so many prompts of so many tokens, answered with so many."""
+    """Workload: a batch of prompts of equal length and the number of tokens to generate for each."""
 
     batch: int
     length: int
@@ -63,77 +64,81 @@ class Step:
 
     @property
     def name(self) -> str:
-        """As in the table's head."""
+        """Name in the table's header."""
         return f"decode {self.batch}" if self.tokens > 1 else f"prefill {self.batch}×{self.length}"
 
-    def measure(self, ask: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        """One repeat.
+    def measure(self, generate: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """Return the result of one repetition.
 
         Args:
-            ask: answers the prompts with so many tokens each, and says what that took.
+            generate: generates this number of tokens for each prompt and returns the time it took.
         """
-        first = ask(1)
+        first = generate(1)
         if self.tokens == 1:
             return {"ms": first["seconds"] * 1e3, "tokens_per_s": self.batch * self.length / first["seconds"]}
-        whole = ask(self.tokens)
-        step, cpu = ((whole[taken] - first[taken]) / (self.tokens - 1) for taken in ("seconds", "cpu_seconds"))
+        total = generate(self.tokens)
+        step, cpu = ((total[name] - first[name]) / (self.tokens - 1) for name in ("seconds", "cpu_seconds"))
         return {
             "ms": step * 1e3,
             "cpu_ms": cpu * 1e3,
             "tokens_per_s": self.batch / step,
-            "end_to_end_tokens_per_s": self.batch * self.tokens / whole["seconds"],
+            "end_to_end_tokens_per_s": self.batch * self.tokens / total["seconds"],
         }
 
 
 def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
-    """One engine, and the clock around it."""
+    """Start an engine and return its description and the function that times it."""
     from vllm import SamplingParams, TokensPrompt
 
     llm = start_engine(job)
     generator = random.Random(0)
     vocabulary = job["shape"]["vocabulary"]
 
-    def answer(batch: int, length: int, tokens: int) -> dict[str, Any]:
+    def handle(batch: int, length: int, tokens: int) -> dict[str, Any]:
         ids = random_prompts(generator, batch, length, vocabulary)
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in ids]
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        cpu, start = engine_seconds(), time.perf_counter()
-        answers = llm.generate(prompts, sampling, use_tqdm=False)
-        taken = time.perf_counter() - start
-        if any(len(answer.outputs[0].token_ids) != tokens for answer in answers):
-            raise RuntimeError("an answer has not as many tokens as were asked for")
-        return {"seconds": taken, "cpu_seconds": engine_seconds() - cpu}
+        cpu, start = engine_cpu_seconds(), time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        if any(len(output.outputs[0].token_ids) != tokens for output in outputs):
+            raise RuntimeError(f"an answer does not have {tokens} tokens")
+        return {"seconds": seconds, "cpu_seconds": engine_cpu_seconds() - cpu}
 
-    return describe(llm), answer
-
-
-def engine_seconds() -> float:
-    """Processor time of the engine's processes so far; of this one, where it runs the engine itself."""
-    here = psutil.Process()
-    taken = [process.cpu_times() for process in here.children(recursive=True) or [here]]
-    return float(sum(times.user + times.system for times in taken))
+    return describe(llm), handle
 
 
-def asked(child: Child, step: Step, limit: float, tokens: int) -> dict[str, Any]:
-    """What answering a step's prompts with so many tokens each took a child. Raises RuntimeError where it failed."""
-    said = child.ask(limit, batch=step.batch, length=step.length, tokens=tokens)
-    if "error" in said:
-        raise RuntimeError(said["error"])
-    return said
+def engine_cpu_seconds() -> float:
+    """Return the total CPU time of the engine's processes, or of this one if it runs the engine itself."""
+    this_process = psutil.Process()
+    cpu_times = [process.cpu_times() for process in this_process.children(recursive=True) or [this_process]]
+    return float(sum(times.user + times.system for times in cpu_times))
+
+
+def generate(child: Child, step: Step, limit: float, tokens: int) -> dict[str, Any]:
+    """Let a child generate this number of tokens for each prompt of a step and return the time it took.
+
+    Raises:
+        RuntimeError: the child failed.
+    """
+    reply = child.call(limit, batch=step.batch, length=step.length, tokens=tokens)
+    if "error" in reply:
+        raise RuntimeError(reply["error"])
+    return reply
 
 
 def take_turns(running: list[Child], steps: Sequence[Step], repeats: int, limit: float, record: Record) -> None:
-    """Measures step after step, repeat after repeat, one child after the other; a child that fails is left out."""
+    """Measure every repetition of every step with all children in turn; skip a child after its first failure."""
     failed: set[Child] = set()
     for step, repeat, child in product(steps, range(repeats + 1), running):
         if child in failed:
             continue
-        ask = partial(asked, child, step, limit)
+        run = partial(generate, child, step, limit)
         try:
-            if not repeat:  # what a first batch of this size compiles or captures
-                ask(min(WARM_TOKENS, step.tokens))
+            if not repeat:  # the first batch of this size may compile or capture
+                run(min(WARM_TOKENS, step.tokens))
                 continue
-            fields = {"repeat": repeat} | step.measure(ask)
+            fields = {"repeat": repeat} | step.measure(run)
         except RuntimeError as error:
             failed.add(child)
             fields = {"error": str(error)}
@@ -142,50 +147,57 @@ def take_turns(running: list[Child], steps: Sequence[Step], repeats: int, limit:
 
 
 def table(records: Sequence[dict[str, Any]], baseline: str) -> str:
-    """Markdown: each variant's median speed, and the median over repeats of its ratio to the baseline's."""
+    """Return a Markdown table of each variant's median speed and its median ratio to the baseline."""
     speeds: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for record in records:
         if "repeat" in record:
             speeds.setdefault((record["variant"], record["step"]), {})[record["repeat"]] = record
     steps = list(dict.fromkeys(step for _, step in speeds))
-    lines = ["| tokens/s (of the baseline's), a step | " + " | ".join(steps) + " |", "| --- " * (len(steps) + 1) + "|"]
+    lines = [
+        "| tokens/s (ratio to the baseline), time per step | " + " | ".join(steps) + " |",
+        "| --- " * (len(steps) + 1) + "|",
+    ]
     for variant in dict.fromkeys(variant for variant, _ in speeds):
         cells = [_cell(speeds.get((variant, step), {}), speeds.get((baseline, step), {})) for step in steps]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]]) -> str:
-    if not ours:
+def _cell(repeats: dict[int, dict[str, float]], baseline_repeats: dict[int, dict[str, float]]) -> str:
+    if not repeats:
         return "–"
 
     def median(name: str) -> float:
-        return statistics.median(repeat[name] for repeat in ours.values())
+        return statistics.median(repeat[name] for repeat in repeats.values())
 
-    ratios = [ours[repeat]["tokens_per_s"] / theirs[repeat]["tokens_per_s"] for repeat in ours if repeat in theirs]
+    ratios = [
+        repeats[repeat]["tokens_per_s"] / baseline_repeats[repeat]["tokens_per_s"]
+        for repeat in repeats
+        if repeat in baseline_repeats
+    ]
     cell = f"{median('tokens_per_s'):,.0f}" + (f" ({statistics.median(ratios):.2f})" if ratios else "")
-    if "cpu_ms" not in next(iter(ours.values())):
+    if "cpu_ms" not in next(iter(repeats.values())):
         return cell
     return f"{cell}, {median('ms'):.2f} ms, cpu {median('cpu_ms'):.2f} ms"
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = base_parser(__doc__, "speed.jsonl", limit=300)
-    add_turns_options(parser, decode="1,64,256", prefill="1x1024,64x1024,16x4096")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each step is timed (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens out, while decoding (default: %(default)s)")
-    parser.add_argument("--baseline", help="the variant that is 1 in the table (default: the first)")
+    add_engine_options(parser, decode="1,64,256", prefill="1x1024,64x1024,16x4096")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each step (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="generated tokens for decoding (default: %(default)s)")
+    parser.add_argument("--baseline", help="variant with ratio 1 in the table (default: the first)")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Starts an engine for each variant, has them take turns, then prints the table."""
+    """Start an engine for each variant, measure them in turns and print a table."""
     arguments = read_arguments()
     if arguments.child:
         return serve(start)
-    before = len(read_records(arguments.out)) if arguments.out.exists() else 0
-    jobs = jobs_of(arguments)
+    old_records = len(read_records(arguments.out)) if arguments.out.exists() else 0
+    jobs = jobs_from(arguments)
     labels = [variant.label for variant, _ in jobs]
     baseline = arguments.baseline or labels[0]
     if baseline not in labels:
@@ -193,9 +205,9 @@ def main() -> None:
     steps = [Step(batch, arguments.prompt, arguments.tokens) for batch in arguments.decode]
     steps += [Step(batch, length, 1) for batch, length in arguments.prefill]
     record = Record(arguments.out)
-    with children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
+    with started_children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
         take_turns(running, steps, arguments.repeats, arguments.limit, record)
-    print(table(read_records(arguments.out)[before:], baseline))
+    print(table(read_records(arguments.out)[old_records:], baseline))
 
 
 if __name__ == "__main__":

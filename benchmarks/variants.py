@@ -1,4 +1,4 @@
-"""What the benchmarks measure: a model of a given shape under given engine arguments, each in a process of its own."""
+"""Variants that the benchmarks compare: a model shape with engine arguments, each run in a separate process."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from typing import IO, Any
 import psutil
 
 FIRST_TOKEN = 10
-"""Ids below it are controls in either vocabulary; random prompts begin here."""
+"""First id used in random prompts; smaller ids are control tokens in both vocabularies."""
 
 ENGINE: dict[str, Any] = {
     "load_format": "dummy",
@@ -32,14 +32,14 @@ ENGINE: dict[str, Any] = {
     "max_num_seqs": 256,
     "seed": 0,
 }
-"""Engine arguments of every variant, before its own."""
+"""Default engine arguments of every variant."""
 
 VARIANT = re.compile(r"(?P<environment>(?:\w+=\S*\s+)*)(?P<model>[^\s:]+)(?P<engine>:\{.*\})?")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder, by default those of Yuan2.0-2B."""
+    """Sizes of a decoder; the defaults are those of Yuan2.0-2B."""
 
     hidden: int = 2048
     layers: int = 24
@@ -50,25 +50,25 @@ class Shape:
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        """One option a size."""
-        group = parser.add_argument_group("shape (Yuan2.0-2B's unless given)")
+        """Add one option per size."""
+        group = parser.add_argument_group("shape (defaults: Yuan2.0-2B)")
         for name, value in asdict(Shape()).items():
             group.add_argument(f"--{name}", type=int, default=value)
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Shape":
-        """Reads the options back."""
+    def from_arguments(cls, arguments: argparse.Namespace) -> "Shape":
+        """Return the shape that the options specify."""
         return cls(**{name: getattr(arguments, name) for name in asdict(cls())})
 
     def config(self, model: str) -> dict[str, Any]:
-        """`config.json` of a Yuan or of a Llama with as many heads for keys as for queries.
+        """Return `config.json` for a Yuan model, or for a Llama with equal numbers of key and query heads.
 
         Raises:
             ValueError: the model is neither.
         """
         architectures = {"yuan": "YuanForCausalLM", "llama": "LlamaForCausalLM"}
         if model not in architectures:
-            raise ValueError(f"a model is one of {', '.join(architectures)}, not {model!r}")
+            raise ValueError(f"the model must be one of {', '.join(architectures)}, not {model!r}")
         config: dict[str, Any] = {
             "architectures": [architectures[model]],
             "model_type": model,
@@ -90,7 +90,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model, what its engine is started with, and its environment; written `[VAR=VALUE …] MODEL[:{JSON}]`."""
+    """A model with its engine arguments and environment, written as `[VAR=VALUE …] MODEL[:{JSON}]`."""
 
     label: str
     model: str
@@ -98,43 +98,43 @@ class Variant:
     environment: Mapping[str, str]
 
     @classmethod
-    def read(cls, text: str) -> "Variant":
-        """Reads the written form.
+    def parse(cls, text: str) -> "Variant":
+        """Parse the written form.
 
         Raises:
-            argparse.ArgumentTypeError: the text is not of that form.
+            argparse.ArgumentTypeError: the text does not have that form.
         """
-        found = VARIANT.fullmatch(text.strip())
-        if found is None:
-            raise argparse.ArgumentTypeError(f"a variant is [VAR=VALUE …] MODEL[:{{JSON}}], not {text!r}")
+        match = VARIANT.fullmatch(text.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"a variant must be [VAR=VALUE …] MODEL[:{{JSON}}], not {text!r}")
         try:
-            engine = json.loads((found["engine"] or ":{}")[1:])
+            engine = json.loads((match["engine"] or ":{}")[1:])
         except json.JSONDecodeError as error:
             raise argparse.ArgumentTypeError(f"{error} in {text!r}") from error
-        environment = dict(pair.split("=", 1) for pair in found["environment"].split())
-        return cls(text.strip(), found["model"], engine, environment)
+        environment = dict(pair.split("=", 1) for pair in match["environment"].split())
+        return cls(text.strip(), match["model"], engine, environment)
 
 
-def base_parser(about: str | None, out: str, limit: float) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark.
+def base_parser(description: str | None, out: str, limit: float) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark.
 
     Args:
-        about: the script's docstring.
-        out: where it writes unless told otherwise.
-        limit: seconds that an engine may take, to start and for each question, unless told otherwise.
+        description: the script's docstring.
+        out: default output file.
+        limit: default time limit of an engine in seconds, for its start and for each request.
     """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--out", type=Path, default=Path(out), help="JSON lines, each as soon as it is known (default: %(default)s)"
+        "--out", type=Path, default=Path(out), help="JSON lines, written immediately (default: %(default)s)"
     )
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON: engine arguments of all variants")
-    parser.add_argument("--limit", type=float, default=limit, help="seconds an engine may take (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=limit, help="time limit of an engine, s (default: %(default)s)")
     return parser
 
 
 class Record:
-    """JSON lines, appended as soon as each is known, so that what follows may fail."""
+    """JSON-lines file to which each result is appended immediately, so that later failures lose nothing."""
 
     def __init__(self, file: Path, **common: Any) -> None:
         self.file = file
@@ -142,73 +142,75 @@ class Record:
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, **fields: Any) -> None:
-        """Writes one line: the fields that are common to all, then these."""
+        """Append a line with the common fields and these."""
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(self.common | fields, ensure_ascii=False) + "\n")
 
     def attempt(self, step: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Writes and prints what a step measured, or how it failed."""
+        """Append and print the result of a measurement, or its error."""
         try:
             fields = measure()
         except Exception as error:
             fields = {"error": f"{type(error).__name__}: {error}"[:500]}
         self.add(step=step, **fields)
-        print(f"{self.common.get('variant', '')} | {step} | {shown(fields)}", flush=True)
+        print(f"{self.common.get('variant', '')} | {step} | {format_fields(fields)}", flush=True)
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """All lines of a record."""
+    """Return all lines of a record."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def random_prompts(generator: random.Random, batch: int, length: int, vocabulary: int) -> list[list[int]]:
-    """Distinct prompts of random ids, so that no two share a cached prefix."""
+    """Return distinct prompts of random ids that share no cached prefix."""
     return [[generator.randrange(FIRST_TOKEN, vocabulary) for _ in range(length)] for _ in range(batch)]
 
 
-def sizes_of(text: str) -> list[int]:
-    """Reads `1,64,256`."""
+def parse_sizes(text: str) -> list[int]:
+    """Parse `1,64,256`."""
     return [int(size) for size in text.split(",") if size]
 
 
-def batches_of(text: str) -> list[tuple[int, int]]:
-    """Reads `1x1024,16x4096`: prompts by tokens."""
+def parse_batches(text: str) -> list[tuple[int, int]]:
+    """Parse `1x1024,16x4096`: prompts by tokens."""
     return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(",") if part)]
 
 
-def add_turns_options(parser: argparse.ArgumentParser, decode: str, prefill: str) -> None:
-    """Options of benchmarks whose engines run at once: the variants, their memory and shape, and what they are given.
+def add_engine_options(parser: argparse.ArgumentParser, decode: str, prefill: str) -> None:
+    """Add the options of benchmarks with concurrent engines: variants, memory, shape and workload.
 
     Args:
-        decode: batch sizes unless told otherwise.
-        prefill: prompts x tokens unless told otherwise.
+        decode: default batch sizes.
+        prefill: default prompts x tokens.
     """
-    parser.add_argument("variants", nargs="*", type=Variant.read, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
-    parser.add_argument("--decode", type=sizes_of, default=decode, help="batch sizes (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens in, while decoding (default: %(default)s)")
-    parser.add_argument("--prefill", type=batches_of, default=prefill, help="prompts x tokens (default: %(default)s)")
-    parser.add_argument("--cache", type=float, default=20, help="GiB of keys and values, each (default: %(default)s)")
+    parser.add_argument("variants", nargs="*", type=Variant.parse, metavar="[VAR=VALUE …] MODEL[:{JSON}]")
+    parser.add_argument("--decode", type=parse_sizes, default=decode, help="batch sizes (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens for decoding (default: %(default)s)")
+    parser.add_argument(
+        "--prefill", type=parse_batches, default=prefill, help="prompts x tokens (default: %(default)s)"
+    )
+    parser.add_argument("--cache", type=float, default=20, help="GiB of KV cache per engine (default: %(default)s)")
     Shape.add_options(parser)
 
 
-def jobs_of(arguments: argparse.Namespace, **environment: str) -> list[tuple[Variant, dict[str, Any]]]:
-    """A job for each variant. One that is named again is numbered, so that it can be compared with itself.
+def jobs_from(arguments: argparse.Namespace, **environment: str) -> list[tuple[Variant, dict[str, Any]]]:
+    """Return a job for each variant; repeated variants are numbered, so that one can be compared with itself.
 
     Args:
-        arguments: of `add_turns_options` and `base_parser`.
-        environment: of all variants, before their own.
+        arguments: parsed options of `add_engine_options` and `base_parser`.
+        environment: default environment of all variants.
 
     Raises:
-        SystemExit: no variant was named.
+        SystemExit: there are no variants.
     """
     if not arguments.variants:
         raise SystemExit("name a variant: see --help")
     memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": int(arguments.cache * 2**30)}
-    shape = asdict(Shape.of(arguments))
-    jobs, named = [], Counter[str]()
+    shape = asdict(Shape.from_arguments(arguments))
+    jobs, occurrences = [], Counter[str]()
     for variant in arguments.variants:
-        named[variant.label] += 1
-        number = named[variant.label]
+        occurrences[variant.label] += 1
+        number = occurrences[variant.label]
         label = variant.label if number == 1 else f"{variant.label} (again, {number})"
         job = {"model": variant.model, "shape": shape, "engine": memory | arguments.engine | dict(variant.engine)}
         jobs.append((replace(variant, label=label, environment=environment | dict(variant.environment)), job))
@@ -216,139 +218,139 @@ def jobs_of(arguments: argparse.Namespace, **environment: str) -> list[tuple[Var
 
 
 class Child:
-    """`program --child` at work on one variant: it is told a job, answers once its engine runs, and then is asked."""
+    """Process `program --child` for one variant: it reads a job, replies once its engine runs, then serves calls."""
 
     def __init__(self, program: Path, variant: Variant, job: dict[str, Any], log: Path) -> None:
         self.variant = variant
         self.log = log
         with log.open("w", encoding="utf-8") as errors:
             self.process = _start(program, variant, errors, subprocess.PIPE)
-        self._tell(job)
+        self._send(job)
 
-    def _tell(self, fields: dict[str, Any]) -> None:
+    def _send(self, fields: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer, then, is how it ended
+        with suppress(BrokenPipeError):  # `receive` reports how the process ended
             self.process.stdin.write(json.dumps(fields) + "\n")
             self.process.stdin.flush()
 
-    def answer(self, until: float) -> dict[str, Any]:
-        """The next answer: `{"error": …}` if there is none before that `time.monotonic()`, which ends the child."""
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """Return the next reply; at that `time.monotonic()`, stop the process and return `{"error": …}`."""
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
+        ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
         if ready and (line := self.process.stdout.readline()):
             fields: dict[str, Any] = json.loads(line)
         else:
-            self.end()
-            fields = {"error": f"ended with {self.process.returncode}" if ready else "took too long"}
+            self.stop()
+            fields = {"error": f"exited with {self.process.returncode}" if ready else "timed out"}
         if "error" in fields:
-            fields["error"] = "\n  ".join([fields["error"], *last_words(self.log)])
+            fields["error"] = "\n  ".join([fields["error"], *last_log_lines(self.log)])
         return fields
 
-    def ask(self, limit: float, **fields: Any) -> dict[str, Any]:
-        """Its answer to a question, within so many seconds."""
-        self._tell(fields)
-        return self.answer(time.monotonic() + limit)
+    def call(self, limit: float, **fields: Any) -> dict[str, Any]:
+        """Send a request and return the reply, within this number of seconds."""
+        self._send(fields)
+        return self.receive(time.monotonic() + limit)
 
-    def end(self) -> None:
-        """Has it end, and ends it and whatever it started if it does not."""
+    def stop(self) -> None:
+        """Let the process exit, then kill it and its descendants if it has not."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=20)
-        _end(self.process)
+        _kill_group(self.process)
 
 
 @contextmanager
-def children(
+def started_children(
     program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], record: "Record", limit: float
 ) -> Iterator[list[Child]]:
-    """All engines of the jobs at once, so that they can be asked in turn; what each said of its start is recorded.
+    """Start the engines of all jobs at once, so that they can take turns, and record how each start went.
 
-    Yields those that started.
+    Yields the children whose engines started.
 
     Raises:
-        SystemExit: none did.
+        SystemExit: no engine started.
     """
-    started = []
+    children = []
     for number, (variant, job) in enumerate(jobs, start=1):
         log = record.file.with_name(f"{record.file.stem}-{number}.log")
-        started.append(Child(program, variant, job, log))
+        children.append(Child(program, variant, job, log))
     try:
-        until = time.monotonic() + limit
+        deadline = time.monotonic() + limit
         running = []
-        for child in started:
-            said = child.answer(until)
-            record.add(variant=child.variant.label, step="start", **said)
-            print(f"{child.variant.label} | start | {shown(said)}", flush=True)
-            if "error" not in said:
+        for child in children:
+            reply = child.receive(deadline)
+            record.add(variant=child.variant.label, step="start", **reply)
+            print(f"{child.variant.label} | start | {format_fields(reply)}", flush=True)
+            if "error" not in reply:
                 running.append(child)
         if not running:
             raise SystemExit("no engine started")
         yield running
     finally:
-        for child in started:
-            child.end()
+        for child in children:
+            child.stop()
 
 
 def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[..., dict[str, Any]]]]) -> None:
-    """What a child does: starts with its job, says how that went, and answers questions until there are no more.
+    """Run a child: start it with its job, reply, and serve calls until stdin is closed.
 
     Args:
-        start: of the job it makes what to say, and what answers questions.
+        start: receives the job; returns the first reply and the function that serves calls.
     """
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever else is printed
-    answer: Callable[..., dict[str, Any]] | None = None
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # other output must not mix with replies
+    handle: Callable[..., dict[str, Any]] | None = None
     for line in sys.stdin:
         try:
-            if answer is None:
-                begun = time.perf_counter()
-                said, answer = start(json.loads(line))
-                said = {"seconds": round(time.perf_counter() - begun, 1)} | said
+            if handle is None:
+                start_time = time.perf_counter()
+                reply, handle = start(json.loads(line))
+                reply = {"seconds": round(time.perf_counter() - start_time, 1)} | reply
             else:
-                said = answer(**json.loads(line))
+                reply = handle(**json.loads(line))
         except Exception as error:
             traceback.print_exc()
-            said = {"error": f"{type(error).__name__}: {error}"[:500]}
-        answers.write(json.dumps(said, ensure_ascii=False) + "\n")
-        answers.flush()
-        if answer is None:
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        replies.write(json.dumps(reply, ensure_ascii=False) + "\n")
+        replies.flush()
+        if handle is None:
             return
 
 
-def shown(fields: Mapping[str, Any]) -> str:
-    """Fields in a line, but for lists and tables."""
+def format_fields(fields: Mapping[str, Any]) -> str:
+    """Return the fields on one line, without lists and tables."""
     return " ".join(f"{name}={value}" for name, value in fields.items() if not isinstance(value, list | dict))
 
 
 def run_each(program: Path, jobs: Iterable[tuple[Variant, dict[str, Any]]], log: Path, limit: float) -> None:
-    """Runs jobs one after another, each as `program --child < JOB` in a process of its own.
+    """Run jobs consecutively, each as `program --child < JOB` in a separate process.
 
-    A job that fails or outlasts its limit says so, and the next one starts.
+    A job that fails or exceeds its time limit is reported, and the next one starts.
 
     Args:
         program: the script.
-        jobs: the variant, whose environment the process gets, and the job it reads.
-        log: where the engine's own output goes.
-        limit: seconds each may take.
+        jobs: the variant, which sets the environment of the process, and the job that it reads.
+        log: file for the engine's own output.
+        limit: time limit per job in seconds.
     """
     for variant, job in jobs:
         with log.open("a", encoding="utf-8") as errors:
-            start = errors.tell()
+            log_start = log.stat().st_size
             child = _start(program, variant, errors, None)
             try:
                 child.communicate(json.dumps(job), timeout=limit)
-                outcome = f"ended with {child.returncode}" if child.returncode else ""
+                outcome = f"exited with {child.returncode}" if child.returncode else ""
             except subprocess.TimeoutExpired:
-                outcome = f"was ended after {limit:.0f} s"
-                _end(child)
+                outcome = f"was killed after {limit:.0f} s"
+                _kill_group(child)
         if outcome:
-            print(f"{variant.label} {outcome}:", *last_words(log, start), sep="\n  ", flush=True)
+            print(f"{variant.label} {outcome}:", *last_log_lines(log, log_start), sep="\n  ", flush=True)
 
 
 def _start(program: Path, variant: Variant, errors: IO[str], stdout: int | None) -> "subprocess.Popen[str]":
-    """`program --child` in the variant's environment, with a group of processes of its own."""
+    """Start `program --child` in the variant's environment and in a new process group."""
     return subprocess.Popen(
         [sys.executable, program, "--child"],
         env=os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"} | dict(variant.environment),
@@ -360,15 +362,15 @@ def _start(program: Path, variant: Variant, errors: IO[str], stdout: int | None)
     )
 
 
-def last_words(log: Path, start: int = 0) -> list[str]:
-    """What an engine's log says of its end, from that byte on: its last errors, or else its last lines."""
+def last_log_lines(log: Path, start: int = 0) -> list[str]:
+    """Return the last errors in an engine's log after that byte, or the last lines if there are no errors."""
     lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
-    told = [line for line in lines if "Error" in line and "WARNING" not in line][-8:] or lines[-8:]
-    return [line[-300:] for line in told]
+    last = [line for line in lines if "Error" in line and "WARNING" not in line][-8:] or lines[-8:]
+    return [line[-300:] for line in last]
 
 
-def _end(child: "subprocess.Popen[str]") -> None:
-    """Ends a process and those that it started, even if it has ended, and waits until their memory is given back."""
+def _kill_group(child: "subprocess.Popen[str]") -> None:
+    """Kill a process group, even if its leader has exited, and wait until its memory is released."""
     group = [process for process in psutil.process_iter() if _group_of(process) == child.pid]
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
@@ -383,17 +385,17 @@ def _group_of(process: psutil.Process) -> int | None:
 
 
 def read_job() -> dict[str, Any]:
-    """The job a child was given."""
+    """Read a child's job from stdin."""
     job: dict[str, Any] = json.load(sys.stdin)
     return job
 
 
 def start_engine(job: Mapping[str, Any]) -> Any:
-    """vLLM's `LLM` on dummy weights of the job's `shape`, with its `model` and `engine` arguments."""
+    """Return vLLM's `LLM` with dummy weights of the job's `shape`, and its `model` and `engine` arguments."""
     from vllm import LLM
 
     config = json.dumps(Shape(**job["shape"]).config(job["model"]), sort_keys=True)
-    # Not a fresh folder each time: its path is part of the name under which vLLM keeps what it compiled.
+    # A fixed folder per configuration: its path is part of the key in vLLM's compilation cache.
     folder = Path(gettempdir(), f"yuan-grpc-{job['model']}-{sha256(config.encode()).hexdigest()[:12]}")
     folder.mkdir(exist_ok=True)
     folder.joinpath("config.json").write_text(config, encoding="utf-8")
@@ -401,7 +403,7 @@ def start_engine(job: Mapping[str, Any]) -> Any:
 
 
 def describe(llm: Any) -> dict[str, Any]:
-    """Versions, devices, what the engine settled on, and GiB in use on each GPU, by whichever engines there are."""
+    """Return versions, devices, resolved settings of the engine, and the GiB that all processes use on each GPU."""
     import torch
     import vllm
 
@@ -424,7 +426,7 @@ def describe(llm: Any) -> dict[str, Any]:
 
 
 def used_gpu_memory() -> list[float]:
-    """GiB in use on each GPU, by whichever process."""
+    """Return the GiB that all processes use on each GPU."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
