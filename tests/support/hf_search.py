@@ -49,7 +49,7 @@ class Search:
 
 
 def hf_choices(model: HfYuan, search: Search) -> list[tuple[list[int], float]]:
-    """Return the beams of transformers, best first: their tokens, with the ending one, and cumulative log-probability."""
+    """Return the beams of transformers, best first: tokens, including an ending one, and cumulative log-probability."""
     with _one_thread():
         found = model.generate(
             torch.tensor([search.prompt]),
