@@ -2,7 +2,7 @@
 
 Decode steps are profiled after the prefill of a batch of random prompts. Prefill steps are whole prompts answered with
 one token. The same number of steps is timed without a profiler first, to show its overhead. Python functions are
-profiled as well, which increases their own time. All engines are started at once, each in a separate process, and busy
+profiled as well, which increases their own time. All engines are started at once, each in a separate process, and used
 consecutively.
 
     python benchmarks/model_profile.py --out profile.jsonl yuan 'yuan:{"quantization":"fp8"}'
@@ -89,9 +89,9 @@ class Stepping:
         """Run a step and return the ids of the requests that got a token."""
         return {output.request_id for output in self.engine.step()}
 
-    def run_steps(self, count: int) -> None:
+    def run_steps(self, number: int) -> None:
         """Run this number of steps."""
-        for _ in range(count):
+        for _ in range(number):
             self.step()
 
     def finish(self) -> None:
@@ -145,7 +145,7 @@ def busy_time(kernels: Iterable[Kernel]) -> float:
 
 def kind_of(kernel: str) -> str:
     """Return the kind of the kernel with that name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "the rest")
 
 
 def summary(kernels: list[Kernel], steps: int, wall: float) -> dict[str, Any]:

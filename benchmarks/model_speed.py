@@ -171,9 +171,9 @@ def _cell(repeats: dict[int, dict[str, float]], baseline_repeats: dict[int, dict
         return statistics.median(repeat[name] for repeat in repeats.values())
 
     ratios = [
-        repeats[repeat]["tokens_per_s"] / baseline_repeats[repeat]["tokens_per_s"]
-        for repeat in repeats
-        if repeat in baseline_repeats
+        repeat["tokens_per_s"] / baseline_repeats[number]["tokens_per_s"]
+        for number, repeat in repeats.items()
+        if number in baseline_repeats
     ]
     cell = f"{median('tokens_per_s'):,.0f}" + (f" ({statistics.median(ratios):.2f})" if ratios else "")
     if "cpu_ms" not in next(iter(repeats.values())):

@@ -1,4 +1,4 @@
-"""Matrix products of one or two tokens with a whole weight, at the speed of reading the weight.
+"""Matrix products of one or two tokens with a weight, at the speed of reading the weight.
 
 Steps that only decode one or two sequences consist of such products. They are limited by memory bandwidth, and for
 small weights the library's GEMM kernels reach half of it. Here each program owns a few rows of the weight with all
