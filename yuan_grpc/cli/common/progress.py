@@ -112,7 +112,8 @@ class Progress:
 
     def _format_rates(self) -> str:
         elapsed = max(self._clock() - self._started, 1e-9)
-        return ", ".join(f"{count / elapsed:.0f} {name}/s" for name, count in self._counts.items())
+        counts = list(self._counts.items())  # a copy: the bar's thread calls this while counts are added
+        return ", ".join(f"{count / elapsed:.0f} {name}/s" for name, count in counts)
 
     def _update_bar(self, tqdm: Any, started: float) -> None:
         pause = 0.0 if self._persistent else DELAY_SECONDS
