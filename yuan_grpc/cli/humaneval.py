@@ -332,14 +332,14 @@ def _check_same_model(addresses: list[str], models: list[Model]) -> None:
 
 def _score(options: argparse.Namespace) -> int:
     problems = read_problems(options.problems)
-    kept: list[Record] = []
+    recorded: list[Record] = []
     if not options.path.is_dir():
         samples = {"": scoring.read_samples(options.path)}
         tasks, missing = set(problems), 0
     else:
-        run, kept = records.read(options.path / records.FILE)
-        samples = {name: scoring.extract_samples(run, kept, name) for name in EXTRACTIONS}
-        tasks, missing = set(run.prompts), len(run.keys) - len(kept)
+        run, recorded = records.read(options.path / records.FILE)
+        samples = {name: scoring.extract_samples(run, recorded, name) for name in EXTRACTIONS}
+        tasks, missing = set(run.prompts), len(run.keys) - len(recorded)
     missing = missing or len(tasks - {sample.task_id for sample in next(iter(samples.values()))})
     if missing and not options.ignore_incomplete:
         raise UsageError(f"{options.path} lacks {missing} samples or tasks; use --ignore-incomplete to score it anyway")
@@ -349,7 +349,7 @@ def _score(options: argparse.Namespace) -> int:
         if options.path.is_dir():
             for name, scored_samples in scored.items():
                 _write_run_results(options.path / name / scoring.SAMPLES, scored_samples)
-            scoring.write_scores(options.path, kept, scored, sandbox, options.k)
+            scoring.write_scores(options.path, recorded, scored, sandbox, options.k)
         else:
             print(scoring.write_results(options.path, scored[""]), flush=True)
     return 0

@@ -50,7 +50,7 @@ class Run:
         return [(task_id, sample) for sample in range(self.samples) for task_id in self.prompts]
 
     def difference(self, other: Run) -> str | None:
-        """Describe the first setting in which another run differs and that affects samples; None if there is none."""
+        """Describe the first setting of another run that would change the samples; None if the runs are compatible."""
         for name in ("format", "request", "samples", "seed"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
