@@ -34,7 +34,7 @@ class ReferenceYuan:
         self.head_dim = self.config["hidden_size"] // self.heads
 
     def logprobs(self, token_ids: list[int]) -> Tensor:
-        """Return log-probabilities of the next token after each of [tokens] ids, without padding: [tokens, num_tokens]."""
+        """Return log-probabilities of the next token after each of [tokens] ids: [tokens, num_tokens], no padding."""
         x = self.weights["model.embed_tokens.weight"][token_ids]
         for layer in range(self.config["num_hidden_layers"]):
             x = self._layer(x, f"model.layers.{layer}.")

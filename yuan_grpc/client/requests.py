@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -11,6 +10,7 @@ from google.protobuf.struct_pb2 import Value
 
 from yuan_grpc.client.channel import MetadataLike
 from yuan_grpc.client.errors import unencodable_value_error
+from yuan_grpc.request.notation import to_json_text, to_list, to_side_name
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MessageLike = pb.Message | tuple[str, str] | Mapping[str, str]
@@ -194,15 +194,9 @@ def _set_field(request: pb.GenerateRequest, name: str, value: Any) -> None:
 def _set_constraint(constraint: pb.StructuredOutputs, name: str, value: Any) -> None:
     if name == "choice":
         constraint.choice.ClearField("values")
-        constraint.choice.values.extend(_as_list(value))
-    elif isinstance(value, Mapping):
-        setattr(constraint, name, json.dumps(value, ensure_ascii=False))
+        constraint.choice.values.extend(to_list(value))
     else:
-        setattr(constraint, name, value)
-
-
-def _as_list(value: str | Iterable[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+        setattr(constraint, name, to_json_text(value))
 
 
 def _early_stopping(value: bool | str) -> Value:
@@ -216,7 +210,7 @@ def _duration(seconds: float) -> Duration:
 
 
 def _truncation_side(side: str | int) -> int:
-    return pb.TruncationSide.Value(f"TRUNCATION_SIDE_{side.upper()}") if isinstance(side, str) else side
+    return pb.TruncationSide.Value(to_side_name(side)) if isinstance(side, str) else side
 
 
 def _repetition_detection(value: pb.RepetitionDetection | Mapping[str, int]) -> pb.RepetitionDetection:
@@ -224,8 +218,8 @@ def _repetition_detection(value: pb.RepetitionDetection | Mapping[str, int]) -> 
 
 
 _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "stop": _as_list,
-    "bad_words": _as_list,
+    "stop": to_list,
+    "bad_words": to_list,
     "early_stopping": _early_stopping,
     "heartbeat_interval": _duration,
     "truncation_side": _truncation_side,

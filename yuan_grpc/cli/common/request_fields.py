@@ -11,6 +11,8 @@ from typing import Any
 from google.protobuf.json_format import ParseDict, ParseError
 
 from yuan_grpc.cli.common.errors import UsageError
+from yuan_grpc.request.fields import FIELDS, Field
+from yuan_grpc.request.notation import to_proto_json
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 Fields = dict[str, Any]
@@ -21,26 +23,7 @@ PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
 _FIELDS_BY_NAME: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_name
 _FIELDS_BY_JSON_NAME: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_camelcase_name
 
-_OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("max_tokens", int, "maximum number of generated tokens"),
-    ("min_tokens", int, "minimum number of generated tokens"),
-    ("temperature", float, "sampling temperature, 0 to 2; 0 is greedy (default: 1)"),
-    ("top_k", int, "sample from the N most likely tokens"),
-    ("top_p", float, "nucleus sampling: total probability to keep"),
-    ("min_p", float, "minimum probability, relative to the likeliest token"),
-    ("seed", int, "random seed, for repeatable sampling"),
-    ("presence_penalty", float, "penalty for tokens already generated, -2 to 2"),
-    ("frequency_penalty", float, "penalty per occurrence of a generated token, -2 to 2"),
-    ("repetition_penalty", float, "above 1: penalize tokens of the prompt and the output"),
-    ("best_of", int, "generate N choices, return the best; beam width"),
-    ("length_penalty", float, "beam search: above 0 favors longer output"),
-    ("model", str, "name of a LoRA adapter"),
-)
-_SWITCHES = (
-    ("use_beam_search", "use beam search with a width of --best-of"),
-    ("ignore_eos", "continue after the end-of-text token"),
-    ("echo", "include the prompt in the output"),
-)
+_OPTIONS = tuple(field for field in FIELDS if field.help)
 
 
 class FieldError(UsageError):
@@ -55,16 +38,9 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         max_tokens: the default of `--max-tokens`.
     """
     group = parser.add_argument_group("sampling", "See docs/api.md for each field's exact meaning.")
-    for name, kind, text in _OPTIONS:
-        metavar = {int: "N", float: "X", str: "NAME"}[kind]
-        if name == "max_tokens":
-            text += f" (default: {max_tokens})"
-        default = max_tokens if name == "max_tokens" else None
-        group.add_argument(_flag(name), type=kind, default=default, metavar=metavar, help=text)
-    group.add_argument("-n", "--n", type=int, metavar="N", help="number of choices (default: 1)")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="stop at this text; repeatable")
-    for name, text in _SWITCHES:
-        group.add_argument(_flag(name), action="store_true", default=None, help=text)
+    for field in _OPTIONS:
+        _add_option(group, field, max_tokens if field.name == "max_tokens" else None)
+    group.add_argument("--model", metavar="NAME", help="name of a LoRA adapter")
     group.add_argument(
         "--set",
         action="append",
@@ -77,8 +53,7 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
 
 def from_options(options: argparse.Namespace) -> Fields:
     """Return the fields set by options. `--set` takes precedence."""
-    names = [*(option[0] for option in _OPTIONS), *(switch[0] for switch in _SWITCHES), "n", "stop"]
-    values = {name: getattr(options, name) for name in names}
+    values = {name: getattr(options, name) for name in (*(field.name for field in _OPTIONS), "model")}
     return {name: value for name, value in values.items() if value is not None} | dict(options.set)
 
 
@@ -137,33 +112,10 @@ def build_partial_request(fields: Mapping[str, Any]) -> pb.GenerateRequest:
 
 def _set_field(request: pb.GenerateRequest, name: str, value: Any) -> None:
     try:
-        ParseDict({name: _to_protobuf_json(name, value)}, request)
+        ParseDict({name: to_proto_json(name, value)}, request)
     except (ParseError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split()).removeprefix(f"Failed to parse {name} field: ").rstrip(".")
         raise FieldError(f"`{name}` cannot be {_abbreviate(value)}: {reason}") from None
-
-
-def _to_protobuf_json(name: str, value: Any) -> Any:
-    """Expand the shorter forms that some fields accept to protobuf's JSON form."""
-    if name in ("stop", "bad_words") and isinstance(value, str):
-        return [value]
-    if name == "prompt_token_ids" and isinstance(value, list):
-        return {"ids": value}
-    if name == "truncation_side" and value in ("left", "right"):
-        return f"TRUNCATION_SIDE_{value.upper()}"
-    if name == "heartbeat_interval" and isinstance(value, int | float):
-        return f"{value}s"
-    if name == "structured_outputs" and isinstance(value, dict):
-        return {kind: _expand_constraint(kind, constraint) for kind, constraint in value.items()}
-    return value
-
-
-def _expand_constraint(kind: str, value: Any) -> Any:
-    if kind == "choice" and isinstance(value, list):
-        return {"values": value}
-    if kind in ("json", "structural_tag") and isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
-    return value
 
 
 def _parse_value(name: str, text: str) -> Any:
@@ -182,5 +134,15 @@ def _abbreviate(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _add_option(group: argparse._ArgumentGroup, field: Field, default: int | None) -> None:
+    flags = ["--" + field.name.replace("_", "-")]
+    if len(field.name) == 1:
+        flags.insert(0, f"-{field.name}")
+    text = field.help if default is None else f"{field.help} (default: {default})"
+    if field.type is bool:
+        group.add_argument(*flags, action="store_true", default=None, help=text)
+    elif field.is_list:
+        group.add_argument(*flags, action="append", metavar="TEXT", help=text)
+    else:
+        metavar = "N" if field.type is int else "X"
+        group.add_argument(*flags, type=field.type, default=default, metavar=metavar, help=text)

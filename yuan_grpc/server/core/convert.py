@@ -3,33 +3,17 @@
 Nothing here rejects a value; `validation` checks the result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from yuan_grpc.request.fields import FIELDS
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import Constraint, ModelInfo, Repetition, Sampling
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-_OPTIONAL_FIELDS = (
-    "n",
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "skip_special_tokens",
-    "logprobs",
-    "prompt_logprobs",
-    "stream_interval",
-    "skip_reading_prefix_cache",
-)
-"""Optional fields that are sampling parameters of the same name."""
+_SAMPLING_FIELDS = tuple(field.name for field in FIELDS if field.is_sampling)
+_DESCRIPTORS: Any = pb.GenerateRequest.DESCRIPTOR.fields_by_name
 
 
 @dataclass(frozen=True)
@@ -102,20 +86,19 @@ def truncate_prompt(
 
 def to_sampling(request: pb.GenerateRequest) -> Sampling:
     """Return a request's sampling parameters, with defaults for absent fields."""
-    given = {name: getattr(request, name) for name in _OPTIONAL_FIELDS if request.HasField(name)}
-    return Sampling(
-        **given,
-        stop=tuple(request.stop),
-        stop_token_ids=tuple(request.stop_token_ids),
-        ignore_eos=request.ignore_eos,
-        include_stop_str_in_output=request.include_stop_str_in_output,
-        logprob_token_ids=tuple(request.logprob_token_ids),
-        logit_bias=dict(request.logit_bias),
-        allowed_token_ids=tuple(request.allowed_token_ids),
-        bad_words=tuple(request.bad_words),
-        repetition_detection=_repetition(request),
-        structured_outputs=_constraint(request),
-    )
+    values = {
+        name: _plain_value(getattr(request, name))
+        for name in _SAMPLING_FIELDS
+        if not _DESCRIPTORS[name].has_presence or request.HasField(name)
+    }
+    return Sampling(**values, repetition_detection=_repetition(request), structured_outputs=_constraint(request))
+
+
+def _plain_value(value: Any) -> Any:
+    """Return a scalar unchanged, a repeated field as a tuple and a map as a dict."""
+    if isinstance(value, int | float | str):
+        return value
+    return dict(value) if isinstance(value, Mapping) else tuple(value)
 
 
 def _repetition(request: pb.GenerateRequest) -> Repetition | None:

@@ -3,5 +3,4 @@
 MAX_IN_FLIGHT = 64
 """Requests of one call that run at a time."""
 MAX_REQUEST_ID = 256
-MAX_CHOICES = 128
 MAX_MESSAGES = 1024

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from yuan_grpc.server.core.limits import MAX_CHOICES
+from yuan_grpc.request.fields import MAX_CHOICES
 from yuan_grpc.server.engine.types import (
     INLINE_ENTRIES,
     ChoiceDelta,

@@ -2,31 +2,23 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from yuan_grpc.request.fields import BY_NAME, FIELDS, MAX_CHOICES, Field
 from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds
-from yuan_grpc.server.core.limits import MAX_CHOICES, MAX_MESSAGES, MAX_REQUEST_ID
+from yuan_grpc.server.core.limits import MAX_MESSAGES, MAX_REQUEST_ID
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.types import ModelInfo
 from yuan_grpc.server.errors import InvalidRequestError, NotEnabledError, Violation
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-MAX_SEED = 2**63 - 1 - MAX_CHOICES
-"""Largest seed: vLLM adds a choice's index and keeps the sum in a signed 64-bit integer; it reads -1 as no seed."""
-MAX_STRINGS = 64
-MAX_STOP_LENGTH = 1024
-MAX_IDS = 1024
-"""Capacity in vLLM's V2 model runner for `logit_bias`, and for `allowed_token_ids`."""
 MAX_SUPPRESSED_IDS = 128
 """Capacity in the V2 runner for tokens suppressed until `min_tokens`: stop tokens and end-of-text tokens."""
-MAX_LOGPROB_IDS = 128
 MAX_TOTAL_LOGPROBS = 2**20
 """Log-probabilities over all tokens of a request: about 30 MB of response, and 300 MB of memory to build it."""
-MAX_BAD_WORD_LENGTH = 256
-MAX_CACHE_SALT_LENGTH = 1024
 MAX_CHOICE_TEXTS = 1024
+MAX_CHOICE_TEXT_LENGTH = 1024
 MAX_CONSTRAINT_BYTES = 32_768
 """Size of all texts in a constraint. Much larger ones take minutes to compile; deep nesting crashes the compiler."""
 MAX_PATTERN_SIZE = 1024
@@ -95,42 +87,12 @@ def _violation(field: str, rule: str, value: object) -> Violation:
     return Violation(field, f"`{field}` must {rule}, not {value}")
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """A rule for a number, and its wording after "must"."""
-
-    field: str
-    text: str
-    accepts: Callable[[float], bool]
-
-
-def _between(field: str, low: float, high: float) -> _Rule:
-    return _Rule(field, f"be between {low} and {high}", lambda value: low <= value <= high)
-
-
-def _at_least(field: str, low: float) -> _Rule:
-    return _Rule(field, f"be at least {low}", lambda value: value >= low)
-
-
-_RULES = (
-    _between("n", 1, MAX_CHOICES),
-    _at_least("max_tokens", 1),
-    _at_least("min_tokens", 0),
-    _between("temperature", 0, 2),
-    _between("top_p", 0, 1),
-    _Rule("top_k", "be at least 1, or 0 or -1 for all tokens", lambda value: value >= -1),
-    _between("min_p", 0, 1),
-    _between("presence_penalty", -2, 2),
-    _between("frequency_penalty", -2, 2),
-    _between("repetition_penalty", 0.001, 1000),
-    _between("seed", 0, MAX_SEED),
-    _at_least("stream_interval", 1),
-    _between("best_of", 1, MAX_CHOICES),
-    _between("length_penalty", -10, 10),
-    _Rule("truncate_prompt_tokens", "be at least 1, or -1 for as many as fit", lambda v: v >= 1 or v == -1),
-)
+_RANGES = tuple(field for field in FIELDS if field.has_range and not field.is_list)
 _MODEL_LIMITED_FIELDS = ("logprobs", "prompt_logprobs")
 """Numbers that the model's `max_logprobs` limits."""
+_TEXT_LISTS = tuple(field for field in FIELDS if field.is_list and field.type is str)
+_ID_LISTS = tuple(field for field in FIELDS if field.is_list and field.type is not str)
+"""Lists of token ids, and the map from token ids to biases."""
 
 
 def _request_id_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
@@ -174,14 +136,14 @@ def _message_violations(messages: Sequence[pb.Message]) -> Iterator[Violation]:
 
 def _number_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request = parsed.request
-    model_rules = (_between(field, 0, info.max_logprobs) for field in _MODEL_LIMITED_FIELDS)
-    for rule in (*_RULES, *model_rules):
-        if request.HasField(rule.field) and not rule.accepts(value := getattr(request, rule.field)):
-            yield _violation(rule.field, rule.text, value)
+    model_ranges = (Field(name, int, 0, info.max_logprobs) for name in _MODEL_LIMITED_FIELDS)
+    for field in (*_RANGES, *model_ranges):
+        if request.HasField(field.name) and not field.allows(value := getattr(request, field.name)):
+            yield _violation(field.name, field.rule, value)
     yield from _token_count_violations(parsed, info)
-    heartbeat = _between("heartbeat_interval", MIN_HEARTBEAT, MAX_HEARTBEAT)
-    if (seconds := heartbeat_seconds(request)) is not None and not heartbeat.accepts(seconds):
-        yield _violation(heartbeat.field, f"{heartbeat.text} seconds", seconds)
+    heartbeat = Field("heartbeat_interval", float, MIN_HEARTBEAT, MAX_HEARTBEAT)
+    if (seconds := heartbeat_seconds(request)) is not None and not heartbeat.allows(seconds):
+        yield _violation(heartbeat.name, f"{heartbeat.rule} seconds", seconds)
     if request.HasField("repetition_detection"):
         yield from _repetition_violations(request.repetition_detection)
     if request.truncation_side not in pb.TruncationSide.values():
@@ -220,24 +182,24 @@ def _size_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violati
 
 
 def _repetition_violations(detection: pb.RepetitionDetection) -> Iterator[Violation]:
-    rules = (
-        _between("max_pattern_size", 1, MAX_PATTERN_SIZE),
-        _between("min_pattern_size", 0, detection.max_pattern_size),
-        _between("min_count", 2, MAX_PATTERN_SIZE),
+    fields = (
+        Field("max_pattern_size", int, 1, MAX_PATTERN_SIZE),
+        Field("min_pattern_size", int, 0, detection.max_pattern_size),
+        Field("min_count", int, 2, MAX_PATTERN_SIZE),
     )
-    for rule in rules:
-        if not rule.accepts(value := getattr(detection, rule.field)):
-            yield _violation(f"repetition_detection.{rule.field}", rule.text, value)
+    for field in fields:
+        if not field.allows(value := getattr(detection, field.name)):
+            yield _violation(f"repetition_detection.{field.name}", field.rule, value)
 
 
 def _text_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request = parsed.request
-    yield from _string_violations("stop", request.stop, MAX_STRINGS, MAX_STOP_LENGTH)
-    yield from _string_violations("bad_words", request.bad_words, MAX_STRINGS, MAX_BAD_WORD_LENGTH)
+    for field in _TEXT_LISTS:
+        yield from _string_violations(field.name, getattr(request, field.name), field.max_items, field.max_length)
     if blank := [index for index, word in enumerate(request.bad_words) if word.isspace()]:
         yield Violation(f"bad_words[{blank[0]}]", f"`bad_words[{blank[0]}]` must not be only white space")
-    if len(request.cache_salt) > MAX_CACHE_SALT_LENGTH:
-        yield _violation("cache_salt", f"be at most {MAX_CACHE_SALT_LENGTH} characters long", len(request.cache_salt))
+    if len(request.cache_salt) > (limit := BY_NAME["cache_salt"].max_length):
+        yield _violation("cache_salt", f"be at most {limit} characters long", len(request.cache_salt))
 
 
 def _string_violations(field: str, texts: Sequence[str], max_count: int, max_length: int) -> Iterator[Violation]:
@@ -258,19 +220,16 @@ def _count_violations(field: str, values: Sequence[object], limit: int, noun: st
 
 def _id_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request = parsed.request
-    limits = {
-        "stop_token_ids": MAX_SUPPRESSED_IDS - len(info.end_token_ids) if request.min_tokens else MAX_IDS,
-        "allowed_token_ids": MAX_IDS,
-        "logprob_token_ids": MAX_LOGPROB_IDS,
-        "logit_bias": MAX_IDS,
-    }
-    for field, limit in limits.items():
-        ids = list(getattr(request, field))
-        violations = [*_count_violations(field, ids, limit, "ids")]
-        yield from violations or _id_range_violations(field, ids, info)
+    for field in _ID_LISTS:
+        limit, ids = field.max_items, list(getattr(request, field.name))
+        if field.name == "stop_token_ids" and request.min_tokens:
+            limit = MAX_SUPPRESSED_IDS - len(info.end_token_ids)
+        violations = [*_count_violations(field.name, ids, limit, "ids")]
+        yield from violations or _id_range_violations(field.name, ids, info)
+    bias_range = BY_NAME["logit_bias"]
     for token_id, bias in request.logit_bias.items():
-        if not -100 <= bias <= 100:
-            yield _violation(f"logit_bias[{token_id}]", "be between -100 and 100", bias)
+        if not bias_range.allows(bias):
+            yield _violation(f"logit_bias[{token_id}]", bias_range.rule, bias)
             break
     count = len(request.logprob_token_ids)
     if count and request.HasField("logprobs") and request.logprobs != count:
@@ -308,7 +267,7 @@ def _constraint_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[V
 def _choice_violations(field: str, texts: Sequence[str]) -> Iterator[Violation]:
     if not texts:
         yield Violation(field, f"`{field}` must have at least one text")
-    yield from _string_violations(field, texts, MAX_CHOICE_TEXTS, MAX_STOP_LENGTH)
+    yield from _string_violations(field, texts, MAX_CHOICE_TEXTS, MAX_CHOICE_TEXT_LENGTH)
     if (size := sum(len(text.encode()) for text in texts)) > MAX_CONSTRAINT_BYTES:
         yield _violation(field, f"be at most {MAX_CONSTRAINT_BYTES} bytes in total", size)
 
@@ -333,25 +292,6 @@ def _specification_violations(field: str, kind: str, text: str) -> Iterator[Viol
         yield _violation(field, rule, "more" if is_huge else sum(map(int, counts)))
 
 
-_NEUTRAL_IN_BEAM_SEARCH = {
-    "temperature": (0.0,),
-    "top_p": (1.0,),
-    "top_k": (-1, 0),
-    "min_p": (0.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-}
-_NOT_IN_BEAM_SEARCH = (
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "logprob_token_ids",
-    "structured_outputs",
-    "repetition_detection",
-)
-
-
 def _search_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request, n, best_of, stops_early = parsed.request, parsed.sampling.n, parsed.best_of, early_stopping(parsed.request)
     if 1 <= best_of < n:  # a smaller one has its violation already
@@ -372,13 +312,15 @@ def _search_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Viola
 def _beam_violations(request: pb.GenerateRequest, width: int) -> Iterator[Violation]:
     if width < 2:
         yield _violation("best_of", "be at least 2 with `use_beam_search`", width)
-    for field, neutral in _NEUTRAL_IN_BEAM_SEARCH.items():
-        if request.HasField(field) and (value := getattr(request, field)) not in neutral:
-            yield _violation(field, f"be absent or {neutral[-1]} with `use_beam_search`", value)
-    given = {descriptor.name for descriptor, _ in request.ListFields()}
-    for field in _NOT_IN_BEAM_SEARCH:
-        if field in given:
-            yield Violation(field, f"`{field}` must not be given with `use_beam_search`")
+    given = {descriptor.name: value for descriptor, value in request.ListFields()}
+    for field in FIELDS:
+        if field.name not in given or field.beam_search is None or given[field.name] in field.beam_search:
+            continue
+        if field.beam_search:
+            rule = f"be absent or {field.beam_search[-1]} with `use_beam_search`"
+            yield _violation(field.name, rule, given[field.name])
+        else:
+            yield Violation(field.name, f"`{field.name}` must not be given with `use_beam_search`")
 
 
 _CHECKS = (

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import ParseDict, ParseError
 
+from yuan_grpc.request.notation import to_proto_json
 from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.errors import InvalidRequestError, Violation
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -94,22 +95,12 @@ def _has_too_many_entries(value: Any) -> bool:
 
 
 def convert_vllm_notation(fields: dict[str, Any]) -> None:
-    """Convert fields in vLLM's notation to that of `GenerateRequest`, in place.
-
-    vLLM accepts a string for `stop`, and objects and plain lists in `structured_outputs`.
-    """
-    if isinstance(fields.get("stop"), str):
-        fields["stop"] = [fields["stop"]]
-    if isinstance(outputs := fields.get("structured_outputs"), dict):
-        outputs = {kind: value for kind, value in outputs.items() if value is not None}
-        if isinstance(outputs.get("choice"), list):
-            outputs["choice"] = {"values": outputs["choice"]}
-        for kind in ("json", "structural_tag"):
-            if isinstance(outputs.get(kind), dict):
-                outputs[kind] = to_json(f"structured_outputs.{kind}", outputs[kind])
-        fields["structured_outputs"] = outputs
-    if isinstance(side := fields.get("truncation_side"), str) and side in ("left", "right"):
-        fields["truncation_side"] = f"TRUNCATION_SIDE_{side.upper()}"
+    """Convert fields in vLLM's notation to that of `GenerateRequest`, in place."""
+    for name in fields.keys() - {"prompt_token_ids"}:
+        try:
+            fields[name] = to_proto_json(name, fields[name])
+        except RecursionError:
+            reject(name, f"`{name}` must not be nested too deeply")
 
 
 def to_json(field: str, value: Any) -> str:
