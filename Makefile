@@ -8,7 +8,8 @@ PROTO_READY := .venv-proto/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` runs the tests last
-.PHONY: help setup serve test check proto proto-check proto-release lint format lock clean
+IN_TWO_PROCESSES := -n 2 --dist loadgroup
+.PHONY: help setup serve test test-fast coverage check proto proto-check proto-release lint format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +19,17 @@ setup: $(READY) ## build .venv from the locked packages, once (EXTRA=cuda for NV
 serve: $(READY) ## run the server (ARGS="..." goes to yuan-grpc serve)
 	.venv/bin/yuan-grpc serve $(ARGS)
 
-test: $(READY) ## run the tests (ARGS="..." goes to pytest)
-	.venv/bin/pytest $(ARGS)
+test: $(READY) ## run all tests in two processes (ARGS="..." goes to pytest, in one process)
+	.venv/bin/pytest $(or $(ARGS),$(IN_TWO_PROCESSES))
+
+test-fast: $(READY) ## run the tests that need no engine
+	.venv/bin/pytest $(IN_TWO_PROCESSES) tests/unit tests/contract
+
+coverage: $(READY) ## measure the code that the tests run, engine processes included
+	.venv/bin/coverage erase
+	.venv/bin/coverage run -m pytest -p no:randomly
+	.venv/bin/coverage combine --quiet
+	.venv/bin/coverage report
 
 check: lint proto-check test ## run all CI checks: lint, proto-check, test
 
@@ -36,11 +46,12 @@ proto-check: $(PROTO_READY) ## check that yuan_grpc/v1 and docs/api.md are up to
 proto-release: $(READY) ## record the contract of a release; `make lint` compares later changes with it
 	.venv/bin/buf build --exclude-source-info -o protos/released.txtpb
 
-lint: $(READY) ## check style, types, imports, and that the proto is valid and backward compatible
+lint: $(READY) ## check style, types, imports, words, and that the proto is valid and backward compatible
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/python .ci/check_words.py
 	.venv/bin/buf lint
 	.venv/bin/buf breaking --against protos/released.txtpb
 
@@ -60,7 +71,7 @@ lock: $(READY) ## update requirements/*.txt after a change of pyproject.toml (AR
 	$(COMPILE) --group proto -o requirements/proto.txt >/dev/null
 
 clean: ## delete the environments, caches and builds
-	rm -rf .venv .venv-proto .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .venv-proto .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call need,command,error message)

@@ -1,4 +1,4 @@
-"""What several layers of the suite share."""
+"""Fixtures and rules for all layers of the tests."""
 
 from pathlib import Path
 
@@ -7,17 +7,31 @@ import pytest
 from yuan_grpc.server.settings import DEMO
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+WAIT_SECONDS = 60
+"""Timeout of a test without an engine, unless it has its own: most wait for an event that comes within milliseconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests without an engine a short timeout, and keep tests that share an engine in one pytest-xdist worker."""
+    for item in items:
+        if not item.get_closest_marker("engine"):
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
+        elif "session_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("session server"))
+        else:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
 def demo() -> Path:
-    """The embedded checkpoint's folder."""
+    """Folder of the embedded checkpoint."""
     return Path(DEMO)
 
 
 @pytest.fixture(scope="session")
 def published() -> Path:
-    """The folder with the published tokenizer and its golden cases, which are not ours to ship."""
+    """Folder with the published tokenizer and its golden cases, which the repository does not contain."""
     if not SHARED.is_dir():
-        pytest.skip("the published tokenizer is not here: shared/data beside the checkout")
+        pytest.skip("the published tokenizer is missing: no shared/data next to the checkout")
     return SHARED
