@@ -1,8 +1,13 @@
 """The `yuan-grpc` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+if sys.argv[1:2] != ["serve"]:
+    # gRPC reads this when it is imported. Its log on stderr has text of servers, with control characters.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from yuan_grpc import __version__
 from yuan_grpc.cli import bench, chat, completion, generate, run, serve

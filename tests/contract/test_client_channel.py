@@ -26,7 +26,8 @@ from yuan_grpc.client import (
     UnavailableError,
     YuanError,
 )
-from yuan_grpc.client.channel import MAX_ATTEMPTS, RETRYABLE_METHODS, Settings, is_local, service_config
+from yuan_grpc.client.channel import MAX_ATTEMPTS, RETRYABLE_METHODS, Settings, service_config
+from yuan_grpc.client.target import is_local
 from yuan_grpc.client.tracing import trace_metadata
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -66,6 +67,9 @@ def test_an_invalid_target_is_rejected(target: str) -> None:
         ({"keepalive": 9.9}, "`keepalive` must be between 10 and 86400 seconds, or None to disable it, not 9.9"),
         ({"keepalive": math.inf}, "`keepalive` must be between 10 and 86400"),
         ({"client_cert": (b"", b"")}, "`client_cert` needs `tls`"),
+        ({"max_response_bytes": 0}, "`max_response_bytes` must be between 1 and 2147483647, not 0"),
+        ({"max_response_bytes": -1}, "`max_response_bytes` must be between 1 and 2147483647, not -1"),
+        ({"max_response_bytes": 2**31}, "`max_response_bytes` must be between 1 and 2147483647, not 2147483648"),
     ],
 )
 def test_arguments_are_validated(arguments: Any, message: str) -> None:
@@ -73,16 +77,18 @@ def test_arguments_are_validated(arguments: Any, message: str) -> None:
         Client(**arguments)
 
 
-@pytest.mark.parametrize(
-    "target", ["localhost:1", "127.0.0.9:1", "[::1]:1", "ipv6:[::1]:1", "unix:/a", "dns://10.0.0.1/localhost:1"]
-)
+@pytest.mark.parametrize("target", ["localhost:1", "127.0.0.9:1", "[::1]:1", "ipv6:[::1]:1", "unix:/a"])
 def test_a_token_needs_no_tls_to_a_local_target(target: str) -> None:
     assert is_local(target)
     Client(target, token="secret").close()
 
 
 @pytest.mark.parametrize(
-    "target", ["host:1", "10.0.0.1:1", "dns:///host:1", "ipv4:127.0.0.1:1,10.0.0.1:2", "localhost.evil:1", "xds:///a"]
+    "target",
+    [
+        *("host:1", "10.0.0.1:1", "dns:///host:1", "ipv4:127.0.0.1:1,10.0.0.1:2", "localhost.evil:1", "xds:///a"),
+        "dns://10.0.0.1/localhost:1",
+    ],
 )
 def test_a_token_is_never_sent_to_a_remote_target_in_plaintext(target: str) -> None:
     with pytest.raises(ValueError, match="`token` needs `tls`"):
@@ -119,7 +125,7 @@ def test_only_methods_without_side_effects_are_retried() -> None:
 
 def test_the_callers_channel_options_override_the_defaults() -> None:
     options = dict(Settings("a:1", options=[("grpc.keepalive_time_ms", 7)]).channel_options())
-    assert (options["grpc.keepalive_time_ms"], options["grpc.max_receive_message_length"]) == (7, -1)
+    assert (options["grpc.keepalive_time_ms"], options["grpc.max_receive_message_length"]) == (7, 64 << 20)
     assert "grpc.keepalive_time_ms" not in dict(Settings("a:1", keepalive=None).channel_options())
 
 

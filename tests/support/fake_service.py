@@ -28,13 +28,13 @@ class FakeService(yuan_pb2_grpc.YuanServiceServicer):
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         self._record_and_fail(context)
-        return pb.GenerateResponse(choices=[pb.Choice(text=self.name)])
+        return pb.GenerateResponse(choices=[self._choice()])
 
     def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateStreamResponse]:
         if request.prompt == "late":
             yield pb.GenerateStreamResponse(request_id="from-server", choices=[pb.Choice(text=self.name)])
         self._record_and_fail(context)
-        yield pb.GenerateStreamResponse(choices=[pb.Choice(text=self.name)])
+        yield pb.GenerateStreamResponse(choices=[self._choice()])
 
     def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         self._record_and_fail(context)
@@ -47,6 +47,9 @@ class FakeService(yuan_pb2_grpc.YuanServiceServicer):
     def UnloadLora(self, request: pb.UnloadLoraRequest, context: Any) -> pb.UnloadLoraResponse:
         self._record_and_fail(context)
         return pb.UnloadLoraResponse()
+
+    def _choice(self) -> pb.Choice:
+        return pb.Choice(text=self.name, finish_reason=pb.FINISH_REASON_LENGTH)
 
     def _record_and_fail(self, context: Any) -> None:
         self.attempts.append(dict(context.invocation_metadata()))

@@ -12,7 +12,7 @@ from yuan_grpc.cli.common import connection, request_fields
 from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UsageError, handle_errors
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
-from yuan_grpc.cli.common.terminal import BOLD, colorize, print_error
+from yuan_grpc.cli.common.terminal import BOLD, colorize, is_terminal, print_error, sanitize, sanitize_line
 from yuan_grpc.cli.load_generator import (
     QUANTILES,
     Measurement,
@@ -23,6 +23,7 @@ from yuan_grpc.cli.load_generator import (
     run_request,
 )
 from yuan_grpc.client import AsyncClient, Model
+from yuan_grpc.client.errors import broken_response_error
 
 MAX_TOKENS = 64
 PROMPT_TOKENS = 128
@@ -101,7 +102,8 @@ def _run(options: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     finally:
         if options.json and levels:
-            print(json.dumps(_to_json(options, models[0], levels), ensure_ascii=False, indent=2))
+            document = json.dumps(_to_json(options, models[0], levels), ensure_ascii=False, indent=2)
+            print(sanitize(document) if is_terminal(sys.stdout) else document)
     return EXIT_FAILURE if any(level.errors for level in levels) else 0
 
 
@@ -148,6 +150,8 @@ def _build_workload(options: argparse.Namespace, model: Model) -> Workload:
         if name in fields:
             raise UsageError(f"`{name}` cannot be set: bench generates it")
     template = request_fields.build_partial_request(fields)
+    if model.sizes.tokens < 1:
+        raise broken_response_error("gives the model a vocabulary of 0 tokens", "")
     tokens, limit = options.prompt_tokens + template.max_tokens, model.limits.max_model_len
     if tokens > limit:
         raise UsageError(f"--prompt-tokens plus --max-tokens must be at most {limit}, not {tokens}")
@@ -155,8 +159,9 @@ def _build_workload(options: argparse.Namespace, model: Model) -> Workload:
 
 
 def _print_header(options: argparse.Namespace, model: Model, workload: Workload) -> None:
+    served = sanitize_line(f"{model.name} ({model.dtype or 'unknown dtype'})")
     print(
-        f"{model.name} ({model.dtype or 'unknown dtype'}) at {options.address}: {workload.prompt_tokens} prompt tokens "
+        f"{served} at {options.address}: {workload.prompt_tokens} prompt tokens "
         f"({workload.shared_prefix} shared), {workload.template.max_tokens} generated; "
         f"--prompt-seed {workload.seed}; times in ms"
     )

@@ -16,7 +16,7 @@ from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, print_ca
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
-from yuan_grpc.cli.common.terminal import BOLD, DIM, colorize, is_terminal, print_error, print_stderr, sanitize
+from yuan_grpc.cli.common.terminal import BOLD, DIM, colorize, is_terminal, print_error, print_stderr, sanitize_line
 from yuan_grpc.client import AsyncClient, Completion, Result, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -86,8 +86,8 @@ class PromptBatch:
     def _to_json(self, index: int, result: Result) -> dict[str, Any]:
         request = self._requests[index]
         document: dict[str, Any] = {"index": index}
-        if request.request_id:
-            document["request_id"] = request.request_id
+        if request_id := request.request_id or (result.error.request_id if result.error else ""):
+            document["request_id"] = request_id
         if request.WhichOneof("input") == "prompt":
             document["prompt"] = request.prompt
         if result.completion:
@@ -118,7 +118,7 @@ class PromptBatch:
 def _title(request: pb.GenerateRequest) -> str:
     """Return the start of the prompt as one line."""
     text = request.messages[-1].content if request.messages else request.prompt
-    line = " ".join(sanitize(text).split()) or f"{len(request.prompt_token_ids.ids)} token ids"
+    line = " ".join(sanitize_line(text).split()) or f"{len(request.prompt_token_ids.ids)} token ids"
     return line if len(line) <= TITLE_CHARACTERS else f"{line[: TITLE_CHARACTERS - 1]}…"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from yuan_grpc.cli.common.connection import ADDRESS, positive_seconds
 from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
 from yuan_grpc.cli.common.progress import Progress
-from yuan_grpc.cli.common.terminal import print_stderr, redirect_to_devnull, sanitize, use_utf8
+from yuan_grpc.cli.common.terminal import print_stderr, redirect_to_devnull, sanitize_line, use_utf8
 from yuan_grpc.client import AsyncClient, Model, Token, YuanError
 from yuan_grpc.humaneval import records, report, scoring
 from yuan_grpc.humaneval.dataset import Problem, ProblemError, read_problems, read_prompts
@@ -40,6 +40,8 @@ from yuan_grpc.humaneval.sandbox.runner import Limits, Sandbox, SandboxError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 """Request fields that turn greedy decoding off."""
+MAX_DEFAULT_CONCURRENCY = 1024
+"""Maximum number of concurrent requests per server without --concurrency."""
 WAIT_NOTICE_SECONDS = 1.0
 """Delay before the command prints that it waits for servers."""
 
@@ -305,10 +307,15 @@ async def _connect(stack: AsyncExitStack, options: argparse.Namespace) -> tuple[
     models = await asyncio.gather(*(client.model() for client in clients))
     _check_same_model(addresses, models)
     targets = [
-        Target(address, client.generate, options.concurrency or model.limits.max_num_seqs)
+        Target(address, client.generate, options.concurrency or _default_concurrency(model))
         for address, client, model in zip(addresses, clients, models, strict=True)
     ]
     return targets, models[0], await clients[0].tokenize(FENCE_PROBE)
+
+
+def _default_concurrency(model: Model) -> int:
+    """Return the concurrency that a server reports, within bounds that hold for a broken server too."""
+    return min(max(model.limits.max_num_seqs, 1), MAX_DEFAULT_CONCURRENCY)
 
 
 async def _wait_until_ready(clients: list[AsyncClient], addresses: list[str], patience: float) -> None:
@@ -394,7 +401,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _print_error(message: str, status: int) -> int:
-    print_stderr(sanitize(f"yuan-grpc humaneval: {message}"))
+    print_stderr(sanitize_line(f"yuan-grpc humaneval: {message}"))
     return status
 
 

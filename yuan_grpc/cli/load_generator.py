@@ -98,7 +98,8 @@ class TimingInterceptor(grpc.aio.UnaryStreamClientInterceptor):
 
     async def _record(self, call: Any, timer: RequestTimer) -> AsyncIterator[Any]:
         async for message in call:
-            timer.record(message)
+            if message is not None:  # gRPC could not parse it; the client raises
+                timer.record(message)
             yield message
 
 

@@ -15,6 +15,7 @@ from yuan_grpc.client.base import (
     PreparedCall,
     Readiness,
     check_many_arguments,
+    check_readable,
     grpc_timeout,
 )
 from yuan_grpc.client.channel import SERVICE
@@ -87,7 +88,8 @@ class AsyncClient(BaseClient):
             prompt: text, token IDs, a conversation, or a GenerateRequest, whose fields the parameters override.
             parameters: see `Parameters`. `timeout` (seconds) and `metadata` apply to the call.
         """
-        return types.completion_from_proto(await self._invoke(self._prepare_generation("Generate", prompt, parameters)))
+        call = self._prepare_generation("Generate", prompt, parameters)
+        return types.completion_of_call(await self._invoke(call), call.request_id)
 
     def stream(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> AsyncStream:
         """Start generating and return an iterator over the first choice's text. Takes the arguments of `generate`."""
@@ -173,7 +175,7 @@ class AsyncClient(BaseClient):
         started = self._start(call)
         with translate_errors(call.request_id):
             try:
-                return await started
+                return check_readable(await started, call.request_id)
             except asyncio.CancelledError:
                 self._raise_if_closed(call.request_id)
                 raise
@@ -260,8 +262,9 @@ class AsyncStream(BaseStream):
 
     async def __anext__(self) -> str:
         while (message := await self._read()) is not grpc.aio.EOF:
-            if delta := self._builder.add(message):
+            if delta := self._add(message):
                 return delta
+        self._check_complete()
         raise StopAsyncIteration
 
     async def _read(self) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
 from yuan_grpc.client import requests
-from yuan_grpc.client.channel import AUTHORIZATION, AuthToken, MetadataLike, Pem, Settings
-from yuan_grpc.client.errors import DeadlineError
+from yuan_grpc.client.channel import MAX_RESPONSE_BYTES, Pem, Settings
+from yuan_grpc.client.errors import DeadlineError, InternalError, broken_response_error
 from yuan_grpc.client.google_rpc import HEALTH_STATUSES, HealthCheckRequest
+from yuan_grpc.client.metadata import AUTHORIZATION, AuthToken, MetadataLike, Pairs, bearer, to_pairs
 from yuan_grpc.client.tracing import trace_metadata
 from yuan_grpc.client.types import Completion, CompletionBuilder
 
@@ -33,7 +34,7 @@ class PreparedCall:
     rpc: str
     request: Any
     timeout: float | None
-    metadata: Sequence[tuple[str, str | bytes]]
+    metadata: Pairs = field(repr=False)
     request_id: str = ""
 
 
@@ -50,6 +51,7 @@ class BaseClient:
         timeout: float = 600.0,
         retries: int = 4,
         keepalive: float | None = 30.0,
+        max_response_bytes: int = MAX_RESPONSE_BYTES,
         proxy: str | None = None,
         metadata: MetadataLike = (),
         options: Sequence[tuple[str, object]] = (),
@@ -70,9 +72,12 @@ class BaseClient:
                 has arrived; gRPC allows at most 4. LoadLora, UnloadLora and Abort are never retried.
             keepalive: interval of keepalive pings while calls are in flight, in seconds, from 10 (servers reject more
                 frequent pings) to 86,400; None to disable them.
+            max_response_bytes: maximum size of a response or of a message of a stream; a larger one fails with
+                RESOURCE_EXHAUSTED.
             proxy: `http://host:port` of an HTTP CONNECT proxy. If None, gRPC reads `grpc_proxy`, `https_proxy`,
                 `http_proxy` and their `no_` variants from the environment.
-            metadata: sent with each call; `authorization` has the same requirements as `token`.
+            metadata: sent with each call. Secrets have the same requirements as `token`: keys whose last word is
+                authorization, cookie, credential, key, password, secret, session or token.
             options: gRPC channel options; they override those set by this client.
             interceptors: gRPC client interceptors, sync or async like the client.
 
@@ -82,7 +87,17 @@ class BaseClient:
         """
         self._closed = True  # until all steps that can fail are done
         self._settings = Settings(
-            target, tls, client_cert, token, timeout, retries, keepalive, proxy, _pairs(metadata), options
+            target,
+            tls,
+            client_cert,
+            token,
+            timeout,
+            retries,
+            keepalive,
+            max_response_bytes,
+            proxy,
+            to_pairs(metadata),
+            tuple(options),
         )
         self._interceptors = tuple(interceptors)
         self._credentials = self._settings.credentials()
@@ -112,19 +127,17 @@ class BaseClient:
     def _prepare(self, rpc: str, request: Any, seconds: float, metadata: MetadataLike) -> PreparedCall:
         self._check_open()
         request_id = getattr(request, "request_id", "")
-        return PreparedCall(rpc, request, grpc_timeout(seconds), self._metadata(_pairs(metadata)), request_id)
+        return PreparedCall(rpc, request, grpc_timeout(seconds), self._metadata(to_pairs(metadata)), request_id)
 
-    def _metadata(self, call_metadata: Sequence[tuple[str, str | bytes]]) -> Sequence[tuple[str, str | bytes]]:
+    def _metadata(self, call_metadata: Pairs) -> Pairs:
         """Merge the metadata of the call, of the client and of the current trace, in this order of precedence."""
+        self._settings.check_metadata_is_safe(call_metadata)
         keys = {key for key, _ in call_metadata}
-        if AUTHORIZATION in keys:
-            self._settings.check_token_is_safe(f"`{AUTHORIZATION}` in `metadata`")
-        merged = [*call_metadata, *(pair for pair in _pairs(self._settings.metadata) if pair[0] not in keys)]
+        merged = [*call_metadata, *(pair for pair in to_pairs(self._settings.metadata) if pair[0] not in keys)]
         keys = {key for key, _ in merged}
         merged += [pair for pair in trace_metadata() if pair[0] not in keys]
         if self._settings.token is not None and AUTHORIZATION not in keys:
-            token = self._settings.token
-            merged.append((AUTHORIZATION, f"Bearer {token if isinstance(token, str) else token()}"))
+            merged.append((AUTHORIZATION, bearer(self._settings.token)))
         return tuple(merged)
 
 
@@ -151,6 +164,19 @@ class BaseStream:
         """Cancel the call unless it has ended; the iterator then stops."""
         self._closed = True
         self._call.cancel()
+
+    def _add(self, message: Any) -> str:
+        """Merge a message and return the text it adds to the first choice; cancel the call if it is broken."""
+        try:
+            return self._builder.add(check_readable(message, self._request_id))
+        except InternalError:
+            self.close()
+            raise
+
+    def _check_complete(self) -> None:
+        """Raise InternalError if the call has succeeded without sending all of its choices."""
+        if not self._closed:
+            self._builder.check_complete(self._request_id)
 
     @property
     def _request_id(self) -> str:
@@ -206,6 +232,17 @@ def grpc_timeout(seconds: float) -> float | None:
     return None if seconds >= UNLIMITED_SECONDS else seconds
 
 
+def check_readable(message: Any, request_id: str) -> Any:
+    """Return the message of a successful call. gRPC returns None for a missing one, and for a malformed one in asyncio.
+
+    Raises:
+        InternalError: it is missing or malformed.
+    """
+    if message is None:
+        raise broken_response_error("is missing or malformed", request_id)
+    return message
+
+
 def check_many_arguments(parameters: Mapping[str, Any], concurrency: int) -> None:
     """Check the arguments of `generate_many`.
 
@@ -218,8 +255,3 @@ def check_many_arguments(parameters: Mapping[str, Any], concurrency: int) -> Non
         raise ValueError(f"`concurrency` must be at least 1, not {concurrency}")
     if parameters.get("request_id"):
         raise ValueError("`request_id` must be unique per request; set it in a GenerateRequest for each prompt")
-
-
-def _pairs(metadata: MetadataLike) -> tuple[tuple[str, str | bytes], ...]:
-    pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
-    return tuple((key.lower(), value) for key, value in pairs)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from yuan_grpc import __version__
+from yuan_grpc.client.metadata import AuthToken, MetadataLike, bearer, is_secret, to_pairs
+from yuan_grpc.client.target import is_local, is_valid, to_uri
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["YuanService"].full_name
@@ -20,24 +20,25 @@ SERVICE = pb.DESCRIPTOR.services_by_name["YuanService"].full_name
 RETRYABLE_METHODS = ("Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModel", "ListLoras")
 """RPCs without side effects on the server, safe for gRPC to retry."""
 
-AUTHORIZATION = "authorization"
-"""Metadata key that holds the token."""
-
 MAX_ATTEMPTS = 5
 """Maximum number of attempts gRPC allows per call."""
 
 MIN_KEEPALIVE, MAX_KEEPALIVE = 10, 86_400
 """Bounds of `keepalive`, in seconds. Servers close connections that ping more often, with all their calls."""
 
-RETRY_BUFFER_BYTES = 8 << 20
-"""Maximum size of a request gRPC can retry; its default of 256 KiB is smaller than a long prompt."""
+RETRY_BUFFER_BYTES = 4 << 20
+"""Maximum size of a request gRPC can retry. Its default of 256 KiB is smaller than a long prompt. Servers reject
+requests above 4 MiB, and gRPC would otherwise retry them, since the status is that of an overloaded server."""
+
+MAX_RESPONSE_BYTES = 64 << 20
+"""Default of `max_response_bytes`. The largest response, with 2^20 log-probabilities, has about 30 MB."""
+
+MAX_MESSAGE_BYTES = 2**31 - 1
+"""Maximum size of a gRPC message."""
+
+_RECEIVE_LIMIT, _SEND_LIMIT = "grpc.max_receive_message_length", "grpc.max_send_message_length"
 
 Pem = str | os.PathLike[str] | bytes
-MetadataLike = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
-AuthToken = str | Callable[[], str]
-
-_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
-_HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):\d+")
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,18 @@ class Settings:
 
     target: str
     tls: bool | Pem = False
-    client_cert: tuple[Pem, Pem] | None = None
-    token: AuthToken | None = None
+    client_cert: tuple[Pem, Pem] | None = field(default=None, repr=False)
+    token: AuthToken | None = field(default=None, repr=False)
     timeout: float = 600.0
     retries: int = 4
     keepalive: float | None = 30.0
-    proxy: str | None = None
-    metadata: MetadataLike = ()
-    options: Sequence[tuple[str, object]] = ()
+    max_response_bytes: int = MAX_RESPONSE_BYTES
+    proxy: str | None = field(default=None, repr=False)
+    metadata: MetadataLike = field(default=(), repr=False)
+    options: Sequence[tuple[str, object]] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        if not _SCHEME.match(self.target) and not _HOST_AND_PORT.fullmatch(self.target):
+        if not is_valid(self.target):
             raise ValueError(f"`target` must be host:port or a gRPC target such as dns:///host:port, not {self.target}")
         if not self.timeout > 0:
             raise ValueError(f"`timeout` must be above 0 seconds, not {self.timeout}")
@@ -69,23 +71,34 @@ class Settings:
         if self.keepalive is not None and not MIN_KEEPALIVE <= self.keepalive <= MAX_KEEPALIVE:
             bounds = f"between {MIN_KEEPALIVE} and {MAX_KEEPALIVE} seconds"
             raise ValueError(f"`keepalive` must be {bounds}, or None to disable it, not {self.keepalive}")
+        if not 1 <= self.max_response_bytes <= MAX_MESSAGE_BYTES:
+            bounds = f"between 1 and {MAX_MESSAGE_BYTES}"
+            raise ValueError(f"`max_response_bytes` must be {bounds}, not {self.max_response_bytes}")
         if self.client_cert is not None and not self.is_secure:
             raise ValueError("`client_cert` needs `tls`: certificates are sent only over TLS")
-        if self._has_token:
-            self.check_token_is_safe("`token`" if self.token is not None else "`authorization` in `metadata`")
+        if self.token is not None:
+            self._check_secret_is_safe("`token`")
+            if isinstance(self.token, str):
+                bearer(self.token)
+        self.check_metadata_is_safe(self.metadata)
 
-    def check_token_is_safe(self, name: str) -> None:
-        """Raise ValueError if a token would leave this machine in plaintext."""
-        if not self.is_secure and not (is_local(self.target) and self.proxy is None):
+    def check_metadata_is_safe(self, metadata: MetadataLike) -> None:
+        """Raise ValueError if a secret would leave this machine in plaintext."""
+        for key, _ in to_pairs(metadata):
+            if is_secret(key):
+                self._check_secret_is_safe(f"`{key}` in `metadata`")
+
+    def _check_secret_is_safe(self, name: str) -> None:
+        if not self.is_secure and not (is_local(self.target) and not self._has_proxy):
             raise ValueError(
                 f"{name} needs `tls`: it would be readable on the way to {self.target}. "
                 "Without TLS it is sent only to loopback addresses and unix sockets, and never through a proxy"
             )
 
     @property
-    def _has_token(self) -> bool:
-        """Whether every call carries a token, from `token` or from `metadata`."""
-        return self.token is not None or any(key.lower() == AUTHORIZATION for key in dict(self.metadata))
+    def _has_proxy(self) -> bool:
+        """Whether `proxy` or a channel option configures a proxy."""
+        return self.proxy is not None or any("http_proxy" in name and value for name, value in self.options)
 
     @property
     def is_secure(self) -> bool:
@@ -95,7 +108,7 @@ class Settings:
     @property
     def uri(self) -> str:
         """The target with its scheme, `dns` by default."""
-        return self.target if _SCHEME.match(self.target) else f"dns:///{self.target}"
+        return to_uri(self.target)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Return the credentials of a TLS channel; None for plaintext.
@@ -114,8 +127,8 @@ class Settings:
         options: dict[str, object] = {
             "grpc.primary_user_agent": f"yuan-grpc/{__version__}",
             "grpc.service_config": service_config(self.retries),
-            "grpc.per_rpc_retry_buffer_size": RETRY_BUFFER_BYTES,
-            "grpc.max_receive_message_length": -1,
+            "grpc.per_rpc_retry_buffer_size": self._retry_buffer_bytes,
+            _RECEIVE_LIMIT: self.max_response_bytes,
             # Connect within seconds after a server has started; gRPC backs off up to two minutes by default.
             "grpc.initial_reconnect_backoff_ms": 200,
             "grpc.max_reconnect_backoff_ms": 5_000,
@@ -129,6 +142,16 @@ class Settings:
         elif not self.is_secure and is_local(self.target):
             options["grpc.enable_http_proxy"] = 0  # a proxy from the environment could read tokens
         return list((options | dict(self.options)).items())
+
+    @property
+    def _retry_buffer_bytes(self) -> int:
+        """The retry buffer: a request that is too large for the server, or for an option of the caller, exceeds it."""
+        send_limit = dict(self.options).get(_SEND_LIMIT)
+        return (
+            min(RETRY_BUFFER_BYTES, send_limit)
+            if isinstance(send_limit, int) and send_limit > 0
+            else RETRY_BUFFER_BYTES
+        )
 
 
 def service_config(retries: int) -> str:
@@ -149,24 +172,6 @@ def service_config(retries: int) -> str:
         names = [{"service": SERVICE, "method": method} for method in RETRYABLE_METHODS]
         config["methodConfig"] = [{"name": names, "retryPolicy": policy}]
     return json.dumps(config)
-
-
-def is_local(target: str) -> bool:
-    """Return whether a target is on this machine, judged by its address alone."""
-    scheme, _, address_list = target.partition(":") if _SCHEME.match(target) else ("dns", ":", target)
-    if scheme in ("unix", "unix-abstract"):
-        return True
-    if scheme not in ("dns", "ipv4", "ipv6"):
-        return False
-    addresses = address_list.rpartition("/")[2].split(",")
-    return all(_is_loopback(re.sub(r":\d+$", "", address).strip("[]")) for address in addresses)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read_pem(source: bool | Pem) -> bytes:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from yuan_grpc.client.google_rpc import BadRequest, ErrorInfo, RetryInfo
 from yuan_grpc.v1 import yuan_pb2 as pb
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MAX_RETRY_AFTER_SECONDS = 3600.0
+"""Maximum of `retry_after`, in seconds, so that a broken server cannot make a program wait for years."""
+
+_MILLISECONDS = re.compile(r"[0-9]{1,10}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class YuanError(Exception):
         message: a human-readable message.
         reason: the name of an `ErrorReason` of `yuan.v1`, such as `OVERLOADED`; empty if gRPC itself failed the call.
         violations: all invalid fields of the request, with INVALID_ARGUMENT.
-        retry_after: the delay before a retry that the server suggests, in seconds; None if it suggests none.
+        retry_after: the delay before a retry that the server suggests, in seconds, at most an hour; None if it suggests
+            none.
         request_id: the request ID set by the caller or received from the server; empty otherwise.
     """
 
@@ -54,6 +64,12 @@ class YuanError(Exception):
 
     def __str__(self) -> str:
         return self.message or self.code.name
+
+    def with_request_id(self, request_id: str) -> Self:
+        """Return the same error with a request ID."""
+        copy = type(self)(self.code, self.message, self.reason, self.violations, self.retry_after, request_id)
+        copy.__cause__ = self.__cause__
+        return copy
 
 
 class InvalidRequestError(YuanError):
@@ -97,7 +113,7 @@ class PermissionDeniedError(YuanError):
 
 
 class InternalError(YuanError):
-    """INTERNAL, UNKNOWN or DATA_LOSS: the server failed; its log has the details."""
+    """INTERNAL, UNKNOWN or DATA_LOSS: the server failed; its log has the details. Or its response is incomplete."""
 
 
 _CLASSES: dict[grpc.StatusCode, type[YuanError]] = {
@@ -128,12 +144,17 @@ def error_from_rpc(error: Any, request_id: str = "") -> YuanError:
     trailers = {key: value for key, value in error.trailing_metadata() or ()}
     fields = _details(trailers.get("grpc-status-details-bin", b""))
     pushback = _text(trailers.get("grpc-retry-pushback-ms", ""))
-    if "retry_after" not in fields and pushback.isdecimal():
-        fields["retry_after"] = int(pushback) / 1000
+    if "retry_after" not in fields and _MILLISECONDS.fullmatch(pushback):
+        fields["retry_after"] = min(int(pushback) / 1000, MAX_RETRY_AFTER_SECONDS)
     return error_from_code(error.code(), error.details() or "", request_id=request_id, **fields)
 
 
-def unencodable_value_error(field: str, problem: ValueError, request_id: str = "") -> InvalidRequestError:
+def broken_response_error(problem: str, request_id: str) -> InternalError:
+    """Return the error for a successful call whose response violates the contract."""
+    return InternalError(grpc.StatusCode.INTERNAL, f"the server's response {problem}", request_id=request_id)
+
+
+def unencodable_value_error(field: str, problem: ValueError) -> InvalidRequestError:
     """Return the error for a value that no message can encode; it is raised before anything is sent."""
     sentence = f"`{field}` cannot be encoded: {problem}"
     return InvalidRequestError(
@@ -141,7 +162,6 @@ def unencodable_value_error(field: str, problem: ValueError, request_id: str = "
         sentence,
         "INVALID_REQUEST",
         violations=[Violation(field, sentence)],
-        request_id=request_id,
     )
 
 
@@ -155,21 +175,26 @@ def translate_errors(request_id: str = "") -> Iterator[None]:
 
 
 def _details(raw: bytes) -> dict[str, Any]:
-    """Return the fields found in `google.rpc` details; none if the details are missing or malformed."""
+    """Return the fields found in `google.rpc` details, without those that are missing or malformed."""
     fields: dict[str, Any] = {}
-    info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
-    try:
+    with suppress(DecodeError):
         # yuan.v1.Status has the same wire format as google.rpc.Status.
         for detail in pb.Status.FromString(raw).details:
-            if detail.Unpack(info):
-                fields["reason"] = info.reason
-            elif detail.Unpack(bad_request):
-                fields["violations"] = tuple(Violation(v.field, v.description) for v in bad_request.field_violations)
-            elif detail.Unpack(retry):
-                fields["retry_after"] = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-    except DecodeError:
-        return {}
+            with suppress(DecodeError):
+                _unpack(detail, fields)
     return fields
+
+
+def _unpack(detail: Any, fields: dict[str, Any]) -> None:
+    info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
+    if detail.Unpack(info):
+        fields["reason"] = info.reason
+    elif detail.Unpack(bad_request):
+        fields["violations"] = tuple(Violation(v.field, v.description) for v in bad_request.field_violations)
+    elif detail.Unpack(retry):
+        seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+        if seconds >= 0:
+            fields["retry_after"] = min(seconds, MAX_RETRY_AFTER_SECONDS)
 
 
 def _text(value: str | bytes) -> str:

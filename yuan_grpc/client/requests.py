@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Value
 
-from yuan_grpc.client.channel import MetadataLike
-from yuan_grpc.client.errors import unencodable_value_error
+from yuan_grpc.client.errors import InvalidRequestError, unencodable_value_error
+from yuan_grpc.client.metadata import MetadataLike
 from yuan_grpc.request.notation import to_json_text, to_list, to_side_name
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -96,10 +96,13 @@ def generate_request(prompt: Prompt, parameters: Mapping[str, Any]) -> pb.Genera
     """
     check_parameter_names(parameters)
     request = pb.GenerateRequest()
-    set_prompt(request, prompt)
-    for name, value in parameters.items():
-        if value is not None and name not in CALL_OPTIONS:
-            _fill(name, _set_field, request, name, value)
+    try:
+        set_prompt(request, prompt)
+        for name, value in parameters.items():
+            if value is not None and name not in CALL_OPTIONS:
+                _fill(name, _set_field, request, name, value)
+    except InvalidRequestError as error:
+        raise error.with_request_id(parameters.get("request_id") or request.request_id) from error.__cause__
     return request
 
 

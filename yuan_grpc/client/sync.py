@@ -17,6 +17,7 @@ from yuan_grpc.client.base import (
     PreparedCall,
     Readiness,
     check_many_arguments,
+    check_readable,
     grpc_timeout,
 )
 from yuan_grpc.client.channel import SERVICE
@@ -101,7 +102,8 @@ class Client(BaseClient):
             prompt: text, token IDs, a conversation, or a GenerateRequest, whose fields the parameters override.
             parameters: see `Parameters`. `timeout` (seconds) and `metadata` apply to the call.
         """
-        return types.completion_from_proto(self._invoke(self._prepare_generation("Generate", prompt, parameters)))
+        call = self._prepare_generation("Generate", prompt, parameters)
+        return types.completion_of_call(self._invoke(call), call.request_id)
 
     def stream(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Stream:
         """Start generating and return an iterator over the first choice's text. Takes the arguments of `generate`."""
@@ -170,7 +172,8 @@ class Client(BaseClient):
 
     def _invoke(self, call: PreparedCall) -> Any:
         with translate_errors(call.request_id):
-            return getattr(self._stub, call.rpc)(call.request, timeout=call.timeout, metadata=call.metadata)
+            response = getattr(self._stub, call.rpc)(call.request, timeout=call.timeout, metadata=call.metadata)
+        return check_readable(response, call.request_id)
 
     def _many(self, prompts: Iterator[Prompt], window: Window, parameters: Parameters) -> Generator[Result, None, None]:
         running: dict[int, tuple[Prompt, Any]] = {}
@@ -246,11 +249,14 @@ class Stream(BaseStream):
         while True:
             try:
                 message = next(self._call)
+            except StopIteration:
+                self._check_complete()
+                raise
             except grpc.RpcError as error:
                 if self._closed:
                     raise StopIteration from None
                 raise error_from_rpc(error, self._request_id) from error
-            if delta := self._builder.add(message):
+            if delta := self._add(message):
                 return delta
 
     def __enter__(self) -> Self:
@@ -275,6 +281,7 @@ def _result(index: int, prompt: Prompt, future: Any) -> Result:
     request_id = prompt.request_id if isinstance(prompt, pb.GenerateRequest) else ""
     try:
         with translate_errors(request_id):
-            return Result(index, prompt, types.completion_from_proto(future.result()), None)
+            response = check_readable(future.result(), request_id)
+        return Result(index, prompt, types.completion_of_call(response, request_id), None)
     except YuanError as error:
         return Result(index, prompt, None, error)

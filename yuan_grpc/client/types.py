@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from yuan_grpc.client.errors import broken_response_error
+from yuan_grpc.request.fields import MAX_CHOICES
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 if TYPE_CHECKING:
@@ -203,8 +206,32 @@ class Loras:
     available: tuple[str, ...]
 
 
+def completion_of_call(message: pb.GenerateResponse, request_id: str) -> Completion:
+    """Convert the response to a successful call.
+
+    Raises:
+        InternalError: the response does not have all of its choices.
+    """
+    check_choices(message.choices, request_id or message.request_id)
+    return completion_from_proto(message)
+
+
+def check_choices(choices: Sequence[pb.Choice], request_id: str) -> None:
+    """Raise InternalError unless the choices are those of a finished call: at least one, in order, each finished."""
+    if not choices:
+        raise broken_response_error("has no choices", request_id)
+    if len(choices) > MAX_CHOICES:
+        raise broken_response_error(f"has {len(choices)} choices, more than {MAX_CHOICES}", request_id)
+    indexes = [choice.index for choice in choices]
+    if indexes != list(range(len(choices))):
+        raise broken_response_error(f"has choices with the wrong indexes: {indexes}", request_id)
+    for choice in choices:
+        if choice.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
+            raise broken_response_error(f"ends before choice {choice.index} is finished", request_id)
+
+
 def completion_from_proto(message: pb.GenerateResponse) -> Completion:
-    """Convert a `GenerateResponse`."""
+    """Convert a `GenerateResponse`, complete or not."""
     return Completion(
         choices=tuple(_choice(choice) for choice in message.choices),
         usage=_from_fields(Usage, message.usage),
@@ -262,7 +289,11 @@ class CompletionBuilder:
         return "".join(self._texts.get(0, ()))
 
     def add(self, message: pb.GenerateStreamResponse) -> str:
-        """Merge a message and return the text it adds to the first choice."""
+        """Merge a message and return the text it adds to the first choice.
+
+        Raises:
+            InternalError: the index of a choice is out of range.
+        """
         response = self._response
         response.request_id, response.model = message.request_id, message.model
         if message.HasField("usage"):
@@ -286,7 +317,13 @@ class CompletionBuilder:
             response.choices[-1].text = "".join(self._texts[index])
         return completion_from_proto(response)
 
+    def check_complete(self, request_id: str) -> None:
+        """Raise InternalError if the stream has ended without all of its choices."""
+        check_choices([self._choices[index] for index in sorted(self._choices)], request_id)
+
     def _add_choice(self, delta: pb.Choice) -> None:
+        if delta.index >= MAX_CHOICES:
+            raise broken_response_error(f"has a choice with the wrong index: {delta.index}", self.request_id)
         choice = self._choices.setdefault(delta.index, pb.Choice(index=delta.index))
         self._texts.setdefault(delta.index, []).append(delta.text)
         if delta.HasField("flat_logprobs"):

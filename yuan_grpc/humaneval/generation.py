@@ -172,12 +172,12 @@ class Generation:
         return since is not None and now - since > self.patience and target.last_response > since
 
     def _back_off(self, target: Target, now: float, retry_after: float | None) -> None:
-        """Pause a server for the time it requests, or for a delay that doubles with each consecutive failure."""
+        """Pause a server for the time it requests, at most the patience, or a delay that doubles with each failure."""
         if now < target.backoff_until:
             return  # this call started before the backoff
-        delay: float = min(MIN_BACKOFF * 2.0**target.failures, MAX_BACKOFF)
+        delay: float = min(MIN_BACKOFF * 2.0 ** min(target.failures, 10), MAX_BACKOFF)
         target.failures += 1
-        target.backoff_until = now + max(delay, retry_after or 0.0)
+        target.backoff_until = now + max(delay, min(retry_after or 0.0, self.patience))
 
     def _record(self, record: Record) -> None:
         self.records.append(record)

@@ -116,7 +116,8 @@ def _file(text: str) -> Path:
 
 def _proxy(text: str) -> str:
     if not _PROXY_URL.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"must be http://host:port, not {text!r}")
+        without_password = re.sub(r"(?<=//)[^/]*@", "…@", text)
+        raise argparse.ArgumentTypeError(f"must be http://host:port, not {without_password!r}")
     return text
 
 
@@ -124,9 +125,8 @@ def _metadata(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     key = key.lower()
     if not equals or not _METADATA_KEY.fullmatch(key) or key.endswith("-bin") or key.startswith("grpc-"):
-        raise argparse.ArgumentTypeError(
-            f"must be KEY=VALUE with a key of letters, digits, '_', '.' and '-', not {text!r}"
-        )
+        # Without the text: its value may be a secret.
+        raise argparse.ArgumentTypeError("must be KEY=VALUE with a key of letters, digits, '_', '.' and '-'")
     if not _is_printable_ascii(value):
         raise argparse.ArgumentTypeError(f"the value of {key} must be printable ASCII")
     return key, value

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import grpc
 
-from yuan_grpc.cli.common.terminal import print_error, print_stderr, redirect_to_devnull, sanitize, use_utf8
-from yuan_grpc.client import YuanError
+from yuan_grpc.cli.common.terminal import print_error, print_stderr, redirect_to_devnull, sanitize_line, use_utf8
+from yuan_grpc.client import InternalError, YuanError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 """Exit statuses: a failed call, wrong usage, Ctrl-C (128 + SIGINT) and a closed output pipe (128 + SIGPIPE)."""
@@ -50,10 +50,12 @@ def handle_errors(command: Command) -> Command:
 
 def print_call_error(error: YuanError, prefix: str = "") -> None:
     """Print the error of a call to stderr. If several fields are invalid, print one more line for each."""
-    print_error(f"{prefix}{error.code.name}: {error.message}")
+    # Only the server's log explains an internal error, and it is searched by request id.
+    request = f" (request {error.request_id})" if isinstance(error, InternalError) and error.request_id else ""
+    print_error(f"{prefix}{error.code.name}: {error.message}{request}")
     if len(error.violations) > 1:
         for violation in error.violations:
-            print_stderr(sanitize(f"  {violation.field}: {violation.description}"))
+            print_stderr("  " + sanitize_line(f"{violation.field}: {violation.description}"))
 
 
 def print_connection_hint(error: YuanError, address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -12,7 +13,15 @@ from typing import TextIO
 BOLD, DIM, RED = "1", "2", "31"
 """Select Graphic Rendition codes."""
 
-_CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_CONTROL_CHARACTERS = (*range(0x20), *range(0x7F, 0xA0))
+_LINE_SEPARATORS = (0x2028, 0x2029)
+_BIDI_OVERRIDES = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""Characters that change the order in which the following text appears."""
+_REPLACEMENTS = {
+    code: "\ufffd" for code in (*_CONTROL_CHARACTERS, *_LINE_SEPARATORS, *_BIDI_OVERRIDES) if chr(code) not in "\n\t"
+}
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of control, format and surrogate characters and of line and paragraph separators."""
 
 
 def use_utf8() -> None:
@@ -35,8 +44,18 @@ def colorize(text: str, code: str, stream: TextIO | None) -> str:
 
 
 def sanitize(text: str) -> str:
-    """Replace control characters, so that generated text cannot send commands to a terminal."""
-    return text.translate(_CONTROL_CHARACTERS)
+    """Replace characters of generated text that send commands to a terminal or reorder its text."""
+    return text.translate(_REPLACEMENTS)
+
+
+def sanitize_line(text: str) -> str:
+    """Return the text as one line without invisible characters, so that a server's text cannot pose as other output."""
+    visible = (" " if character in "\n\r\t" else _to_visible(character) for character in text)
+    return "".join(visible)
+
+
+def _to_visible(character: str) -> str:
+    return "\ufffd" if unicodedata.category(character) in _INVISIBLE else character
 
 
 def print_stderr(line: str, code: str = "") -> None:
@@ -48,8 +67,8 @@ def print_stderr(line: str, code: str = "") -> None:
 
 
 def print_error(message: str) -> None:
-    """Print an error message to stderr, prefixed with the program's name."""
-    print_stderr(f"{colorize('yuan-grpc:', RED, sys.stderr)} {sanitize(message)}")
+    """Print an error message to stderr as one line, prefixed with the program's name."""
+    print_stderr(f"{colorize('yuan-grpc:', RED, sys.stderr)} {sanitize_line(message)}")
 
 
 @contextmanager
