@@ -1,13 +1,16 @@
 """The clients against broken and hostile servers: every call ends with its result or a `YuanError`."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import grpc
 import pytest
 from client_adapters import CLIENTS
+from fake_engine import FakeEngine
 from google.protobuf.message import Message
 from hostile_server import HostileServer, serve
+from servers import serve_grpc
 
 from yuan_grpc.client import (
     GenerateRequest,
@@ -22,6 +25,7 @@ from yuan_grpc.client import (
 from yuan_grpc.client.channel import Settings
 from yuan_grpc.client.errors import MAX_RETRY_AFTER_SECONDS, error_from_rpc
 from yuan_grpc.client.google_rpc import BadRequest, ErrorInfo, RetryInfo
+from yuan_grpc.server.errors import AnswerTooLargeError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 CODES = grpc.StatusCode
@@ -322,3 +326,35 @@ async def test_the_error_of_a_request_that_cannot_be_encoded_has_the_request_id(
             assert isinstance(raised.value.__cause__, ValueError)
         (result,) = [result async for result in client.generate_many([GenerateRequest(request_id="mine")], seed=2**99)]
         assert result_error(result, InvalidRequestError).request_id == "mine"
+
+
+async def test_an_error_has_the_request_id_that_the_server_generated(client_class: Any) -> None:
+    async with serve_grpc(FakeEngine(RuntimeError("broken"))) as address, client_class(address) as client:
+        with pytest.raises(InternalError) as unary:
+            await client.generate("A")
+        with pytest.raises(InternalError) as streamed:
+            await read(client.stream("A"))
+        with pytest.raises(InternalError) as named:
+            await client.generate("A", request_id="mine")
+        with pytest.raises(InvalidRequestError) as huge:
+            await client.generate("A", request_id="x" * 100_000)
+        with pytest.raises(InvalidRequestError) as wide:
+            await client.generate("A", request_id="编号", n=0)
+    assert re.fullmatch("[0-9a-f]{32}", unary.value.request_id)
+    assert re.fullmatch("[0-9a-f]{32}", streamed.value.request_id)
+    assert (named.value.request_id, wide.value.request_id) == ("mine", "编号")
+    assert len(huge.value.request_id) == 100_000
+
+
+def test_a_request_id_of_the_server_may_have_any_bytes() -> None:
+    assert error_from_rpc(FakeRpcError(("x-request-id", b"a\xff\x1b"))).request_id == "a\ufffd\x1b"
+
+
+async def test_the_server_forbids_retries_that_cannot_succeed(client_class: Any) -> None:
+    engine = FakeEngine(AnswerTooLargeError("the answer must be small"))
+    async with serve_grpc(engine) as address, client_class(address) as client:
+        for call in (generate, stream):
+            with pytest.raises(ResourceExhaustedError) as raised:
+                await call(client, "A")
+            assert (raised.value.reason, raised.value.retry_after) == ("ANSWER_TOO_LARGE", None)
+    assert len(engine.requests) == 2

@@ -139,10 +139,11 @@ def error_from_code(code: grpc.StatusCode, message: str, **fields: Any) -> YuanE
 
 
 def error_from_rpc(error: Any, request_id: str = "") -> YuanError:
-    """Convert a `grpc.RpcError` of a sync or async call."""
+    """Convert a `grpc.RpcError` of a sync or async call. The caller's request ID precedes that of the server."""
     # Not `dict(...)`: the metadata class of older grpcio looks like a mapping to `dict`, which then fails.
     trailers = {key: value for key, value in error.trailing_metadata() or ()}
     fields = _details(trailers.get("grpc-status-details-bin", b""))
+    request_id = request_id or _text(trailers.get("x-request-id", ""))
     pushback = _text(trailers.get("grpc-retry-pushback-ms", ""))
     if "retry_after" not in fields and _MILLISECONDS.fullmatch(pushback):
         fields["retry_after"] = min(int(pushback) / 1000, MAX_RETRY_AFTER_SECONDS)

@@ -14,6 +14,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 DOMAIN = "yuan.v1"
 INTERNAL_MESSAGE = "an internal error occurred; see the server's log for this request id"
+PUSHBACK = "grpc-retry-pushback-ms"
 MAX_VIOLATIONS = 12
 """Maximum violations in a status. Statuses travel in headers, and clients accept 8 KB of headers by default."""
 MAX_DESCRIPTION = 160
@@ -150,9 +151,11 @@ def to_trailers(error: Exception, status: Status) -> tuple[tuple[str, str | byte
     """
     details = ("grpc-status-details-bin", status.SerializeToString())
     seconds = error.retry_seconds if isinstance(error, ServiceError) else None
-    if seconds is None:
-        return (details,)
-    return details, ("grpc-retry-pushback-ms", str(round(uniform(1, 2) * seconds * 1000)))
+    if seconds is not None:
+        return details, (PUSHBACK, str(round(uniform(1, 2) * seconds * 1000)))
+    if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
+        return details, (PUSHBACK, "-1")  # forbids the retries that clients make with this status
+    return (details,)
 
 
 def _shorten(text: str, size: int) -> str:

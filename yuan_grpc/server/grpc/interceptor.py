@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from yuan_grpc.server.core.access_log import log_call, log_error
+from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.errors import InvalidRequestError, Violation, to_status, to_trailers
 
 Method = Callable[[Any, Any], Awaitable[Any]]
@@ -58,7 +59,8 @@ def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
             except Exception as error:
                 outcome.code, status = to_status(error)
                 log_error(error, outcome.code, _subject(request))
-                await context.abort(outcome.code, status.message, to_trailers(error, status))
+                trailers = (*to_trailers(error, status), *_request_id_trailer(request))
+                await context.abort(outcome.code, status.message, trailers)
             finally:
                 outcome.subject = _subject(request)
 
@@ -68,6 +70,13 @@ def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
 def _subject(request: Any) -> str:
     name: str = getattr(request, "request_id", "") or getattr(request, "name", "")
     return name
+
+
+def _request_id_trailer(request: Any) -> tuple[tuple[str, str], ...]:
+    """Return the trailer with the request id, by which the caller finds the call in the log; none if it has no id."""
+    request_id: str = getattr(request, "request_id", "")
+    can_be_header = request_id.isascii() and request_id.isprintable() and len(request_id) <= MAX_REQUEST_ID
+    return (("x-request-id", request_id),) if request_id and can_be_header else ()
 
 
 def _parse_one(deserialize: Deserializer) -> Callable[[bytes], Any]:
