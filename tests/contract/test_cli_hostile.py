@@ -2,19 +2,14 @@
 
 import asyncio
 import json
-import socket
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import grpc
 import pytest
-from hostile_server import Answer, HostileServer, serve
+from hostile_server import GOAWAY, Answer, HostileServer, frame, serve, serve_frames
 
 from yuan_grpc.__main__ import main
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -158,46 +153,9 @@ def test_the_error_of_a_failed_prompt_has_the_request_id(capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out)["request_id"] == "from-server"
 
 
-HEADERS, SETTINGS, GOAWAY = 1, 4, 7
-
-
-def _read_frame_kind(reader: BinaryIO) -> int:
-    """Read a frame of HTTP/2 and return its kind; raise OSError at the end of the connection."""
-    head = reader.read(9)
-    if len(head) < 9:
-        raise OSError
-    reader.read(int.from_bytes(head[:3], "big"))
-    return head[3]
-
-
-def _frame(kind: int, flags: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + bytes(4) + payload
-
-
-@contextmanager
-def goaway_server(debug_text: bytes) -> Iterator[str]:
-    """Serve HTTP/2 connections that answer a call with GOAWAY and this debug text; yield the address."""
-
-    def answer() -> None:
-        with suppress(OSError):  # from `accept`: the listener is closed
-            while True:
-                connection, _ = listener.accept()
-                with suppress(OSError), connection, connection.makefile("rb") as reader:
-                    reader.read(len("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
-                    connection.sendall(_frame(SETTINGS, 0, b"") + _frame(SETTINGS, 1, b""))
-                    while _read_frame_kind(reader) != HEADERS:
-                        pass
-                    connection.sendall(_frame(GOAWAY, 0, struct.pack(">II", 0, 2) + debug_text))
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
 def test_the_log_of_grpc_does_not_print_text_of_the_server() -> None:
-    with goaway_server(HOSTILE.encode()) as address:
+    goaway = frame(GOAWAY, 0, 0, struct.pack(">II", 0, 2) + HOSTILE.encode())
+    with serve_frames(lambda stream_id: goaway) as address:
         command = [sys.executable, "-m", "yuan_grpc", "generate", "a", "--retries", "0", "--address", address]
         result = subprocess.run(command, capture_output=True, check=False, timeout=60)
     assert result.returncode == 1

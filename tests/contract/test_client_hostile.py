@@ -9,7 +9,7 @@ import pytest
 from client_adapters import CLIENTS
 from fake_engine import FakeEngine
 from google.protobuf.message import Message
-from hostile_server import HostileServer, serve
+from hostile_server import END_HEADERS, END_STREAM, HEADERS, HostileServer, frame, header, serve, serve_frames
 from servers import serve_grpc
 
 from yuan_grpc.client import (
@@ -358,3 +358,36 @@ async def test_the_server_forbids_retries_that_cannot_succeed(client_class: Any)
                 await call(client, "A")
             assert (raised.value.reason, raised.value.retry_after) == ("ANSWER_TOO_LARGE", None)
     assert len(engine.requests) == 2
+
+
+RAW_TRAILERS = [
+    {b"x-other": b"\xff\xfe"},
+    {b"x-request-id": b"\xff\xfe"},
+    {b"grpc-message": b"%E2%80%AE%1B%FF%"},
+    {b"grpc-retry-pushback-ms": b"9" * 5_000},
+    {b"grpc-retry-pushback-ms": b"\xff"},
+    {b"grpc-status-details-bin": b"not base64!"},
+    {b"grpc-status-details-bin": b"\xff\xff"},
+    {b"x-\xff": b"a"},
+    {b"x-many-%d" % number: b"a" * 1_000 for number in range(64)},
+]
+
+
+@pytest.mark.parametrize("trailers", RAW_TRAILERS, ids=lambda trailers: repr(trailers)[:40])
+@pytest.mark.parametrize("status", [b"13", b"0", b"99", b"-1", b"x", None], ids=str)
+@pytest.mark.parametrize("call", [generate, stream])
+async def test_trailers_of_any_bytes_end_in_a_yuan_error(
+    client_class: Any, call: Any, status: bytes | None, trailers: dict[bytes, bytes]
+) -> None:
+    values = trailers if status is None else {b"grpc-status": status} | trailers
+
+    def answer(stream_id: int) -> bytes:
+        head = header(b":status", b"200") + header(b"content-type", b"application/grpc")
+        tail = b"".join(header(name, value) for name, value in values.items())
+        return frame(HEADERS, END_HEADERS, stream_id, head) + frame(HEADERS, END_HEADERS | END_STREAM, stream_id, tail)
+
+    with serve_frames(answer) as address:
+        async with client_class(address, retries=0, timeout=30) as client:
+            with pytest.raises(YuanError) as raised:
+                await call(client, "a")
+    assert raised.value.request_id == "mine"

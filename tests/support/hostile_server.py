@@ -1,15 +1,23 @@
-"""A gRPC server that answers with raw bytes, codes and trailers, for tests of broken and hostile servers."""
+"""Servers that answer with any bytes, for tests of broken and hostile servers: as messages of gRPC, or as frames."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import grpc
 from google.protobuf.message import Message
 
 Answer = Message | bytes
+
+HEADERS, SETTINGS, GOAWAY = 1, 4, 7
+"""Kinds of HTTP/2 frames."""
+END_STREAM, END_HEADERS = 1, 4
+"""Flags of HEADERS."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 @dataclass
@@ -58,3 +66,56 @@ def serve(server: HostileServer) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         grpc_server.stop(None).wait()
+
+
+@contextmanager
+def serve_frames(answer: Callable[[int], bytes]) -> Iterator[str]:
+    """Serve HTTP/2 on a free port and yield the address.
+
+    Args:
+        answer: returns the bytes to send for a call, given the ID of its stream. The connection then ends.
+    """
+
+    def accept_connections() -> None:
+        with suppress(OSError):  # the listener is closed
+            while True:
+                connection, _ = listener.accept()
+                with suppress(OSError), connection, connection.makefile("rb") as reader:
+                    reader.read(len(PREFACE))
+                    connection.sendall(frame(SETTINGS, 0, 0, b"") + frame(SETTINGS, 1, 0, b""))
+                    connection.sendall(answer(_read_stream_id(reader)))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept_connections, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
+    """Return an HTTP/2 frame."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream_id.to_bytes(4, "big") + payload
+
+
+def header(name: bytes, value: bytes) -> bytes:
+    """Return a header for HEADERS, neither compressed nor indexed."""
+    return b"\0" + _length(name) + name + _length(value) + value
+
+
+def _length(text: bytes) -> bytes:
+    """Return a length as HPACK encodes it: a prefix of 7 bits, then groups of 7 bits."""
+    if len(text) < 127:
+        return bytes([len(text)])
+    encoded, remaining = [127], len(text) - 127
+    while remaining >= 128:
+        encoded.append(remaining % 128 + 128)
+        remaining //= 128
+    return bytes([*encoded, remaining])
+
+
+def _read_stream_id(reader: BinaryIO) -> int:
+    """Read frames until a call starts and return the ID of its stream; raise OSError at the end of the connection."""
+    while len(head := reader.read(9)) == 9:
+        reader.read(int.from_bytes(head[:3], "big"))
+        if head[3] == HEADERS:
+            return int.from_bytes(head[5:], "big")
+    raise OSError
