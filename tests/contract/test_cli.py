@@ -5,6 +5,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,6 +160,7 @@ async def test_json_output_of_a_failed_prompt_has_the_error(tmp_path: Path, caps
     assert capsys.readouterr() == ("", "yuan-grpc: 1 of 2 prompts failed\n")
     first, second = map(json.loads, written.read_text().splitlines())
     assert (first["index"], first["text"]) == (0, "A")
+    assert re.fullmatch("[0-9a-f]{32}", second.pop("request_id"))
     sentence = "`top_p` must be between 0 and 1, not 3.0"
     error = {
         "code": "INVALID_ARGUMENT",
