@@ -88,7 +88,7 @@ def _add_generate(subcommands: Any) -> None:
         "--concurrency",
         type=_positive_int,
         metavar="N",
-        help="concurrent requests per server (default: the server's max_num_seqs)",
+        help="concurrent requests per server (default: the server's max_num_seqs, at most 1024)",
     )
     parser.add_argument(
         "--timeout", type=_finite_seconds, default=600.0, metavar="S", help="seconds per call (default: 600)"
