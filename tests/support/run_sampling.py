@@ -37,8 +37,10 @@ def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 def _sampling(prompt: list[int], sampling: dict[str, Any], constraint: dict[str, Any] | None = None) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
+    if detection := sampling.get("repetition_detection"):
+        sampling = sampling | {"repetition_detection": RepetitionDetectionParams(**detection)}
     return SamplingParams(**sampling, structured_outputs=constraint and StructuredOutputsParams(**constraint))
 
 
