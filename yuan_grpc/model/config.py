@@ -43,7 +43,7 @@ class YuanConfig(PretrainedConfig):
     """The fields of `config.json`, with the published models' values as defaults.
 
     `rope_parameters` holds all settings of the rotation, whichever fields set them. `max_position_embeddings` is the
-    number of positions, with YaRN the number that it extends to.
+    number of positions. With YaRN, it is the extended number.
 
     Raises:
         ValueError: a field selects a variant that would be computed wrongly, or the sizes are inconsistent.

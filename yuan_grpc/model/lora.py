@@ -28,7 +28,9 @@ Weights = torch.Tensor | list[torch.Tensor | None]
 
 
 class JoinedLinearWithLoRA(BaseLinearLayerWithLoRA):
-    """A linear layer that joins several published modules, with their adapters as one of the sum of their ranks.
+    """A linear layer that joins several published modules.
+
+    Their adapters are combined into one, whose rank is the sum of their ranks.
 
     A holds the rows of all parts, one part after the other. B has the rows of the joined weight, in the same order and
     on the same rank. Each row of B is zero in the columns of the parts that it does not belong to.

@@ -10,7 +10,9 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rop
 from yuan_grpc.model.config import YuanConfig
 
 FASTEST, SLOWEST = 32, 1
-"""Rotations over the original length above which a pair keeps its frequency, and below which it is divided."""
+"""Numbers of rotations over the original length.
+
+A pair with more than FASTEST rotations keeps its frequency; one with fewer than SLOWEST is divided by the factor."""
 
 
 def rotary_embedding(config: YuanConfig, positions: int | None = None) -> nn.Module:

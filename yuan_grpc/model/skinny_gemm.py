@@ -5,7 +5,7 @@ small weights the library's GEMM kernels reach half of it. Here each program own
 their columns, loads them before it waits for the previous kernel (see `pdl`), and sums in float32. No sum crosses
 programs, so a token's result does not depend on the rest of its batch.
 
-This module needs Triton: import it only where there is a GPU. Importing it registers `torch.ops.vllm.yuan_product`.
+This module needs Triton: import it only where there is a GPU. Importing it registers `torch.ops.vllm.yuan_linear`.
 """
 
 from dataclasses import dataclass
@@ -71,11 +71,11 @@ def _largest_power_of_two_divisor(number: int) -> int:
 
 
 def is_supported(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Return whether `matmul` supports this number of tokens and this weight."""
+    """Return whether `skinny_matmul` supports this number of tokens and this weight."""
     return 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % LANE == 0 and weight.is_contiguous()
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
+def skinny_matmul(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
     """Compute x Wᵀ.
 
     Args:
@@ -134,24 +134,24 @@ def _skinny_gemm_kernel(
         tl.store(out + token * WIDTH + first_row + tl.arange(0, ROWS), tl.sum(sums, axis=1).to(out.dtype.element_ty))
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute x Wᵀ, [tokens, rows], on a GPU: with `matmul` where it is supported."""
+def linear_on_gpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute x Wᵀ, [tokens, rows], on a GPU: with `skinny_matmul` where it is supported."""
     if is_supported(x.shape[0], weight):
-        return matmul(x, weight)
+        return skinny_matmul(x, weight)
     return torch.mm(x, weight.t())  # `linear` is the same product with twice the overhead on the host
 
 
-def _product_shapes(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _fake_linear_on_gpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def multiply_with_product(model: nn.Module) -> None:
-    """Make a model's linear layers use `product` where vLLM would leave the choice of the kernel to PyTorch."""
+def use_skinny_gemm(model: nn.Module) -> None:
+    """Make a model's linear layers use `linear_on_gpu` where vLLM would leave the choice of the kernel to PyTorch."""
 
     def multiply(_: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if bias is not None:
             return linear(x, weight, bias)
-        result: torch.Tensor = torch.ops.vllm.yuan_product(x, weight)
+        result: torch.Tensor = torch.ops.vllm.yuan_linear(x, weight)
         return result
 
     for module in model.modules():
@@ -160,4 +160,4 @@ def multiply_with_product(model: nn.Module) -> None:
             method._gemm_impl = multiply
 
 
-direct_register_custom_op("yuan_product", product, fake_impl=_product_shapes)
+direct_register_custom_op("yuan_linear", linear_on_gpu, fake_impl=_fake_linear_on_gpu)

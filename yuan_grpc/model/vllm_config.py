@@ -24,9 +24,9 @@ ONLINE_QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_chann
 VLLM_CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 """Tokens per step that vLLM captures a CUDA graph for, up to twice the number of sequences."""
 PREFILL_CAPTURE_SIZES = (64, *range(128, 2048, 128), *range(2048, 4097, 256))
-"""Additional sizes for steps with prompts, as far as launching a layer's kernels may take longer than running them."""
+"""Extra sizes for prompt steps, used only while kernel launches may dominate."""
 MAX_LAUNCH_BOUND_WORK = 4096 * 2048**2
-"""The limit up to which that holds: tokens of a step times the size of a layer on each rank, its squared width."""
+"""Limit of tokens × hidden_size² / ranks below which a step is launch-bound."""
 
 
 class YuanModelConfig(VerifyAndUpdateConfig):

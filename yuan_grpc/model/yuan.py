@@ -1,4 +1,4 @@
-"""The Yuan 2.0 model, top to bottom, built from vLLM's layers."""
+"""The complete Yuan 2.0 model, built from vLLM's layers."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -222,7 +222,7 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         if current_platform.is_cuda() and vllm_config.kernel_config.linear_backend == "auto":
             from yuan_grpc.model import skinny_gemm  # here, because it needs Triton
 
-            skinny_gemm.multiply_with_product(self)
+            skinny_gemm.use_skinny_gemm(self)
 
     def _new_head(self) -> ParallelLMHead:
         return ParallelLMHead(

@@ -95,7 +95,7 @@ class YuanAttentionImpl(FlashAttentionImpl):
 
 
 class YuanAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
-    """FlashAttention's metadata builder, without its schedule for steps that do not use it."""
+    """FlashAttention's metadata builder; skips FlashAttention's schedule in decode steps."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     """A CUDA graph captured for decoding cannot be used for a step with prompts."""

@@ -4,8 +4,8 @@ A layer's filter needs two vectors of the previous token: the contributions of i
 They are stored with the block that holds the token's keys and values and need no bookkeeping of their own. One block
 table serves both. A full block holds the state at its end, so any cached prefix of whole blocks can be continued.
 Preemption, sharing and eviction are those of blocks. vLLM lets a sequence share a block in the step that fills it. This
-suits attention, because all keys and values are written before any is read. A state in such a block is read from the
-row that computes it instead: see `ops.plan`.
+suits attention, because all keys and values are written before any is read. If the block is filled in this step, the
+state is read from the batch row that computes it, not from the cache: see `ops.plan`.
 
 A block has one slot, which belongs to its last token so far. With speculative decoding it has two more slots than draft
 tokens: positions use the slots in turn, so that the state before a rejected draft is still available.
@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 SEQUENCE_START = -1
 """Entry in a plan's first row: the token has no predecessor."""
 IN_BATCH = -2
-"""Entry in a plan's first row: the predecessor is in this step's batch, in row 0; `IN_BATCH - n` means row n."""
+"""Entries in a plan's first row <= IN_BATCH: the predecessor is batch row `IN_BATCH - entry`."""
 
 
 @dataclass(frozen=True)

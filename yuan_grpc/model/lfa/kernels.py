@@ -48,6 +48,7 @@ def _plan_kernel(
     SEQUENCE_START: tl.constexpr,
     IN_BATCH: tl.constexpr,
 ) -> None:
+    """Write the plan of ROWS rows, except predecessors in blocks that this step fills: see `_shared_blocks_kernel`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_plan = row < rows
     # Find the last sequence that starts at or before the row: a sequence without rows starts where the next one does.
@@ -72,7 +73,7 @@ def _plan_kernel(
     is_block_end = position % block_size == block_size - 1
     is_kept = is_token & (is_block_end | (last - row < kept_tokens))
     is_delegated = is_kept & has_computed & (own_slot == start_slot)
-    # A sequence's first row writes the state of the row that delegates its write. Find that row from the first row.
+    # A sequence's first row stores the state of the row that reuses the slot this sequence starts from. Find that row.
     end_in_block = position + (last - row) - last_computed // block_size * block_size  # relative to the first block
     end_in_block = tl.minimum(end_in_block, block_size - 1)
     start_in_block = last_computed % block_size
@@ -124,7 +125,10 @@ def _shared_blocks_kernel(
 
 
 def plan(plan: torch.Tensor, step: StateMetadata) -> None:
-    """Compute `ops.plan_in_torch` in two launches that only read tensors whose addresses stay the same in all steps."""
+    """Compute `ops.plan_in_torch`.
+
+    Two launches, safe to replay in a CUDA graph: their inputs keep their addresses.
+    """
     rows, sequences, table = plan.shape[1], step.seq_lens.shape[0], step.block_table
     schedule = (plan, step.query_start_loc, step.seq_lens, table, rows, sequences, table.stride(0), step.block_size)
     _plan_kernel[(triton.cdiv(rows, ROWS),)](
@@ -175,6 +179,7 @@ def _shift_add_kernel(
     IN_BATCH: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
+    """Write one row of `out`, and store the state that the plan assigns to the row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DIM)
     inside = column < dim

@@ -34,12 +34,20 @@ def plan(plan: torch.Tensor, layer_name: LayerNameType) -> None:
     """Write, for each row of this step's batch, where its predecessor's state is and which state it stores.
 
     Args:
-        plan: [3, tokens], overwritten. First row: the slot to read; or `SEQUENCE_START`; or `IN_BATCH` minus the row of
-            the predecessor. That is the row before, or, for a sequence that begins with blocks which another sequence
-            fills in this step, a row of the other sequence. Second row: the slot to write, or -1. Third row: the row
-            whose state is written there. That is the row itself, unless the slot is the one that its sequence begins
-            this step with. In that case the sequence's first row, which reads the slot, also writes it afterwards.
+        plan: [3, tokens], overwritten; see the table.
         layer_name: any layer with LFA, because all of them have the same sequences.
+
+    | row of `plan` | value | meaning |
+    | --- | --- | --- |
+    | 0: read slot | slot >= 0 | the predecessor's state is in this slot |
+    | | `SEQUENCE_START` | there is no predecessor |
+    | | `IN_BATCH - r` | the predecessor is batch row r: the row before, or another sequence's row that computes a shared block |
+    | 1: write slot | slot >= 0 | a state is stored in this slot |
+    | | -1 | nothing is stored |
+    | 2: written row | r | the stored state is that of batch row r |
+
+    Row r is the row itself, with one exception: the slot that a sequence starts from is both read and overwritten by the
+    sequence's first row, for whichever row r reuses the slot.
     """
     # A decorator would check only once and too early: vLLM may enable breaks while it reads its configuration.
     eager_break_during_capture(_plan)(plan, _resolve_layer_name(layer_name))

@@ -3,7 +3,8 @@
 Why: while vLLM's processes wait for each other they call `sched_yield` in a loop. Linux 6.18 counts that as work, so
     two waiting processes delay all others on the machine. The server's process was held up until a complete response
     had been generated.
-How: `shm_broadcast.sched_yield` sleeps for 20 µs instead. GPUs are not affected: there a single process does both.
+How: `shm_broadcast.sched_yield` sleeps for 20 µs instead. GPUs keep the loop: with one GPU the engine and its worker
+    are a single process; the separate workers of several GPUs were not measured.
 Upstream: vllm-project/vllm#52848 and vllm-project/vllm#52814, both open; present in vLLM 0.32.0.
 Remove when: vLLM sleeps between polls, or has an option for it.
 """
