@@ -37,7 +37,8 @@ def test_a_product_matches_torch(skinny_gemm: Any, dtype: torch.dtype, tokens: i
 def test_rows_of_the_input_may_be_strided(skinny_gemm: Any) -> None:
     wide, weight = random(2, 128), random(32, 64)
     assert torch.equal(
-        skinny_gemm.skinny_matmul(wide[:, 32:96], weight), skinny_gemm.skinny_matmul(wide[:, 32:96].contiguous(), weight)
+        skinny_gemm.skinny_matmul(wide[:, 32:96], weight),
+        skinny_gemm.skinny_matmul(wide[:, 32:96].contiguous(), weight),
     )
 
 

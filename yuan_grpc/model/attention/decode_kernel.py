@@ -1,10 +1,10 @@
 """Attention kernels for decoding, where each sequence has one new token.
 
 All published models have one key head per query head, so each head reads its keys for a single query. Kernels written
-for prompts, or for heads that share keys, do not reach memory bandwidth here. In this module a program handles one head of a sequence
-or, if there are few heads, one split of its keys; a second kernel merges the splits. The time is close to that of
-reading the keys and values. `write_kv_cache` stores the new tokens' keys and values in a separate launch, because a
-sequence may read what another one writes in the same step.
+for prompts, or for heads that share keys, do not reach memory bandwidth here. In this module a program handles one head
+of a sequence or, if there are few heads, one split of its keys; a second kernel merges the splits. The time is close to
+that of reading the keys and values. `write_kv_cache` stores the new tokens' keys and values in a separate launch,
+because a sequence may read what another one writes in the same step.
 """
 
 import math

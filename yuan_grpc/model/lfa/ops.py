@@ -41,13 +41,13 @@ def plan(plan: torch.Tensor, layer_name: LayerNameType) -> None:
     | --- | --- | --- |
     | 0: read slot | slot >= 0 | the predecessor's state is in this slot |
     | | `SEQUENCE_START` | there is no predecessor |
-    | | `IN_BATCH - r` | the predecessor is batch row r: the row before, or another sequence's row that computes a shared block |
+    | | `IN_BATCH - r` | the predecessor is batch row r: the row before, or one that computes a shared block |
     | 1: write slot | slot >= 0 | a state is stored in this slot |
     | | -1 | nothing is stored |
     | 2: written row | r | the stored state is that of batch row r |
 
-    Row r is the row itself, with one exception: the slot that a sequence starts from is both read and overwritten by the
-    sequence's first row, for whichever row r reuses the slot.
+    Row r is the row itself, with one exception: the slot that a sequence starts from is read and then overwritten by
+    the sequence's first row, with the state of the row r that reuses the slot.
     """
     # A decorator would check only once and too early: vLLM may enable breaks while it reads its configuration.
     eager_break_during_capture(_plan)(plan, _resolve_layer_name(layer_name))
