@@ -61,7 +61,7 @@ class Batch:
     """Sequences with a cache, and a scheduler that forms steps from them."""
 
     def __init__(self, seed: int, drafts: int = 0, block_size: int = 8) -> None:
-        from yuan_grpc.model.lfa.cache import Slots, StateMetadata
+        from yuan_grpc.model.lfa.cache_layout import Slots, StateMetadata
 
         self.metadata = StateMetadata
         self.random = random.Random(seed)

@@ -113,7 +113,7 @@ def test_lfa_state_slots_are_not_split_for_an_attention_backend_with_small_block
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.worker.utils import select_common_block_size
 
-    from yuan_grpc.model.lfa.cache import StateBackend
+    from yuan_grpc.model.lfa.cache_layout import StateBackend
 
     def sizes(kv_cache_spec: Any = None) -> list[int]:
         return [16, 32, 64]

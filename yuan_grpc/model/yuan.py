@@ -31,6 +31,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from yuan_grpc.model.attention.backend import attention_backend
 from yuan_grpc.model.checkpoint.loader import Placement, load_checkpoint
+from yuan_grpc.model.checkpoint.mapping import parameter_of
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa.layer import LocalizedFiltering
 from yuan_grpc.model.lfa.ops import new_plan
@@ -167,28 +168,6 @@ class YuanModel(nn.Module):
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         normed, _ = self.norm(hidden, residual)
         return normed
-
-
-JOINED_MODULES = {
-    "self_attn.lf_gate.conv1": ("self_attn.input_proj", (0, 1)),
-    "self_attn.v_proj": ("self_attn.input_proj", (2,)),
-    "self_attn.q_proj": ("self_attn.qk_proj", (0,)),
-    "self_attn.k_proj": ("self_attn.qk_proj", (1,)),
-    "mlp.up_proj": ("mlp.up_gate_proj", (0,)),
-    "mlp.gate_proj": ("mlp.up_gate_proj", (1,)),
-}
-"""Published module -> the module here that contains it, and its parts there. A convolution has one part per tap."""
-
-
-def parameter_of(published: str) -> tuple[str, tuple[int, ...]]:
-    """Return the parameter that a published weight is loaded into, and the parts of it; no parts mean all of it."""
-    path, _, kind = published.rpartition(".")
-    if kind == "bias":  # only convolutions have one; here it is a parameter next to the product
-        return f"{path}_bias", ()
-    for module, (joined, parts) in JOINED_MODULES.items():
-        if path.endswith(f".{module}"):
-            return f"{path.removesuffix(module)}{joined}.{kind}", parts
-    return published, ()
 
 
 class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):

@@ -1,1 +1,1 @@
-"""The published layout of checkpoints, their loader, and random checkpoints for the demo, tests and benchmarks."""
+"""Published checkpoints: layout, mapping to parameters, loader, and random ones for the demo, tests and benchmarks."""

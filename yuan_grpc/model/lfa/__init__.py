@@ -1,1 +1,1 @@
-"""Localized filtering-based attention (LFA): layer, cache, operations and kernels."""
+"""Localized filtering-based attention (LFA): layer, layout of the state in the cache, operations and kernels."""

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from yuan_grpc.model.lfa.cache import IN_BATCH, SEQUENCE_START, StateMetadata
+from yuan_grpc.model.lfa.cache_layout import IN_BATCH, SEQUENCE_START, StateMetadata
 from yuan_grpc.model.pdl import pdl_options, wait_for_previous_kernel
 
 ROWS = 128

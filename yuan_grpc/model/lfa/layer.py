@@ -1,4 +1,4 @@
-"""Localized filtering (LFA): two causal convolutions of width two over the tokens, before queries and keys.
+"""Localized filtering-based attention (LFA): two causal convolutions of width two, before queries and keys.
 
     h1[t]     = A0 y[t-1]  + A1 y[t]  + a        hidden     -> hidden / 2
     h2[t]     = B0 h1[t-1] + B1 h1[t] + b        hidden / 2 -> hidden
@@ -6,7 +6,7 @@
 
 One matrix product per token computes its contributions to its own sum, A1 y[t], and to the next token's, A0 y[t]. The
 state that a sequence carries from step to step is therefore A0 y[t] and B0 h1[t] instead of y and h1. It is stored next
-to the keys and values: see `cache`.
+to the keys and values: see `cache_layout`.
 """
 
 import torch
@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa import ops  # noqa: F401 - registers torch.ops.vllm.yuan_*
-from yuan_grpc.model.lfa.cache import StateBackend, cache_spec
+from yuan_grpc.model.lfa.cache_layout import StateBackend, cache_spec
 from yuan_grpc.model.linear import SecondConvolution
 
 NORM_EPS = 1e-6

@@ -13,7 +13,7 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
-from yuan_grpc.model.lfa.cache import IN_BATCH, SEQUENCE_START, StateMetadata
+from yuan_grpc.model.lfa.cache_layout import IN_BATCH, SEQUENCE_START, StateMetadata
 
 PLAN_OP = "vllm::yuan_plan"
 
