@@ -10,12 +10,16 @@ import httpx
 import pytest
 import pytest_asyncio
 from fake_engine import FakeEngine, last, more
+from prometheus_client import REGISTRY, Gauge
 from servers import ORIGINAL_BODY, parse_events, post, serve_http_client
 
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError
+from yuan_grpc.server.http import json_body
 from yuan_grpc.server.http.call import MAX_BODY
+from yuan_grpc.server.http.json_body import MAX_DIGITS, MAX_NUMBERS, MAX_VALUES
+from yuan_grpc.server.http.openai.completions import MAX_COPIED_BYTES
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
@@ -359,12 +363,12 @@ async def test_fields_without_effect_are_accepted(path: str) -> None:
         (GENERATE, {"n": 2**40}, "n"),
         (GENERATE, {"stream": 1}, "stream"),
         (GENERATE, {"stop": [1]}, "stop"),
-        (GENERATE, {"stop": ["a"] * 100_000}, "stop"),
+        (GENERATE, {"stop": ["a"] * 10_000}, "stop"),
         (GENERATE, {"logit_bias": [1]}, "logit_bias"),
         (GENERATE, {"prompt": 5}, "prompt"),
         (GENERATE, {"request_id": 5}, "request_id"),
         (GENERATE, {"prompt_token_ids": [-1]}, "prompt_token_ids"),
-        (GENERATE, {"structured_outputs": {"choice": [[]] * 100_000}}, "structured_outputs"),
+        (GENERATE, {"structured_outputs": {"choice": [[]] * 10_000}}, "structured_outputs"),
         (COMPLETIONS, {"frobnicate": 1}, "frobnicate"),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
         (COMPLETIONS, {"prompt": {}}, "prompt"),
@@ -445,6 +449,102 @@ async def test_a_body_that_is_not_a_json_object_is_rejected(
     assert response.json()["error"]["message"].startswith("the body must be")
 
 
+MANY_VALUES = {
+    "keys": b",".join(b'"k%d":1' % index for index in range(MAX_VALUES + 1)),
+    "empty lists": b'"a":[' + b"[]," * MAX_VALUES + b"1]",
+    "empty objects": b'"messages":[' + b"{}," * MAX_VALUES + b"1]",
+    "strings": b'"stop":[' + b'"",' * MAX_VALUES + b"1]",
+    "fractions": b'"a":[' + b"1.5," * MAX_VALUES + b"1]",
+    "exponents": b'"a":[' + b"1e5,1E5," * MAX_VALUES + b"1]",
+    "numbers": b'"prompt_token_ids":[' + b"1," * (MAX_NUMBERS + MAX_VALUES + 1) + b"1]",
+    "nulls": b'"a":[' + b"null," * (MAX_NUMBERS + MAX_VALUES + 1) + b"1]",
+    "nested lists": b'"a":' + b"[" * MAX_VALUES,
+    "a long number": b'"n":' + b"1" * (MAX_DIGITS + 1),
+    "strings that end in an escaped backslash": b'"stop":[' + rb'"\\",' * MAX_VALUES + b"1]",
+}
+
+
+@pytest.mark.parametrize("fields", MANY_VALUES.values(), ids=MANY_VALUES)
+@module_loop
+async def test_a_body_of_many_values_is_rejected_without_being_parsed(
+    rejecting: httpx.AsyncClient, fields: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b"{" + fields + b"}"
+    assert len(body) < MAX_BODY
+    with monkeypatch.context() as patched:
+        patched.setattr("yuan_grpc.server.http.json_body.json.loads", None)
+        response = await rejecting.post(GENERATE, content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("the body must be JSON ")
+
+
+async def test_a_text_may_have_any_number_of_structural_characters() -> None:
+    text = '[{,.eE"\\' * 10_000
+    engine = FakeEngine(last())
+    body = {"prompt": text, "truncate_prompt_tokens": 20}
+    assert (await post(engine, GENERATE, body)).status_code == 200
+    assert "".join(map(chr, engine.requests[0].prompt)) == text[-20:]
+
+
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS])
+async def test_token_ids_of_a_long_context_are_accepted(path: str) -> None:
+    engine = FakeEngine(last())
+    name = "prompt_token_ids" if path == GENERATE else "prompt"
+    body = {name: [65] * 2**17, "truncate_prompt_tokens": 20}
+    assert (await post(engine, path, body)).status_code == 200
+    assert len(engine.requests[0].prompt) == 20
+
+
+async def test_many_messages_of_several_parts_are_accepted() -> None:
+    engine = FakeEngine(last())
+    parts = [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]
+    body = {"messages": [{"role": "user", "content": parts}] * 1024, "truncate_prompt_tokens": 20}
+    assert (await post(engine, CHAT, body)).status_code == 200
+
+
+@pytest.mark.parametrize("repeated", [10, 300])
+@module_loop
+async def test_many_unknown_fields_are_rejected_with_few_violations(
+    rejecting: httpx.AsyncClient, repeated: int
+) -> None:
+    response = await rejecting.post(GENERATE, json={f"k{index}": 1 for index in range(repeated)})
+    message = response.json()["error"]["message"]
+    assert response.status_code == 400
+    assert ("`k0` must not be given" in message) == (repeated == 10)
+    assert ("at most 256 fields, not 300" in message) == (repeated == 300)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", ["a"] * 65),
+        ("stop_token_ids", [1] * 1025),
+        ("logit_bias", {str(index): 1 for index in range(1025)}),
+        ("structured_outputs", {"choice": ["a"] * 4096}),
+        ("early_stopping", [1]),
+        ("early_stopping", {}),
+    ],
+)
+@module_loop
+async def test_a_long_list_is_rejected_before_it_is_converted(
+    rejecting: httpx.AsyncClient, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(values: dict[str, Any], request: pb.GenerateRequest) -> None:
+        assert field not in values
+
+    with monkeypatch.context() as patched:
+        patched.setattr(json_body, "ParseDict", fail)
+        response = await rejecting.post(GENERATE, json={"prompt": "A", field: value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+async def test_large_parameters_are_not_copied_for_each_of_many_prompts() -> None:
+    body = {"prompt": ["A"] * 1024, "cache_salt": "x" * (MAX_COPIED_BYTES // 1024 + 1)}
+    response = await post(FakeEngine(RuntimeError("the request reached the engine")), COMPLETIONS, body)
+    assert response.status_code == 400
+    assert "`prompt` must have fewer entries" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(("path", "field"), [(GENERATE, "early_stopping"), (COMPLETIONS, "structured_outputs")])
 @pytest.mark.parametrize("depth", [50, 150, 900])
 @module_loop
@@ -516,6 +616,7 @@ async def test_errors_have_openais_format_and_an_http_status() -> None:
             "type": "rate_limit_error",
             "param": None,
             "code": "overloaded",
+            "request_id": response.headers["x-request-id"],
         }
     }
 
@@ -553,6 +654,7 @@ async def test_an_internal_error_is_logged_but_not_reported_to_the_client(
         "type": "server_error",
         "param": None,
         "code": "internal",
+        "request_id": response.headers["x-request-id"],
     }
     assert response.headers["x-request-id"] in caplog.text
     assert "secret" in caplog.text
@@ -600,7 +702,7 @@ async def test_models_are_the_served_model_and_the_loaded_adapters() -> None:
     engine.loras = ["style"]
     async with serve_http_client(engine, ["/models/fake"]) as client:
         models = (await client.get("/v1/models")).json()
-        model = (await client.get("/v1/models//models/fake")).json()
+        model = (await client.get("/v1/models/fake")).json()
         missing = await client.get("/v1/models/unknown")
     assert models["object"] == "list"
     assert [(entry["id"], entry["max_model_len"], entry["parent"]) for entry in models["data"]] == [
@@ -611,16 +713,36 @@ async def test_models_are_the_served_model_and_the_loaded_adapters() -> None:
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_the_folder_of_the_model_is_neither_confirmed_nor_returned() -> None:
+    async with serve_http_client(FakeEngine(), ["/models/fake"]) as client:
+        responses = [await client.get(f"/v1/models/{name}") for name in ("/models/fake", "/models/other")]
+        listed = await client.get("/v1/models")
+    contents = [response.json()["error"] | {"request_id": ""} for response in responses]
+    assert [response.status_code for response in responses] == [404, 404]
+    assert contents[0]["message"].replace("/models/fake", "/models/other") == contents[1]["message"]
+    assert "/models" not in listed.text
+
+
 async def test_models_are_unavailable_until_the_engine_is_ready() -> None:
     async with serve_http_client(FakeEngine(is_ready=False)) as client:
         assert (await client.get("/v1/models")).status_code == 503
 
 
-async def test_metrics_include_those_of_the_process() -> None:
-    async with serve_http_client(FakeEngine()) as client:
-        response = await client.get("/metrics")
+async def test_metrics_describe_the_load_and_not_the_machine() -> None:
+    gauges = [Gauge(name, "", ["secret"]) for name in ("vllm:fake_requests", "vllm:cache_fake_info", "other_fake")]
+    try:
+        for gauge in gauges:
+            gauge.labels(secret=f"label of {gauge._name}").set(1)
+        async with serve_http_client(FakeEngine()) as client:
+            response = await client.get("/metrics")
+    finally:
+        for gauge in gauges:
+            REGISTRY.unregister(gauge)
     assert response.headers["content-type"].startswith("text/plain")
-    assert "python_info" in response.text
+    assert "process_open_fds" in response.text
+    assert 'vllm:fake_requests{secret="label of vllm:fake_requests"} 1.0' in response.text
+    for absent in ("cache_fake", "other_fake", "python_info"):
+        assert absent not in response.text
 
 
 @pytest.mark.parametrize(
@@ -661,6 +783,33 @@ async def test_a_request_id_that_is_not_ascii_is_not_sent_as_a_header() -> None:
     response = await post(FakeEngine(last()), GENERATE, {"prompt": "AB", "request_id": "名字"})
     assert response.status_code == 200
     assert "x-request-id" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", GENERATE, b"[]"),
+        ("POST", CHAT, b"{}"),
+        ("POST", COMPLETIONS, b'{"prompt": "A", "n": -1}'),
+        ("GET", GENERATE, b""),
+        ("GET", "/v1/models/unknown", b""),
+        ("GET", "/unknown", b""),
+    ],
+)
+@module_loop
+async def test_an_error_has_the_id_of_its_request(
+    rejecting: httpx.AsyncClient, method: str, path: str, body: bytes
+) -> None:
+    response = await rejecting.request(method, path, content=body)
+    assert response.is_client_error
+    assert len(response.headers["x-request-id"]) == 32
+    assert response.json()["error"]["request_id"] == response.headers["x-request-id"]
+
+
+async def test_an_error_during_a_stream_has_the_id_of_its_request() -> None:
+    engine = FakeEngine(more("a"), OverloadedError("overloaded"))
+    response = await post(engine, COMPLETIONS, {"prompt": "A", "stream": True, "request_id": "mine"})
+    assert parse_events(response.content)[-1]["error"]["request_id"] == "mine"
 
 
 async def test_a_too_long_request_id_is_truncated_in_the_header() -> None:

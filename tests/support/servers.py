@@ -15,6 +15,9 @@ from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.http import Listener
 from yuan_grpc.server.server import create_server
+from yuan_grpc.server.settings import HttpSettings
+
+DEFAULTS = HttpSettings()
 
 ORIGINAL_BODY = {
     "prompt": "AB",
@@ -41,9 +44,11 @@ async def serve_grpc(engine: Engine, health: Health | None = None) -> AsyncItera
 
 
 @asynccontextmanager
-async def serve_http(engine: Engine, aliases: Sequence[str] = ()) -> AsyncIterator[Listener]:
+async def serve_http(
+    engine: Engine, aliases: Sequence[str] = (), settings: HttpSettings = DEFAULTS, host: str = "127.0.0.1"
+) -> AsyncIterator[Listener]:
     """Serve an engine over HTTP; yield the listener."""
-    listener = Listener(GenerationService(engine), "127.0.0.1", 0, aliases)
+    listener = Listener(GenerationService(engine), host, 0, aliases, settings)
     listener.start()
     try:
         yield listener
@@ -86,4 +91,4 @@ def connect_socket(port: int) -> socket.socket:
 
 def encode_post(path: str, body: bytes, headers: str = "") -> bytes:
     """Return the bytes of a POST in HTTP/1.1."""
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from yuan_grpc.server import settings
-from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.settings import DEMO, HttpSettings, Settings
 
 
 def read(*arguments: str, **environment: str) -> Settings:
@@ -45,6 +45,37 @@ def test_an_invalid_http_port_is_an_error_that_names_the_flag(capsys: pytest.Cap
     with pytest.raises(SystemExit, match="2"):
         read("--http-port=http")
     assert "argument --http-port: must be a port, 0 to 65535, not 'http'" in capsys.readouterr().err
+
+
+def test_http_limits_and_allowed_names_are_settings() -> None:
+    assert read().http == HttpSettings(10, 30, None, (), ())
+    names, origins = "Service.example, localhost,", "https://App.example:8443,*"
+    flags = ("--http-header-timeout=0.5", "--http-body-timeout=60", "--http-max-connections=100")
+    read_settings = read(*flags, f"--http-allowed-hosts={names}", YUAN_GRPC_HTTP_ALLOWED_ORIGINS=origins)
+    assert read_settings.http == HttpSettings(
+        0.5, 60, 100, ("service.example", "localhost"), ("https://app.example:8443", "*")
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "rule"),
+    [
+        ("header-timeout", "0", "must be a number of seconds above 0"),
+        ("body-timeout", "nan", "must be a number of seconds, 0 or more"),
+        ("max-connections", "0", "must be a number, 1 or more"),
+        ("max-connections", "many", "must be a number, 1 or more"),
+        ("allowed-hosts", "a.example:80", "must be host names without a port, separated by commas"),
+        ("allowed-hosts", "*.example", "must be host names without a port, separated by commas"),
+        ("allowed-origins", "a.example", "must be origins such as https://example.com, separated by commas"),
+        ("allowed-origins", "https://a.example/", "must be origins such as https://example.com, separated by commas"),
+    ],
+)
+def test_an_invalid_http_setting_is_an_error(
+    flag: str, value: str, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(f"--http-{flag}={value}")
+    assert f"argument --http-{flag}: {rule}, not {value!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,14 +11,18 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from yuan_grpc import __version__
+from yuan_grpc.server import log_queue
+from yuan_grpc.server.core import access_log
 from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.protocol import Engine
-from yuan_grpc.server.grpc import unknown_methods
+from yuan_grpc.server.grpc import sockets, unknown_methods
 from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.interceptor import StatusInterceptor
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.signals import stop_signals
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 if TYPE_CHECKING:
@@ -30,16 +33,28 @@ logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 1
 """Time for the last responses to be sent, in seconds. gRPC does not report when they are."""
 
+QUIET_SECONDS = 1
+"""Time without a refused call after which no client expects an answer any more, in seconds."""
+
+LAME_DUCK_SECONDS = 5
+"""Limit on the time that a stopping server refuses calls after its last call has ended, in seconds."""
+
 POLL_SECONDS = 0.5
 """Interval between checks that the gRPC server is still running, in seconds."""
 
 CHANNEL_OPTIONS = [
     ("grpc.so_reuseport", 0),  # otherwise a second server on the same port would silently get half of the calls
-    # Keepalive notices a vanished client within a minute, which frees its engine requests.
+    # Keepalive notices a vanished client within a minute, which frees its engine requests. A client that is only
+    # suspended still acknowledges at the level of TCP: the ping's own timeout, a minute by default, notices it.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default grpcio cancels calls at random, and those that wait for 30 s, before the server sees them.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 200_000),
+    ("grpc.server_max_unrequested_time_in_server", 24 * 60 * 60),
 ]
 
 
@@ -87,8 +102,9 @@ async def serve(settings: Settings, engine: Engine) -> int:
         grpc_failure.cancel()
         logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
         await health.set_stopping()
-        await _stop_servers(server, http, generation_service, settings.grace_seconds, force_stop_requested)
+        await _stop_servers(server, port, http, generation_service, settings.grace_seconds, force_stop_requested)
         engine.stop()
+        access_log.flush()
         logger.info("stopped")
 
 
@@ -114,36 +130,47 @@ def _create_http_listener(settings: Settings, generation_service: GenerationServ
     from yuan_grpc.server.http import Listener  # imported only if HTTP is enabled
 
     # The original demo server accepted the value of `--model` as the model's name.
-    return Listener(generation_service, settings.host, settings.http_port, aliases=[settings.model])
+    return Listener(generation_service, settings.host, settings.http_port, [settings.model], settings.http)
 
 
 async def _stop_servers(
     server: grpc.aio.Server,
+    port: int,
     http: "Listener | None",
     generation_service: GenerationService,
     grace_seconds: float,
     force_stop_requested: asyncio.Event,
 ) -> None:
-    stopping = [asyncio.ensure_future(server.stop(grace_seconds))]
+    """Refuse new calls, let the running ones finish, and close all connections.
+
+    The gRPC server accepts calls to the end: those that it has not accepted when it stops would be cancelled.
+    """
+    inflight = generation_service.inflight
+    inflight.stop_admitting()
     if http:
         http.stop_accepting()
-        stopping.append(asyncio.ensure_future(http.wait_closed()))
     # Wait only for generation calls: health watches never end by themselves.
-    await _wait_for_first(
-        generation_service.inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait()
-    )
-    await _wait_for_first(asyncio.wait(stopping), force_stop_requested.wait(), asyncio.sleep(FLUSH_SECONDS))
+    await _wait_for_first(inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait())
+    inflight.end_all()
+    await _wait_for_first(_wait_until_quiet(inflight), asyncio.sleep(LAME_DUCK_SECONDS), force_stop_requested.wait())
+    sockets.shut_down(port)
     await server.stop(None)
     if http:
         await http.close()
-    await asyncio.wait(stopping)
-    await generation_service.inflight.wait_idle()
+    await inflight.wait_idle()
+
+
+async def _wait_until_quiet(inflight: InflightRequests) -> None:
+    """Wait until the last responses are sent, and no client calls any more."""
+    await asyncio.sleep(FLUSH_SECONDS)
+    while inflight.seconds_since_refusal < QUIET_SECONDS:
+        await asyncio.sleep(QUIET_SECONDS - inflight.seconds_since_refusal)
 
 
 def _exit_now(engine: Engine) -> NoReturn:
     """Exit the process without ending its calls."""
     engine.stop()
-    logging.shutdown()
+    log_queue.drain()
     os._exit(1)
 
 
@@ -194,13 +221,13 @@ async def _run_engine(
 
 
 def _handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Return an event set by the first SIGTERM or SIGINT, and an event set by the second."""
+    """Return an event set by the first stop signal, and an event set by the second."""
     stop_requested, force_stop_requested = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         (force_stop_requested if stop_requested.is_set() else stop_requested).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     return stop_requested, force_stop_requested
 

@@ -1,6 +1,7 @@
 """Server settings, read from flags, then the environment, then defaults."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,25 @@ Run `vllm serve --help=all` to list all of them.
 
 
 @dataclass(frozen=True)
+class HttpSettings:
+    """Settings of the HTTP port.
+
+    Attributes:
+        header_timeout: time for a client to send the head of a request, in seconds.
+        body_timeout: time for a client to send a body, in seconds; more for a large one.
+        max_connections: maximum open connections; None to derive it from the limit on open files.
+        allowed_hosts: allowed names in `Host`, or `*`.
+        allowed_origins: allowed values of `Origin`, or `*`.
+    """
+
+    header_timeout: float = 10
+    body_timeout: float = 30
+    max_connections: int | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Settings:
     """Validated server settings.
 
@@ -40,6 +60,7 @@ class Settings:
         engine_flags: vLLM flags, passed through unparsed.
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
+        http: settings of the HTTP port.
     """
 
     model: str
@@ -49,6 +70,7 @@ class Settings:
     engine_flags: tuple[str, ...]
     lora_folder: Path | None = None
     http_port: int | None = None
+    http: HttpSettings = HttpSettings()
 
     @property
     def address(self) -> str:
@@ -88,7 +110,16 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--host", "127.0.0.1", _non_empty, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     add("--port", "50051", _port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
     add("--http-port", "", _optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
+    _add_http_options(add)
     add("--grace-seconds", "30", _seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
+
+
+def _add_http_options(add: Callable[..., None]) -> None:
+    add("--http-header-timeout", "10", _positive_seconds, "S", "time to send a request's head over HTTP (default: 10)")
+    add("--http-body-timeout", "30", _positive_seconds, "S", "time to send a body over HTTP (default: 30)")
+    add("--http-max-connections", "", _optional_count, "N", "HTTP connections (default: from the limit on open files)")
+    add("--http-allowed-hosts", "", _names, "NAMES", "names in Host, comma-separated or * (default: see docs/http.md)")
+    add("--http-allowed-origins", "", _origins, "ORIGINS", "web origins, comma-separated or * (default: none)")
 
 
 def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
@@ -136,6 +167,13 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
         engine_flags=tuple(engine_flags),
         lora_folder=options.lora_folder,
         http_port=options.http_port,
+        http=HttpSettings(
+            header_timeout=options.http_header_timeout,
+            body_timeout=options.http_body_timeout,
+            max_connections=options.http_max_connections,
+            allowed_hosts=options.http_allowed_hosts,
+            allowed_origins=options.http_allowed_origins,
+        ),
     )
 
 
@@ -181,3 +219,34 @@ def _seconds(text: str) -> float:
     if 0 <= seconds < float("inf"):
         return seconds
     raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, not {text!r}")
+
+
+def _positive_seconds(text: str) -> float:
+    if (seconds := _seconds(text)) > 0:
+        return seconds
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+
+
+def _optional_count(text: str) -> int | None:
+    if not text:
+        return None
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a number, 1 or more, not {text!r}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return _parse_list(text, "[^:/@*\\s]+", "host names without a port")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    return _parse_list(text, "[a-z0-9+.-]+://[^/?#@*\\s]+", "origins such as https://example.com")
+
+
+def _parse_list(text: str, pattern: str, noun: str) -> tuple[str, ...]:
+    """Return the items of a comma-separated list in lower case. `*` is an item too."""
+    items = tuple(item.strip().lower() for item in text.split(",") if item.strip())
+    for item in items:
+        if item != "*" and not re.fullmatch(pattern, item):
+            raise argparse.ArgumentTypeError(f"must be {noun}, separated by commas, not {item!r}")
+    return items

@@ -1,23 +1,28 @@
 """The HTTP application: its routes, error handling and access log."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
+from uuid import uuid4
 
 from grpc import StatusCode
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from yuan_grpc.server.core.access_log import log_call, log_error
-from yuan_grpc.server.engine.model_names import model_not_found, resolve_alias
+from yuan_grpc.server.engine.model_names import model_not_found
 from yuan_grpc.server.errors import ServiceError, to_status
 from yuan_grpc.server.http import generate
 from yuan_grpc.server.http.call import AppState, ClientDisconnectedError, HttpCall
 from yuan_grpc.server.http.errors import StoppingError, error_object, error_response
+from yuan_grpc.server.http.guard import Guard
+from yuan_grpc.server.http.metrics import public_metrics
 from yuan_grpc.server.http.openai import chat, completions
 
 Handler = Callable[[HttpCall], Awaitable[None]]
@@ -49,15 +54,20 @@ class _Endpoint:
                 outcome.subject = call.request_id
 
 
-def create_app(state: AppState) -> Starlette:
-    """Return the application with all routes."""
+def create_app(state: AppState, hosts: Collection[str], origins: Collection[str]) -> Starlette:
+    """Return the application with all routes.
+
+    Args:
+        hosts: allowed names in `Host`, in addition to `localhost` and to addresses; `*` allows all.
+        origins: allowed values of `Origin`; `*` allows all.
+    """
 
     async def health(request: Request) -> Response:
         is_serving = not state.stopping and _is_ready(state)
         return Response(status_code=200 if is_serving else 503)
 
     async def metrics(request: Request) -> Response:
-        return Response(generate_latest(REGISTRY), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(public_metrics(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def models(request: Request) -> Response:
         return _respond(lambda: {"object": "list", "data": _models(state)})
@@ -80,7 +90,10 @@ def create_app(state: AppState) -> Starlette:
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _reject_route})
+    middleware = [Middleware(Guard, hosts, origins)]
+    if origins:
+        middleware.append(Middleware(CORSMiddleware, origins, allow_methods=["GET", "POST"], allow_headers=["*"]))
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _reject_route})
     app.router.redirect_slashes = False
     return app
 
@@ -102,21 +115,21 @@ def _models(state: AppState) -> list[dict[str, Any]]:
 
 
 def _model(state: AppState, name: str) -> dict[str, Any]:
+    """Return a model by its name. Aliases are unknown here: they would confirm the folder of the model."""
     models = _models(state)
-    served = models[0]["id"]
-    resolved = resolve_alias(name, state.aliases, served)
     for model in models:
-        if model["id"] == resolved:
+        if model["id"] == name:
             return model
-    raise model_not_found(name, served)
+    raise model_not_found(name, models[0]["id"])
 
 
 def _respond(content: Callable[[], dict[str, Any]]) -> Response:
     try:
         return JSONResponse(content())
     except ServiceError as error:
-        status, body, headers = error_response(error)
-        return JSONResponse(body, status, headers)
+        request_id = uuid4().hex
+        status, body, headers = error_response(error, request_id)
+        return JSONResponse(body, status, headers | {"x-request-id": request_id})
 
 
 async def _reject_route(request: Request, error: Exception) -> Response:
@@ -124,4 +137,6 @@ async def _reject_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = error.detail.lower().replace(" ", "_")
     message = f"{request.method} {request.url.path:.256} is not served: {error.detail}"
-    return JSONResponse(error_object(error.status_code, message, code), error.status_code, error.headers)
+    request_id = uuid4().hex
+    headers = {**(error.headers or {}), "x-request-id": request_id}
+    return JSONResponse(error_object(error.status_code, message, code, request_id), error.status_code, headers)

@@ -14,11 +14,22 @@ from starlette.types import Receive, Scope, Send
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
-from yuan_grpc.server.http.errors import StoppingError, TooLargeError, error_response
+from yuan_grpc.server.errors import OverloadedError
+from yuan_grpc.server.http.errors import StoppingError, TooLargeError, TooSlowError, error_response
 from yuan_grpc.server.http.json_body import parse_body
+from yuan_grpc.server.settings import HttpSettings
 
 MAX_BODY = 4 * 2**20
 """Maximum body size in bytes, the same as gRPC's default for a message."""
+
+MIN_BODY_RATE = 8 * 2**10
+"""Bytes of a body that extend the time for the others by a second."""
+
+SMALL_BODY = 2**16
+"""Bytes of a body that are read regardless of the limit on all bodies together."""
+
+MAX_LARGE_BODIES = 2**28
+"""Maximum bytes of all bodies that are being read, not counting the first `SMALL_BODY` of each."""
 
 _LINE_SEPARATORS = re.compile("[\x85\u2028\u2029]")
 """Characters that some clients treat as line ends, although JSON and server-sent events do not."""
@@ -32,15 +43,19 @@ class AppState:
         service: the service that runs the requests.
         aliases: additional names of the served model.
         created: the server's start time, as a Unix timestamp in seconds.
+        body_timeout: time for a client to send a body, in seconds, extended by `MIN_BODY_RATE`.
         stopping: whether new calls are rejected.
         shutdown: an event that, once set, ends running calls.
+        large_bodies: bytes of the bodies that are being read, which `MAX_LARGE_BODIES` limits.
     """
 
     service: GenerationService
     aliases: frozenset[str]
     created: int
+    body_timeout: float = HttpSettings.body_timeout
     stopping: bool = False
     shutdown: asyncio.Event = field(default_factory=asyncio.Event)
+    large_bodies: int = 0
 
 
 class ClientDisconnectedError(Exception):
@@ -68,12 +83,12 @@ class HttpCall:
 
     Attributes:
         state: the state shared by all calls.
-        request_id: the request id, used in the log and in `x-request-id`; empty until the body has been read.
+        request_id: the request id, used in the log and in `x-request-id`: that of the body once it has been read.
     """
 
     def __init__(self, state: AppState, scope: Scope, receive: Receive, send: Send) -> None:
         self.state = state
-        self.request_id = ""
+        self.request_id = uuid4().hex
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -83,11 +98,12 @@ class HttpCall:
         """Read the body's JSON object, regardless of its content type, and set its `request_id` if absent.
 
         Raises:
-            InvalidRequestError: the body is not a JSON object, or is too large.
+            InvalidRequestError: the body is not a JSON object, is too large, or arrives too slowly.
+            OverloadedError: too many large bodies are being read.
             ClientDisconnectedError: the client disconnected before the end of the body.
         """
         body = parse_body(await self._read_body())
-        body["request_id"] = body.get("request_id") or uuid4().hex
+        body["request_id"] = body.get("request_id") or self.request_id
         self.request_id = str(body["request_id"])[:MAX_REQUEST_ID]  # validation rejects longer ones later
         return body
 
@@ -95,16 +111,31 @@ class HttpCall:
         length = Headers(scope=self._scope).get("content-length", "")
         if length.isdigit() and int(length) > MAX_BODY:
             raise TooLargeError(MAX_BODY)
-        body, has_more = bytearray(), True
-        while has_more:
-            message = await self._receive()
-            if message["type"] != "http.request":
-                raise ClientDisconnectedError
-            body += message.get("body", b"")
-            if len(body) > MAX_BODY:
-                raise TooLargeError(MAX_BODY)
-            has_more = message.get("more_body", False)
-        return bytes(body)
+        body, seconds = bytearray(), self.state.body_timeout
+        start = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(seconds) as timeout:
+                while await self._read_part(body):
+                    timeout.reschedule(start + seconds + len(body) / MIN_BODY_RATE)
+            return bytes(body)
+        except TimeoutError:
+            raise TooSlowError(seconds) from None
+        finally:
+            self.state.large_bodies -= max(0, len(body) - SMALL_BODY)
+
+    async def _read_part(self, body: bytearray) -> bool:
+        """Append the next part of the body to those before; return whether there are more."""
+        message = await self._receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnectedError
+        size_before = max(0, len(body) - SMALL_BODY)
+        body += message.get("body", b"")
+        self.state.large_bodies += max(0, len(body) - SMALL_BODY) - size_before
+        if len(body) > MAX_BODY:
+            raise TooLargeError(MAX_BODY)
+        if len(body) > SMALL_BODY and self.state.large_bodies > MAX_LARGE_BODIES:
+            raise OverloadedError(f"too many large bodies are being read (limit {MAX_LARGE_BODIES} bytes)")
+        return bool(message.get("more_body", False))
 
     async def run_until_disconnect(self, work: Coroutine[Any, Any, None]) -> None:
         """Run the coroutine that sends the response; cancel it if the client disconnects or the grace period ends.
@@ -165,7 +196,7 @@ class HttpCall:
 
     async def send_error(self, error: Exception) -> None:
         """Send an error as the response, or as the last chunk of a stream that has started."""
-        status, content, headers = error_response(error)
+        status, content, headers = error_response(error, self.request_id)
         if self._framing is None:
             await self.respond(content, status, headers)
         else:

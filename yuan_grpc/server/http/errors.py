@@ -29,11 +29,32 @@ RETRY_SECONDS = 1
 """Default delay before a retry, in seconds, for errors without their own."""
 
 
-class TooLargeError(InvalidRequestError):
+class BodyError(InvalidRequestError):
+    """A request body that is not read to its end."""
+
+    status: int
+    """The HTTP status."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__([Violation("", rule)])
+
+
+class TooLargeError(BodyError):
     """The request body exceeds the size limit."""
 
+    status = 413
+
     def __init__(self, limit: int) -> None:
-        super().__init__([Violation("", f"the body must be at most {limit} bytes long")])
+        super().__init__(f"the body must be at most {limit} bytes long")
+
+
+class TooSlowError(BodyError):
+    """The client takes too long to send the request body."""
+
+    status = 408
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the body must arrive within {seconds:g} seconds, plus the time of a slow connection")
 
 
 class StoppingError(UnavailableError):
@@ -43,23 +64,23 @@ class StoppingError(UnavailableError):
         super().__init__("the server is stopping")
 
 
-def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Return the HTTP status, error object and headers that report an error."""
+def error_response(error: Exception, request_id: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return the HTTP status, error object and headers that report an error of a request."""
     reported = public_error(error)
-    status = 413 if isinstance(reported, TooLargeError) else _STATUSES.get(reported.code, 500)
+    status = reported.status if isinstance(reported, BodyError) else _STATUSES.get(reported.code, 500)
     reason = pb.ErrorReason.Name(reported.reason).removeprefix("ERROR_REASON_").lower()
     violations = reported.violations if isinstance(reported, InvalidRequestError) else ()
     field = next((violation.field for violation in violations if violation.field), None)
     if reason == "model_not_found":
         field = "model"
     headers = {"retry-after": str(reported.retry_seconds or RETRY_SECONDS)} if status in (429, 503) else {}
-    return status, error_object(status, str(reported), reason, field), headers
+    return status, error_object(status, str(reported), reason, request_id, field), headers
 
 
-def error_object(status: int, message: str, code: str, field: str | None = None) -> dict[str, Any]:
-    """Return an error object in OpenAI's format."""
+def error_object(status: int, message: str, code: str, request_id: str, field: str | None = None) -> dict[str, Any]:
+    """Return an error object in OpenAI's format, with the request's id."""
     error_type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": error_type, "param": field, "code": code}}
+    return {"error": {"message": message, "type": error_type, "param": field, "code": code, "request_id": request_id}}
 
 
 def rename_fields(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:

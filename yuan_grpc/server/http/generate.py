@@ -22,7 +22,10 @@ def _parse(body: dict[str, Any], call: HttpCall) -> pb.GenerateRequest:
     fields = {"echo": True, **body}
     convert_vllm_notation(fields)
     request = pb.GenerateRequest()
-    if isinstance(ids := fields.get("prompt_token_ids"), list):
+    ids = fields.get("prompt_token_ids")
+    if isinstance(ids, dict) and ids.keys() == {"ids"}:
+        ids = ids["ids"]
+    if isinstance(ids, list):
         request.prompt_token_ids.CopyFrom(to_token_ids("prompt_token_ids", ids))
         del fields["prompt_token_ids"]
     set_fields(request, fields)

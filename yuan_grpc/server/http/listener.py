@@ -3,14 +3,21 @@
 import asyncio
 import socket
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from contextlib import contextmanager
+from functools import partial
+from ipaddress import ip_address
+from typing import Any, cast
 
 import uvicorn
 
 from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.http.acceptor import Acceptor, default_max_connections
 from yuan_grpc.server.http.app import create_app
 from yuan_grpc.server.http.call import AppState
+from yuan_grpc.server.http.connection import Connection
+from yuan_grpc.server.http.guard import ANY
+from yuan_grpc.server.settings import HttpSettings
 
 KEEP_ALIVE_SECONDS = 75
 """Time until an idle connection is closed, in seconds: longer than in clients and proxies, so that they close first."""
@@ -24,10 +31,15 @@ _SOCKET_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
+    # Keepalive does not notice a client that acknowledges but reads nothing for this time, in milliseconds.
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
     # asyncio sets TCP_NODELAY only on sockets that it creates. Without it each response took 40 ms longer.
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 )
 """Options of the listening socket, which accepted connections inherit."""
+
+
+_DEFAULTS = HttpSettings()
 
 
 class Listener:
@@ -37,19 +49,28 @@ class Listener:
         service: the service that runs the requests.
         host: the address to listen on; if a name has several addresses, an IPv4 address is preferred.
         port: the port to listen on, or 0 for any free port.
-        aliases: additional names of the served model.
+        aliases: additional names of the served model in the body of a request.
+        settings: limits on connections, and the allowed hosts and origins.
 
     Raises:
         OSError: the address cannot be bound.
     """
 
-    def __init__(self, service: GenerationService, host: str, port: int, aliases: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        service: GenerationService,
+        host: str,
+        port: int,
+        aliases: Iterable[str] = (),
+        settings: HttpSettings = _DEFAULTS,
+    ) -> None:
         self._socket = _bind_socket(host, port)
-        self._state = AppState(service, frozenset(aliases), created=int(time.time()))
+        self._state = AppState(service, frozenset(aliases), int(time.time()), settings.body_timeout)
+        hosts = settings.allowed_hosts or _default_hosts(host, self._socket.getsockname()[0])
         config = uvicorn.Config(
-            create_app(self._state),
+            create_app(self._state, hosts, settings.allowed_origins),
             workers=1,  # otherwise uvicorn reads WEB_CONCURRENCY
-            http="h11",  # limits the size of headers
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -59,7 +80,7 @@ class Listener:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
-        self._server = _Server(config)
+        self._server = _Server(config, settings)
         self._serving: asyncio.Future[None] | None = None
 
     @property
@@ -98,10 +119,31 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, settings: HttpSettings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections on the only socket, within the limit."""
+        assert sockets is not None
+        state = self.server_state
+        create_connection = partial(
+            Connection, self._settings.header_timeout, config=self.config, server_state=state, app_state={}
+        )
+        limit = self._settings.max_connections or default_max_connections()
+        connections = cast(Collection[Connection], state.connections)
+        self.servers = cast(Any, [Acceptor(sockets[0], limit, connections, create_connection)])
+        self.started = True
+
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave signals to `yuan_grpc.server.server`."""
         yield
+
+
+def _default_hosts(host: str, address: str) -> Collection[str]:
+    """Return the allowed host names without a setting: any for a network address, and `host` for a local one."""
+    return [host] if ip_address(address.partition("%")[0]).is_loopback else [ANY]
 
 
 def _bind_socket(host: str, port: int) -> socket.socket:

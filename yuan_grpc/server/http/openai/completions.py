@@ -11,6 +11,8 @@ from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason,
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_PROMPTS = 1024
+MAX_COPIED_BYTES = 2**26
+"""Maximum size of the parameters, over the copies for each prompt."""
 _FIELD_NAMES = {"prompt_token_ids.ids": "prompt", "prompt_token_ids": "prompt"}
 
 
@@ -28,6 +30,8 @@ def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     common, model = build_request(fields, call, {})
     if common.echo and common.HasField("logprobs"):
         common.prompt_logprobs = common.logprobs
+    if (size := common.ByteSize()) * len(prompts) > MAX_COPIED_BYTES:
+        reject("prompt", f"`prompt` must have fewer entries than {len(prompts)} with parameters of {size} bytes")
     requests = []
     for index, prompt in enumerate(prompts):
         requests.append(request := pb.GenerateRequest())
