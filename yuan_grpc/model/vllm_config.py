@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from yuan_grpc.model.config import TOKENIZER_MODE, check_split, check_stages
 from yuan_grpc.model.hopper import HOPPER, MULTIPROCESSORS
-from yuan_grpc.model.lfa.cache import check_block_size
+from yuan_grpc.model.lfa.cache_layout import check_block_size
 
 GRAMMAR_BACKEND = "xgrammar"
 """The only supported backend: guidance requires a fast tokenizer, outlines counts this tokenizer's spaces twice, and
