@@ -137,7 +137,7 @@ class Measurement:
 
 
 def quantile(values: Sequence[float], fraction: float) -> float | None:
-    """Return the smallest value that at least this fraction of the values do not exceed; None without values."""
+    """Return the nearest-rank quantile; None if there are no values."""
     return sorted(values)[max(0, math.ceil(fraction * len(values)) - 1)] if values else None
 
 

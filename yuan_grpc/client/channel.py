@@ -28,7 +28,8 @@ MIN_KEEPALIVE, MAX_KEEPALIVE = 10, 86_400
 
 RETRY_BUFFER_BYTES = 4 << 20
 """Maximum size of a request gRPC can retry. Its default of 256 KiB is smaller than a long prompt. Servers reject
-requests above 4 MiB, and gRPC would otherwise retry them, since the status is that of an overloaded server."""
+requests above 4 MiB. gRPC would otherwise retry these as if the server were overloaded, because both cases return
+RESOURCE_EXHAUSTED."""
 
 MAX_RESPONSE_BYTES = 64 << 20
 """Default of `max_response_bytes`. The largest response, with 2^20 log-probabilities, has about 30 MB."""
@@ -145,7 +146,7 @@ class Settings:
 
     @property
     def _retry_buffer_bytes(self) -> int:
-        """The retry buffer: a request that is too large for the server, or for an option of the caller, exceeds it."""
+        """The retry buffer. Requests above the server's or the caller's send limit are not retried."""
         send_limit = dict(self.options).get(_SEND_LIMIT)
         return (
             min(RETRY_BUFFER_BYTES, send_limit)

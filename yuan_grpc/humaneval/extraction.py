@@ -109,7 +109,7 @@ def find_first_function(text: str) -> str | None:
 
 
 def remove_second_function(text: str) -> str:
-    """Apply rule 6: remove the text from the second function on, and its other occurrences, unless rule 7 would cut."""
+    """Apply rule 6: remove the text from the second function on, wherever it occurs; do nothing if rule 7 would cut."""
     if text.count("\ndef") < 2 or any(marker in text for marker in ("\n```", "\n#", "\nif")):
         return text
     second = text.find("\ndef", text.find("\ndef") + 1)

@@ -22,7 +22,7 @@ REQUEST: dict[str, Any] = {
     "stop": ["<eod>"],
     "include_stop_str_in_output": True,  # the extraction rules need the closing fence
 }
-"""The published request, except for its limit of 256 tokens, which truncates answers, and its stop at the fence."""
+"""The published request, with 512 tokens instead of 256, which truncate answers, and without its stop at the fence."""
 FENCE_PROBE = "\n```"
 """Text whose last token is the closing fence, if the vocabulary has a token for it."""
 
@@ -63,7 +63,7 @@ class PendingSample:
     sample: int
     attempts: int = 0
     unavailable_since: float | None = None
-    """Time at which a server first became unavailable during this sample's call, possibly for another reason."""
+    """When a call for this sample first failed with UNAVAILABLE; the sample may not be the cause."""
 
 
 class PatienceError(RuntimeError):
@@ -113,8 +113,8 @@ class Generation:
             await asyncio.gather(*workers, return_exceptions=True)
         if self._remaining:
             raise PatienceError(
-                f"no server has responded for {self.patience:.0f} s; {self._remaining} samples remain. "
-                f"{self._last_error}"
+                f"no server has responded for {self.patience:.0f} s; {self._remaining} samples remain."
+                + (f" {self._last_error}" if self._last_error else "")
             )
 
     async def _wait_for(self, workers: set[asyncio.Task[None]]) -> None:

@@ -1,7 +1,7 @@
-"""The table of sampling fields: type, range and command-line option of each.
+"""The table of request fields with options or rules: type, range and command-line option of each.
 
-Validation, the conversion to sampling parameters and the command-line options are made from this table. Tests hold the
-contract's comments, the client's parameters and the README against it.
+Validation, the conversion to sampling parameters and the command-line options are made from this table. Tests check that
+the contract's comments, the client's parameters and the README match it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_IDS = 1024
 
 @dataclass(frozen=True)
 class Field:
-    """A field of `GenerateRequest` that controls sampling.
+    """A field of `GenerateRequest` with an option or a rule.
 
     Attributes:
         name: the field's name, also in vLLM's `SamplingParams` if `is_sampling`.
@@ -29,7 +29,7 @@ class Field:
         special_meaning: the meaning of the special numbers in error messages.
         max_items: limit on the length of a list; 0 for a field that is not a list.
         max_length: limit on the characters of a text, or of a text in a list.
-        beam_search: values that beam search accepts, without any if the field must be absent; None for all values.
+        beam_search: accepted values with beam search; empty if the field must be absent; None for any value.
         is_sampling: whether the engine gets the field as a sampling parameter.
         help: the help text of the command-line option; empty if there is no option but `--set`.
     """
@@ -128,6 +128,6 @@ FIELDS = (
     ),
     Field("cache_salt", str, max_length=1024, is_sampling=False),
 )
-"""All sampling fields. The model limits `logprobs` and `prompt_logprobs`; the two messages have rules of their own."""
+"""All request fields with options or rules. The model limits `logprobs` and `prompt_logprobs`; the two messages have rules of their own."""
 
 BY_NAME: Mapping[str, Field] = {field.name: field for field in FIELDS}

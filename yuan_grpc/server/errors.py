@@ -1,4 +1,4 @@
-"""Service errors and their mapping to gRPC statuses."""
+"""The exceptions of the service, with their gRPC statuses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -58,8 +58,8 @@ def deny_escapes(event: str, arguments: tuple[object, ...]) -> None:
     """Refuse native memory, tracing, forks and interpreters without this audit hook.
 
     With any of these a program could read the secret or skip to its end. The hook uses only constants, because a
-    program can rebind names. It joins a module's name into a new string, because the program's string may be of a class
-    whose instances equal nothing. It compares the last part of the name, by which an extension module is loaded.
+    program can rebind names. It joins a module's name into a new string, because the program's string may be a str
+    subclass that overrides `__eq__`. It compares the last part of the name, by which an extension module is loaded.
     """
     if (
         event[:7] == "ctypes."
@@ -132,4 +132,5 @@ def prepare(processes: str, packages: str, *paths: str) -> str:
 
 
 if __name__ == "__main__":
+    # One expression, whose value is the exit status 0: no statement runs between the write of the verdict and the exit.
     os._exit(0 * os.write(VERDICT_FD, os.read(0, SECRET_BYTES) + run(prepare(*sys.argv[1:]))))

@@ -222,7 +222,7 @@ def _harness_source() -> str:
 
 
 def _interpreter() -> str:
-    """Return the real path of the interpreter. A virtual environment's link would lead it to that environment."""
+    """Return the real path of the interpreter. Through a virtual environment's link, Python would use its packages."""
     return os.path.realpath(sys.executable)
 
 

@@ -63,10 +63,10 @@ class _Frontier:
 
 
 class BeamSearch:
-    """A search for the most likely continuations of a prompt, as in vLLM 0.2, which Yuan's engine is a fork of.
+    """A search for the most likely continuations of a prompt, as in vLLM 0.2; the engine of Yuan is a fork of it.
 
     Finished hypotheses are ranked by cumulative log-probability / length ** `length_penalty`. The length counts prompt
-    and generated tokens without an end-of-text token, as in the fork and in vLLM to this day. transformers does not
+    and generated tokens without an end-of-text token, as in the fork and in vLLM 0.32. transformers does not
     count the prompt, so its penalty is stronger after a long prompt.
 
     Args:
@@ -266,7 +266,7 @@ class BeamSearch:
         if self._beam.early_stopping is True:
             return False
         tokens = self._frontier.tokens
-        if self._beam.early_stopping == "never" and self._beam.length_penalty > 0:  # the longest has the best bound
+        if self._beam.early_stopping == "never" and self._beam.length_penalty > 0:  # the bound is highest at the maximum length
             tokens = self._max_tokens
         return self._normalize(running[0].cumulative_logprob, tokens) > self._score(finished[-1])
 

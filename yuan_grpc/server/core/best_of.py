@@ -32,7 +32,7 @@ class OutputAccumulator:
         )
 
     def combined(self) -> StepOutput:
-        """Return one output with all of every choice so far. A search may have found fewer choices than requested."""
+        """Return one output with the complete choices so far. A search may have found fewer choices than requested."""
         return replace(self._output, deltas=[_joined(deltas) for deltas in self._choices if deltas])
 
 

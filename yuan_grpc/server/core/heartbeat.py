@@ -41,7 +41,10 @@ async def _next(outputs: AsyncGenerator[StepOutput, None]) -> StepOutput | None:
 
 
 async def _cancel(pending: asyncio.Future[StepOutput | None]) -> None:
-    """Cancel the pending read and wait for its end, even if cancelled repeatedly: it blocks closing the outputs."""
+    """Cancel the pending read and wait for its end, even if cancelled repeatedly.
+
+    The outputs cannot be closed while a read is pending.
+    """
     cancellation: asyncio.CancelledError | None = None
     pending.cancel()
     while not pending.done():

@@ -55,12 +55,12 @@ class ResponseBuilder:
         self._has_begun = False
 
     def build_response(self, output: StepOutput) -> pb.GenerateResponse:
-        """Return the response of Generate for an output with all of every choice."""
+        """Return the response of Generate for an output with the complete choices."""
         response = pb.GenerateResponse(
             request_id=self._request_id,
             model=self._model,
             choices=[self._choice(delta) for delta in sorted(output.deltas, key=lambda delta: delta.index)],
-            usage=self._count(output),
+            usage=self._add_usage(output),
             seed=self._seed,
             prompt_token_ids=self._prompt_token_ids,
         )
@@ -106,7 +106,7 @@ class ResponseBuilder:
             yield message
 
     def _delta_messages(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
-        usage, progress = self._count(output), output.progress
+        usage, progress = self._add_usage(output), output.progress
         for deltas in _split_by_message(output.deltas):
             message = self._empty_message()
             message.choices.extend([self._choice(delta) for delta in deltas])
@@ -119,7 +119,7 @@ class ResponseBuilder:
     def _empty_message(self) -> pb.GenerateStreamResponse:
         return pb.GenerateStreamResponse(request_id=self._request_id, model=self._model)
 
-    def _count(self, output: StepOutput) -> pb.Usage:
+    def _add_usage(self, output: StepOutput) -> pb.Usage:
         self._usage.completion_tokens += sum(len(delta.token_ids) for delta in output.deltas) + output.discarded_tokens
         self._usage.cached_tokens = output.cached_tokens or self._usage.cached_tokens
         return self._usage

@@ -147,7 +147,7 @@ def _number_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Viola
     if request.HasField("repetition_detection"):
         yield from _repetition_violations(request.repetition_detection)
     if request.truncation_side not in pb.TruncationSide.values():
-        yield _violation("truncation_side", "be a known side", request.truncation_side)
+        yield _violation("truncation_side", "be 0 (default), 1 (left) or 2 (right)", request.truncation_side)
 
 
 def _token_count_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
@@ -177,8 +177,8 @@ def _size_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violati
     logprobs = min(parsed.best_of, MAX_CHOICES) * tokens * (1 + min(top_logprobs, info.max_logprobs))
     if logprobs > MAX_TOTAL_LOGPROBS:
         field = "logprobs" if request.HasField("logprobs") else "logprob_token_ids"
-        rule = f"keep choices × `max_tokens` × (`{field}` + 1) at most {MAX_TOTAL_LOGPROBS}"
-        yield _violation(field, rule, logprobs)
+        product = f"choices × `max_tokens` × (`{field}` + 1)"
+        yield Violation(field, f"{product} must be at most {MAX_TOTAL_LOGPROBS}, not {logprobs}")
 
 
 def _repetition_violations(detection: pb.RepetitionDetection) -> Iterator[Violation]:
@@ -221,10 +221,10 @@ def _count_violations(field: str, values: Sequence[object], limit: int, noun: st
 def _id_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request = parsed.request
     for field in _ID_LISTS:
-        limit, ids = field.max_items, list(getattr(request, field.name))
+        limit, noun, ids = field.max_items, "ids", list(getattr(request, field.name))
         if field.name == "stop_token_ids" and request.min_tokens:
-            limit = MAX_SUPPRESSED_IDS - len(info.end_token_ids)
-        violations = [*_count_violations(field.name, ids, limit, "ids")]
+            limit, noun = MAX_SUPPRESSED_IDS - len(info.end_token_ids), "ids with `min_tokens`"
+        violations = [*_count_violations(field.name, ids, limit, noun)]
         yield from violations or _id_range_violations(field.name, ids, info)
     bias_range = BY_NAME["logit_bias"]
     for token_id, bias in request.logit_bias.items():
@@ -283,7 +283,7 @@ def _specification_violations(field: str, kind: str, text: str) -> Iterator[Viol
         try:
             text = json.dumps(json.loads(text), ensure_ascii=False)
         except (ValueError, RecursionError):
-            yield Violation(field, f"`{field}` must be a JSON document without deep nesting and huge numbers")
+            yield Violation(field, f"`{field}` must be a JSON document without deep nesting or huge numbers")
             return
     counts = [count for match in _REPETITION.findall("".join(text.split())) for count in match if count]
     is_huge = any(len(count) >= 10 for count in counts)

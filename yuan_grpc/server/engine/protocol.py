@@ -90,7 +90,7 @@ class Engine(Protocol):
     def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        """Yield new output as it comes or, unless `stream`, all of every choice in one output.
+        """Yield new output as it comes or, unless `stream`, the complete choices in one output.
 
         The first output has no deltas and reports that the request was accepted. Closing the generator, or cancelling
         the task that waits for it, frees the request at once.

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Literal
 
 CONTEXT_TOKENS = 16
-"""Number of preceding tokens that determine how a text begins, with some margin."""
+"""Preceding tokens needed to decode the start of a text."""
 
 INLINE_ENTRIES = 16_384
 """Tokens and log-probabilities to convert on the event loop, about 20 ms of work; more are converted in a thread."""

@@ -55,7 +55,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         if _SURROGATE.search(raw):  # the parser accepts lone surrogates, which nothing after it can encode
             _check_texts(body)
     except (ValueError, RecursionError):
-        reject("", "the body must be JSON in UTF-8, of finite numbers and not nested too deeply")
+        reject("", "the body must be UTF-8 JSON with finite numbers and limited nesting")
     if not isinstance(body, dict):
         reject("", "the body must be a JSON object")
     if len(body) > MAX_FIELDS:

@@ -14,7 +14,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from yuan_grpc.server.engine.types import LoraInfo, ModelInfo
 
 BEAM_SEARCH_LOGPROBS = 2048
-"""Log-probabilities per position available to beam search, which the limit for callers does not bind."""
+"""Log-probabilities per position. Beam search may request this many, regardless of the callers' limit."""
 
 
 @dataclass(frozen=True)

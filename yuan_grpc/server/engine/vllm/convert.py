@@ -87,7 +87,7 @@ def set_bad_words(sampling: Sampling, params: SamplingParams, tokenizer: Tokeniz
     if sampling.min_tokens:
         excluded.update(sampling.stop_token_ids, [tokenizer.eos_token_id])
     if sampling.allowed_token_ids and excluded.issuperset(sampling.allowed_token_ids):
-        description = "`allowed_token_ids` must have one that `bad_words` and `min_tokens` do not exclude"
+        description = "`bad_words` and `min_tokens` must not exclude every token in `allowed_token_ids`"
         raise InvalidRequestError([Violation("allowed_token_ids", description)])
 
 
@@ -167,7 +167,7 @@ class OutputConverter:
     def _delta(self, completion: CompletionOutput) -> ChoiceDelta:
         finish_reason = self._finish_reason(completion.finish_reason)
         if self._allowed and not self._allowed.issuperset(completion.token_ids):  # vLLM samples any if none is left
-            description = "`allowed_token_ids` must have one at each position that no other parameter excludes"
+            description = "other parameters exclude every token in `allowed_token_ids` at some position"
             raise InvalidRequestError([Violation("allowed_token_ids", description)])
         stop_reason = completion.stop_reason if finish_reason is FinishReason.STOP else None
         if finish_reason is FinishReason.STOP and stop_reason is None:  # vLLM's value for the end-of-text token

@@ -136,7 +136,7 @@ class LoraRegistry:
             description = "`name` must be the name of a folder, without a path or a leading dot"
             raise InvalidRequestError([Violation("name", description)])
         if self._is_taken(name):
-            raise DuplicateLoraError(f"`name` must not be that of a loaded model or adapter, as {name} is")
+            raise DuplicateLoraError(f"`name` must not be in use by a model or adapter, not {name}")
         folder = self._folder / name
         if not (folder / CONFIG).is_file():
             raise ModelNotFoundError(f"`name` must be that of an adapter in the server's folder, not {name}")

@@ -13,7 +13,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 _FIELD_NAMES = {"logprobs": "top_logprobs"}
 _ROLES = {"developer": "system"}
-"""Our names of roles that OpenAI names differently."""
+"""OpenAI roles and the roles they map to here."""
 
 
 async def handle(call: HttpCall) -> None:
