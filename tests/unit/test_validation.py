@@ -64,7 +64,7 @@ def violation_of(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, str]
         ("prompt_logprobs", 21, "`prompt_logprobs` must be between 0 and 20, not 21"),
         ("stream_interval", 0, "`stream_interval` must be at least 1, not 0"),
         ("truncate_prompt_tokens", 0, "`truncate_prompt_tokens` must be at least 1, or -1 for as many as fit, not 0"),
-        ("truncation_side", 7, "`truncation_side` must be a known side, not 7"),
+        ("truncation_side", 7, "`truncation_side` must be 0 (default), 1 (left) or 2 (right), not 7"),
         ("best_of", 0, "`best_of` must be between 1 and 128, not 0"),
         ("length_penalty", 2.0, "`length_penalty` must be 1 without `use_beam_search`, not 2.0"),
         ("early_stopping", Value(bool_value=True), "`early_stopping` must be false without `use_beam_search`"),
@@ -138,7 +138,7 @@ def test_more_choices_than_the_queue_can_hold_are_invalid() -> None:
 def test_the_total_number_of_logprobs_is_limited() -> None:
     long = replace(INFO, max_model_len=8192)
     fields = {"n": 32, "max_tokens": 2048}
-    rule = "must keep choices × `max_tokens` × (`logprobs` + 1) at most 1048576, not 1114112"
+    rule = "choices × `max_tokens` × (`logprobs` + 1) must be at most 1048576, not 1114112"
     assert violation_of(long, **fields, logprobs=16) == ("logprobs", f"`logprobs` {rule}")
     assert violation_of(long, **fields, logprob_token_ids=range(16))[0] == "logprob_token_ids"
     validate(pb.GenerateRequest(prompt="AB", n=32, max_tokens=2048, logprobs=15), info=long)

@@ -6,13 +6,13 @@
 | `cpu_busy_wait` | waiting processes poll with `sched_yield` and delay all others | vLLM sleeps between polls |
 | `cpu_lora_slots` | requests without an adapter get the adapter of the last slot | the CPU kernels skip slot -1 |
 | `cpu_seeds` | a long prompt with a seed ends the engine | CPU generators are not rewound |
-| `cpu_spec_decode` | drafts get uninitialized sampling parameters | vLLM has the fix of #55006 and accepts empty logits |
+| `cpu_spec_decode` | drafts get uninitialized sampling parameters | vLLM has #55006 and accepts empty logits |
 | `detokenizer` | text that ends with U+FFFD is held back and may be lost | only incomplete characters are held back |
 | `grammar_timeout` | the constraint of one request can delay all requests | vLLM or xgrammar limits the time |
-| `logprob_token_ids` | other requests of the batch lose their most likely tokens | the sampler merges both kinds of result |
+| `logprob_token_ids` | other requests of the batch lose their most likely tokens | the sampler merges the results |
 | `lora_classes` | a model cannot register LoRA layers or an adapter manager | a model can |
 | `priority_preemption` | a preempted request resumes on blocks that were not computed | vLLM evicts such blocks |
-| `worker_process` | Ctrl-C ends the workers at once; a killed server leaves the engine running | engine processes do neither |
+| `worker_process` | Ctrl-C ends the workers at once; the engine outlives a killed server | engine processes do neither |
 
 `tests/engine/test_patches.py` has a test for each fault, which fails when vLLM no longer has it.
 """

@@ -11,7 +11,7 @@ from yuan_grpc.server.engine.types import ChoiceDelta, EngineRequest, Progress, 
 
 
 class OutputAccumulator:
-    """Joins the deltas of every choice.
+    """Joins the deltas into complete choices.
 
     Args:
         choices: number of choices.
