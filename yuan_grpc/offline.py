@@ -73,10 +73,12 @@ def serve_engine(engine: Engine) -> Iterator[str]:
     """
     with TemporaryDirectory(prefix="yuan-grpc-", dir=_socket_parent()) as folder, _background_loop() as run:
         target = f"unix:{folder}/socket"
-        server, _ = run(create_server(YuanService(GenerationService(engine)), Health(NAME), target))
+        health = Health(NAME)
+        server, _ = run(create_server(YuanService(GenerationService(engine)), health, target))
         try:
             run(engine.start())
             run(server.start())
+            run(health.set_serving())
             yield target
         finally:
             run(_stop(server, engine))

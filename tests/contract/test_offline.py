@@ -22,6 +22,11 @@ def test_a_client_can_generate_and_the_engine_stops_with_the_block() -> None:
     assert engine.stopped
 
 
+def test_a_client_is_ready_at_once() -> None:
+    with offline.serve_engine(startable(FakeEngine(last()))) as target, Client(target) as yuan:
+        yuan.wait_until_ready(timeout=10)
+
+
 def test_the_engine_stops_when_the_block_fails() -> None:
     engine = startable(FakeEngine(last("yes")))
     with pytest.raises(LookupError), offline.serve_engine(engine):

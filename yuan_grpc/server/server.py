@@ -215,7 +215,7 @@ async def _run_engine(
             logger.error("the engine was lost")
             return 1
     if grpc_failure.done():
-        logger.error("the gRPC server stopped unexpectedly and ended all calls")
+        logger.error("the gRPC server stopped unexpectedly; its calls hang until the process exits")
         return 1
     return 0
 

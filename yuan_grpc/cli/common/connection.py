@@ -76,11 +76,7 @@ def connect(options: argparse.Namespace, *interceptors: Any) -> AsyncClient:
     Raises:
         UsageError: an option is invalid, or options conflict.
     """
-    if options.token and is_terminal(sys.stderr):
-        print_stderr("warning: --token is visible in `ps`; set YUAN_GRPC_TOKEN in the environment instead")
-    token = options.token or os.environ.get("YUAN_GRPC_TOKEN") or None
-    if token and not _is_printable_ascii(token):
-        raise UsageError("the token must be printable ASCII")
+    token = choose_token(options.token)
     try:
         return AsyncClient(
             options.address,
@@ -95,6 +91,20 @@ def connect(options: argparse.Namespace, *interceptors: Any) -> AsyncClient:
         )
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
+
+
+def choose_token(option: str | None) -> str | None:
+    """Return the token of the option or else of the environment; at a terminal, warn that an option is visible.
+
+    Raises:
+        UsageError: the token cannot be sent.
+    """
+    if option and is_terminal(sys.stderr):
+        print_stderr("warning: --token is visible in `ps`; set YUAN_GRPC_TOKEN in the environment instead")
+    token = option or os.environ.get("YUAN_GRPC_TOKEN") or None
+    if token and not _is_printable_ascii(token):
+        raise UsageError("the token must be printable ASCII")
+    return token
 
 
 def positive_seconds(text: str) -> float:
@@ -124,9 +134,13 @@ def _proxy(text: str) -> str:
 def _metadata(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     key = key.lower()
-    if not equals or not _METADATA_KEY.fullmatch(key) or key.endswith("-bin") or key.startswith("grpc-"):
+    if not equals or not _METADATA_KEY.fullmatch(key):
         # Without the text: its value may be a secret.
         raise argparse.ArgumentTypeError("must be KEY=VALUE with a key of letters, digits, '_', '.' and '-'")
+    if key.startswith("grpc-"):
+        raise argparse.ArgumentTypeError(f"the key must not begin with 'grpc-', which gRPC reserves, not {key}")
+    if key.endswith("-bin"):
+        raise argparse.ArgumentTypeError(f"the key must not end with '-bin', which gRPC uses for bytes, not {key}")
     if not _is_printable_ascii(value):
         raise argparse.ArgumentTypeError(f"the value of {key} must be printable ASCII")
     return key, value

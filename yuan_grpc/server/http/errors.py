@@ -11,18 +11,15 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 _STATUSES = {
     StatusCode.INVALID_ARGUMENT: 400,
     StatusCode.FAILED_PRECONDITION: 400,
-    StatusCode.UNAUTHENTICATED: 401,
-    StatusCode.PERMISSION_DENIED: 403,
     StatusCode.NOT_FOUND: 404,
     StatusCode.ALREADY_EXISTS: 409,
     StatusCode.RESOURCE_EXHAUSTED: 429,
     StatusCode.CANCELLED: 499,
     StatusCode.UNAVAILABLE: 503,
-    StatusCode.DEADLINE_EXCEEDED: 504,
 }
-"""HTTP statuses by gRPC status code; all other codes are 500."""
+"""HTTP statuses by gRPC status code of the service's errors; INTERNAL is 500."""
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 499: "cancelled"}
+_TYPES = {403: "permission_error", 429: "rate_limit_error", 499: "cancelled"}
 """OpenAI's error types by HTTP status; other 4xx are `invalid_request_error`, 5xx are `server_error`."""
 
 RETRY_SECONDS = 1
@@ -98,4 +95,4 @@ def rename_fields(error: InvalidRequestError, names: Mapping[str, str]) -> Inval
             else v
             for v in violations
         ]
-    return InvalidRequestError(violations)
+    return InvalidRequestError(list(dict.fromkeys(violations)))  # two fields of ours may be one of theirs

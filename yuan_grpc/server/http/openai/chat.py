@@ -5,6 +5,7 @@ from typing import Any
 
 from yuan_grpc.server.core.limits import MAX_MESSAGES
 from yuan_grpc.server.core.validation import reject
+from yuan_grpc.server.engine.types import Sampling
 from yuan_grpc.server.http.call import HttpCall
 from yuan_grpc.server.http.json_body import pop_bool
 from yuan_grpc.server.http.openai.params import build_request, pop_common_fields
@@ -30,8 +31,12 @@ def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     messages = _messages(fields.pop("messages", None))
     max_tokens = fields.pop("max_completion_tokens", None)
     names = _FIELD_NAMES if max_tokens is None else _FIELD_NAMES | {"max_tokens": "max_completion_tokens"}
+    if max_tokens is None:
+        max_tokens = fields.get("max_tokens")
     if max_tokens is None:  # by default the end of the context is the only limit
-        max_tokens = fields.get("max_tokens", call.state.service.engine.info.max_model_len)
+        max_tokens = call.state.service.engine.info.max_model_len
+        if fields.get("truncate_prompt_tokens") == -1:  # leave as many tokens for the response as other methods do
+            fields["truncate_prompt_tokens"] = max(1, max_tokens - Sampling.max_tokens)
     include_logprobs, top_logprobs = pop_bool(fields, "logprobs"), fields.pop("top_logprobs", None)
     if include_logprobs:
         fields["logprobs"] = top_logprobs or 0

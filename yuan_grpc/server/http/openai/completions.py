@@ -28,8 +28,10 @@ def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
         reject("messages", "`messages` must not be given here: use /v1/chat/completions")
     prompts = _prompts(fields.pop("prompt", None))
     common, model = build_request(fields, call, {})
+    names = _FIELD_NAMES
     if common.echo and common.HasField("logprobs"):
         common.prompt_logprobs = common.logprobs
+        names = names | {"prompt_logprobs": "logprobs"}
     if (size := common.ByteSize()) * len(prompts) > MAX_COPIED_BYTES:
         reject("prompt", f"`prompt` must have fewer entries than {len(prompts)} with parameters of {size} bytes")
     requests = []
@@ -42,7 +44,7 @@ def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
             request.prompt = prompt
         else:
             request.prompt_token_ids.CopyFrom(prompt)
-    return OpenAIRequest(requests, model, stream, include_usage, _FIELD_NAMES)
+    return OpenAIRequest(requests, model, stream, include_usage, names)
 
 
 def _prompts(prompts: Any) -> Sequence[str | pb.TokenIds]:
