@@ -203,6 +203,22 @@ async def test_chat_is_limited_by_the_context_by_default() -> None:
     assert [request.sampling.max_tokens for request in engine.requests] == [64, 3, 4]
 
 
+async def test_chat_without_a_limit_can_truncate_the_prompt_to_what_fits() -> None:
+    engine = FakeEngine(last())
+    message = {"role": "user", "content": "A" * 100}
+    response = await post(engine, CHAT, {"messages": [message], "truncate_prompt_tokens": -1})
+    assert response.status_code == 200
+    assert (len(engine.requests[0].prompt), engine.requests[0].sampling.max_tokens) == (48, 64)
+
+
+async def test_too_many_logprobs_of_an_echo_are_one_violation() -> None:
+    response = await post(FakeEngine(last()), COMPLETIONS, {"prompt": "AB", "logprobs": 1000, "echo": True})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message.count("`logprobs` must be between 0 and ") == 1
+    assert "prompt_logprobs" not in message
+
+
 async def test_choices_are_in_the_order_of_the_prompts() -> None:
     engine = FakeEngine(last("a"), last("b", 1))
     content = (await post(engine, COMPLETIONS, {"prompt": ["A", "BC"], "n": 2, "request_id": "mine"})).json()

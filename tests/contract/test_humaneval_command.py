@@ -195,6 +195,35 @@ def test_each_sample_of_a_task_has_its_own_seed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--temperature", "0"), ("--temperature", "0.8", "--top-k", "1"), ("--top-p", "0")],
+    ids=["no sampling", "temperature 0", "top_k 1", "top_p 0"],
+)
+def test_several_greedy_samples_are_a_usage_error(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    assert main("generate", tmp_path / "run", "--prompts", tasks, "--samples", "10", *options) == 2
+    assert "greedy samples are all equal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--samples", "x"), "must be an integer, at least 1, not 'x'"),
+        (("--sample", "2"), "unrecognized arguments: --sample"),
+    ],
+    ids=["not a number", "abbreviated"],
+)
+def test_an_invalid_option_of_generate_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main("generate", tmp_path / "run", *option)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_interrupted_run_resumes_without_loss_or_duplicates(
     service: FakeService, address: str, tasks: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -48,7 +48,7 @@ async def test_other_constraints_must_leave_an_allowed_token(served: Served, con
     fields: dict[str, Any] = {"allowed_token_ids": [served.tokenizer.eos_token_id], "min_tokens": 3}
     if constraint == "bad_words":
         fields = {"allowed_token_ids": [token_id], "bad_words": ["山"]}
-    with pytest.raises(grpc.aio.AioRpcError, match="`bad_words` and `min_tokens` must not exclude every token in `allowed_token_ids`"):
+    with pytest.raises(grpc.aio.AioRpcError, match="`bad_words` and `min_tokens` must not exclude every token in"):
         await generate_one(served, **fields)
 
 

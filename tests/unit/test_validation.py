@@ -139,7 +139,7 @@ def test_the_total_number_of_logprobs_is_limited() -> None:
     long = replace(INFO, max_model_len=8192)
     fields = {"n": 32, "max_tokens": 2048}
     rule = "choices × `max_tokens` × (`logprobs` + 1) must be at most 1048576, not 1114112"
-    assert violation_of(long, **fields, logprobs=16) == ("logprobs", f"`logprobs` {rule}")
+    assert violation_of(long, **fields, logprobs=16) == ("logprobs", rule)
     assert violation_of(long, **fields, logprob_token_ids=range(16))[0] == "logprob_token_ids"
     validate(pb.GenerateRequest(prompt="AB", n=32, max_tokens=2048, logprobs=15), info=long)
 
@@ -152,7 +152,10 @@ def test_invalid_words_and_ids_are_reported_by_index() -> None:
     )
     assert violation_of(logit_bias={7: math.nan})[0] == "logit_bias[7]"
     assert violation_of(logprob_token_ids=[1, 2], logprobs=3)[0] == "logprobs"
-    assert violation_of(stop_token_ids=[1] * 128, min_tokens=1)[0] == "stop_token_ids"
+    assert violation_of(stop_token_ids=[1] * 128, min_tokens=1) == (
+        "stop_token_ids",
+        "`stop_token_ids` must have at most 127 ids with `min_tokens`, not 128",
+    )
 
 
 def test_min_tokens_must_fit_after_the_prompt() -> None:
