@@ -194,7 +194,6 @@ def test_each_sample_of_a_task_has_its_own_seed(
     assert seeds == sorted((row["prompt"], seed) for row in TASKS.values() for seed in (40, 41))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize(
     "options",
     [(), ("--temperature", "0"), ("--temperature", "0.8", "--top-k", "1"), ("--top-p", "0")],
@@ -203,7 +202,7 @@ def test_each_sample_of_a_task_has_its_own_seed(
 def test_several_greedy_samples_are_a_usage_error(
     tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
 ) -> None:
-    assert main("generate", tmp_path / "run", "--prompts", tasks, "--samples", "10", *options) == 2
+    assert call("generate", tmp_path / "run", "--prompts", tasks, "--samples", "10", *options) == 2
     assert "greedy samples are all equal" in capsys.readouterr().err
 
 
@@ -219,11 +218,12 @@ def test_an_invalid_option_of_generate_is_a_usage_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        main("generate", tmp_path / "run", *option)
+        call("generate", tmp_path / "run", *option)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_resumes_without_loss_or_duplicates(
     service: FakeService, address: str, tasks: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

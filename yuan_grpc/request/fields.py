@@ -1,7 +1,7 @@
 """The table of request fields with options or rules: type, range and command-line option of each.
 
-Validation, the conversion to sampling parameters and the command-line options are made from this table. Tests check that
-the contract's comments, the client's parameters and the README match it.
+Validation, the conversion to sampling parameters and the command-line options are made from this table. Tests check
+that the contract's comments, the client's parameters and the README match it.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ FIELDS = (
     ),
     Field("cache_salt", str, max_length=1024, is_sampling=False),
 )
-"""All request fields with options or rules. The model limits `logprobs` and `prompt_logprobs`; the two messages have rules of their own."""
+"""All request fields with options or rules. The model limits `logprobs` and `prompt_logprobs`; the two messages have
+rules of their own."""
 
 BY_NAME: Mapping[str, Field] = {field.name: field for field in FIELDS}

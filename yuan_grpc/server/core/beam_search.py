@@ -266,8 +266,8 @@ class BeamSearch:
         if self._beam.early_stopping is True:
             return False
         tokens = self._frontier.tokens
-        if self._beam.early_stopping == "never" and self._beam.length_penalty > 0:  # the bound is highest at the maximum length
-            tokens = self._max_tokens
+        if self._beam.early_stopping == "never" and self._beam.length_penalty > 0:
+            tokens = self._max_tokens  # the score bound is highest at the maximum length
         return self._normalize(running[0].cumulative_logprob, tokens) > self._score(finished[-1])
 
     def _score(self, hypothesis: _Hypothesis) -> float:
