@@ -11,6 +11,7 @@ WAIT_SECONDS = 60
 """Timeout of a test without an engine, unless it has its own: most wait for an event that comes within milliseconds."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give tests without an engine a short timeout, and keep tests that share an engine in one pytest-xdist worker."""
     for item in items:

@@ -1,8 +1,8 @@
 """Runs the engine programs of this folder, each in its own process.
 
 Importing vLLM takes longer than starting a small engine. So a server process imports it once and forks for each
-program. On a machine with a GPU, and for a test that changes the environment, a program gets a new interpreter instead:
-CUDA does not survive a fork, and vLLM reads some variables while it is imported.
+program. On a machine with a GPU, and for a test that sets a variable of `READ_ONCE`, a program gets a new interpreter
+instead: CUDA does not survive a fork, and vLLM or PyTorch read these variables once.
 
 The server is this file run as a program: it reads a JSON line for each request and answers with the exit status.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+READ_ONCE = ("OMP_NUM_THREADS", "VLLM_BATCH_INVARIANT", "VLLM_CPU_OMP_THREADS_BIND")
 PRELOADED = ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "yuan_grpc.model.yuan")
 
 
@@ -31,20 +32,12 @@ def run_program(program: str, job: dict[str, Any], out: Path) -> Any:
         out: the file that the program writes its result to.
     """
     text = json.dumps(job, default=str)
-    if _has_gpu() or _environment() != _ENVIRONMENT:
+    if _has_gpu() or any(variable in os.environ for variable in READ_ONCE):
         completed = subprocess.run([sys.executable, FOLDER / program, out], input=text, text=True, capture_output=True)
         assert completed.returncode == 0, completed.stderr
     else:
         _SERVER.run(program, text, out)
     return json.loads(out.read_text())
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-
-
-_ENVIRONMENT = _environment()
-"""The environment of the forks."""
 
 
 @cache
@@ -90,6 +83,7 @@ _SERVER = _ForkServer()
 
 def _serve() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)  # which the session's server sets
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for module in PRELOADED:
