@@ -11,7 +11,7 @@ from pathlib import Path
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
 DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "128M")
-"""vLLM flags for the 1 MB demo model. Favor exactness; skip compilation, which would take longer than a typical demo."""
+"""vLLM flags for the 1 MB demo. Favor exactness; skip compilation, which would take longer than a typical demo."""
 
 PREFIX = "YUAN_GRPC_"
 

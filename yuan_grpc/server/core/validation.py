@@ -259,7 +259,7 @@ def _constraint_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[V
             yield _violation(f"{field}.json_object", "be true if given", "false")
     else:
         yield from _specification_violations(f"{field}.{kind}", kind, getattr(outputs, kind))
-    for other in ("ignore_eos", "min_tokens"):  # either would continue after the constraint is fulfilled
+    for other in ("ignore_eos", "min_tokens"):  # either would continue after the constraint is satisfied
         if getattr(request, other):
             yield Violation(other, f"`{other}` must not be given with `{field}`")
 

@@ -151,7 +151,7 @@ class OutputConverter:
         """Return an output in plain values. The first one has the prompt's log-probabilities.
 
         Raises:
-            InvalidRequestError: no allowed token was left, or the constraint could not be fulfilled.
+            InvalidRequestError: no allowed token was left, or the constraint could not be satisfied.
             UnavailableError: the engine dropped the request.
         """
         prompt_logprobs: list[TokenLogprobs] = []
@@ -194,7 +194,7 @@ class OutputConverter:
         constraint = self._request.sampling.structured_outputs
         if constraint and reason == "error":
             field = f"structured_outputs.{constraint.kind}"
-            description = f"`{field}` must be one that the engine can compile and fulfil with the other parameters"
+            description = f"`{field}` must be one that the engine can compile and satisfy with the other parameters"
             return InvalidRequestError([Violation(field, description)])
         return UnavailableError("the engine dropped the request")
 
