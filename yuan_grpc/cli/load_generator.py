@@ -26,11 +26,11 @@ class Workload:
     """A description of the requests to send.
 
     Attributes:
-        template: all fields of a request except the prompt and the request ID.
-        prompt_tokens: length of each prompt; its token IDs are random.
+        template: all fields of a request except the prompt and the request id.
+        prompt_tokens: length of each prompt; its token ids are random.
         shared_prefix: number of leading tokens that all prompts share.
-        seed: seed of the random token IDs.
-        vocab_size: upper limit of the token IDs, exclusive.
+        seed: seed of the random token ids.
+        vocab_size: upper limit of the token ids, exclusive.
     """
 
     template: pb.GenerateRequest
@@ -85,7 +85,7 @@ class RequestTimer:
 
 
 class TimingInterceptor(grpc.aio.UnaryStreamClientInterceptor):
-    """A client interceptor that passes stream messages to timers, by request ID. The client itself yields only text."""
+    """A client interceptor that passes stream messages to timers, by request id. The client itself yields only text."""
 
     def __init__(self) -> None:
         self.timers: dict[str, RequestTimer] = {}

@@ -85,7 +85,7 @@ class AsyncClient(BaseClient):
         """Generate a completion and return it when all choices are finished.
 
         Args:
-            prompt: text, token IDs, a conversation, or a GenerateRequest, whose fields the parameters override.
+            prompt: text, token ids, a conversation, or a GenerateRequest, whose fields the parameters override.
             parameters: see `Parameters`. `timeout` (seconds) and `metadata` apply to the call.
         """
         call = self._prepare_generation("Generate", prompt, parameters)
@@ -127,7 +127,7 @@ class AsyncClient(BaseClient):
     async def detokenize(
         self, token_ids: Iterable[int], *, skip_special_tokens: bool = False, timeout: float | None = None
     ) -> str:
-        """Return the text of token IDs."""
+        """Return the text of token ids."""
         request = requests.detokenize_request(token_ids, skip_special_tokens)
         text: str = (await self._invoke(self._prepare_short("Detokenize", request, timeout))).text
         return text
@@ -139,7 +139,7 @@ class AsyncClient(BaseClient):
         )
 
     async def abort(self, request_id: str, *, timeout: float | None = None) -> None:
-        """Abort a running call by its request ID; that call raises `CancelledCallError`."""
+        """Abort a running call by its request id; that call raises `CancelledCallError`."""
         await self._invoke(self._prepare_short("Abort", pb.AbortRequest(request_id=request_id), timeout))
 
     async def loras(self, *, timeout: float | None = None) -> Loras:

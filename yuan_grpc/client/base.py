@@ -180,7 +180,7 @@ class BaseStream:
 
     @property
     def _request_id(self) -> str:
-        """The request ID set by the caller, or else the one received from the server."""
+        """The request id set by the caller, or else the one received from the server."""
         return self._requested_id or self._builder.request_id
 
 
@@ -248,7 +248,7 @@ def check_many_arguments(parameters: Mapping[str, Any], concurrency: int) -> Non
 
     Raises:
         TypeError: a parameter is unknown.
-        ValueError: `concurrency` is below 1, or all requests would share one request ID.
+        ValueError: `concurrency` is below 1, or all requests would share one request id.
     """
     requests.check_parameter_names(parameters)
     if concurrency < 1:

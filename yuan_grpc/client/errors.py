@@ -41,7 +41,7 @@ class YuanError(Exception):
         violations: all invalid fields of the request, with INVALID_ARGUMENT.
         retry_after: the delay before a retry that the server suggests, in seconds, at most an hour; None if it suggests
             none.
-        request_id: the request ID set by the caller or received from the server; empty otherwise.
+        request_id: the request id set by the caller or received from the server; empty otherwise.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class YuanError(Exception):
         return self.message or self.code.name
 
     def with_request_id(self, request_id: str) -> Self:
-        """Return the same error with a request ID."""
+        """Return the same error with a request id."""
         copy = type(self)(self.code, self.message, self.reason, self.violations, self.retry_after, request_id)
         copy.__cause__ = self.__cause__
         return copy
@@ -139,7 +139,7 @@ def error_from_code(code: grpc.StatusCode, message: str, **fields: Any) -> YuanE
 
 
 def error_from_rpc(error: Any, request_id: str = "") -> YuanError:
-    """Convert a `grpc.RpcError` of a sync or async call. The caller's request ID precedes that of the server."""
+    """Convert a `grpc.RpcError` of a sync or async call. The caller's request id precedes that of the server."""
     # Not `dict(...)`: the metadata class of older grpcio looks like a mapping to `dict`, which then fails.
     trailers = {key: value for key, value in error.trailing_metadata() or ()}
     fields = _details(trailers.get("grpc-status-details-bin", b""))

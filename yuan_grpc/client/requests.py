@@ -17,7 +17,7 @@ MessageLike = pb.Message | tuple[str, str] | Mapping[str, str]
 """A message of a conversation: a `Message`, a (role, content) pair, or a dict with both keys."""
 
 Prompt = str | Sequence[int] | Sequence[MessageLike] | pb.GenerateRequest
-"""A prompt: text, token IDs, a conversation, or a complete request."""
+"""A prompt: text, token ids, a conversation, or a complete request."""
 
 
 class Parameters(TypedDict, total=False):
@@ -121,7 +121,7 @@ def tokenize_request(prompt: str | Iterable[MessageLike]) -> pb.TokenizeRequest:
 
 
 def detokenize_request(token_ids: Iterable[int], skip_special_tokens: bool) -> pb.DetokenizeRequest:
-    """Convert token IDs.
+    """Convert token ids.
 
     Raises:
         TypeError, InvalidRequestError: as for `generate_request`.
@@ -145,7 +145,7 @@ def set_prompt(request: pb.GenerateRequest, prompt: Any) -> None:
     elif isinstance(prompt, str):
         _fill("prompt", setattr, request, "prompt", prompt)
     elif isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
-        raise TypeError(f"`prompt` must be text, token IDs, a conversation or a request, not {type(prompt).__name__}")
+        raise TypeError(f"`prompt` must be text, token ids, a conversation or a request, not {type(prompt).__name__}")
     elif _is_conversation(items := list(prompt)):
         _fill("messages", request.messages.extend, map(_message, items))
     else:

@@ -78,7 +78,7 @@ class Completion:
         choices: the continuations, ordered by index.
         usage: token counts.
         seed: the sampling seed; None for deterministic requests.
-        request_id: the request ID.
+        request_id: the request id.
         model: the name of the served model or LoRA adapter.
         prompt_token_ids: the prompt as the model received it, if requested.
         prompt_logprobs: one entry per prompt token, if requested.
@@ -280,7 +280,7 @@ class CompletionBuilder:
 
     @property
     def request_id(self) -> str:
-        """The request ID; empty until the first message has arrived."""
+        """The request id; empty until the first message has arrived."""
         return self._response.request_id
 
     @property

@@ -95,4 +95,4 @@ def rename_fields(error: InvalidRequestError, names: Mapping[str, str]) -> Inval
             else v
             for v in violations
         ]
-    return InvalidRequestError(list(dict.fromkeys(violations)))  # two fields of ours may be one of theirs
+    return InvalidRequestError(list(dict.fromkeys(violations)))  # several fields may have the same name for the client
