@@ -12,7 +12,7 @@
 | `logprob_token_ids` | other requests of the batch lose their most likely tokens | the sampler merges the results |
 | `lora_classes` | a model cannot register LoRA layers or an adapter manager | a model can |
 | `priority_preemption` | a preempted request resumes on blocks that were not computed | vLLM evicts such blocks |
-| `worker_process` | Ctrl-C ends the workers at once; the engine outlives a killed server | engine processes do neither |
+| `worker_process` | Ctrl-C ends the workers at once; the engine outlives a killed server | vLLM does neither |
 
 `tests/engine/test_patches.py` has a test for each fault, which fails when vLLM no longer has it.
 """
