@@ -3,6 +3,8 @@
 import json
 import logging
 import random
+import re
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError
 from yuan_grpc.server.http import json_body
 from yuan_grpc.server.http.call import MAX_BODY
 from yuan_grpc.server.http.json_body import MAX_DIGITS, MAX_NUMBERS, MAX_VALUES
+from yuan_grpc.server.http.openai import chat, completions, streaming
 from yuan_grpc.server.http.openai.completions import MAX_COPIED_BYTES
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -122,11 +125,8 @@ async def test_generate_accepts_the_fields_of_generate_request() -> None:
     assert response.json() == {"text": ["!"]}
     assert response.headers["x-request-id"] == "mine"
     [request] = engine.requests
-    assert (request.request_id, list(request.prompt), request.sampling.seed) == (
-        "mine",
-        [65, 66],
-        7,
-    )
+    assert request.request_id.startswith("mine")
+    assert (list(request.prompt), request.sampling.seed) == ([65, 66], 7)
     assert request.sampling.logit_bias == {65: 1.5}
     assert request.sampling.structured_outputs is not None
     assert request.sampling.structured_outputs.specification == ("a", "b")
@@ -229,7 +229,7 @@ async def test_choices_are_in_the_order_of_the_prompts() -> None:
         (3, "b"),
     ]
     assert (content["usage"]["prompt_tokens"], content["usage"]["completion_tokens"]) == (3, 4)
-    assert [request.request_id for request in engine.requests] == ["mine-0", "mine-1"]
+    assert [request.request_id[:6] for request in engine.requests] == ["mine-0", "mine-1"]
 
 
 @pytest.mark.parametrize("prompt", [[65, 66], [[65], [66, 67]], ["A", [66]]])
@@ -312,6 +312,32 @@ async def test_a_chat_response_has_logprobs() -> None:
     [token] = choice["logprobs"]["content"]
     assert (token["token"], token["logprob"], token["bytes"]) == ("é", -0.5, [195, 169])
     assert [other["token"] for other in token["top_logprobs"]] == ["x", "é"]
+
+
+@pytest.mark.parametrize(("path", "choice_format"), [(COMPLETIONS, "_CompletionFormat"), (CHAT, "_ChatFormat")])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_large_response_is_converted_outside_the_event_loop(
+    path: str, choice_format: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = completions if path == COMPLETIONS else chat
+    name, threads = "delta" if path == COMPLETIONS or stream else "full", []
+    convert = getattr(getattr(module, choice_format), name)
+
+    def recorded(*args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return convert(*args)
+
+    monkeypatch.setattr(getattr(module, choice_format), name, recorded)
+    body = BODIES[path] | ({"logprobs": 1} if path == COMPLETIONS else {"logprobs": True, "top_logprobs": 1})
+    contents = []
+    for inline_bytes in (2**20, 0):
+        monkeypatch.setattr(streaming, "INLINE_BYTES", inline_bytes)
+        engine = FakeEngine(with_logprobs("é"), with_logprobs("b", FinishReason.STOP))
+        response = await post(engine, path, body | {"stream": stream, "request_id": "mine"})
+        contents.append(re.sub(rb'"created":[0-9]+', b"", response.content))
+    assert contents[0] == contents[1]
+    in_loop = [thread is threading.main_thread() for thread in threads]
+    assert in_loop == [True] * (len(in_loop) // 2) + [False] * (len(in_loop) // 2)
 
 
 async def test_a_logprob_of_minus_infinity_is_minus_9999() -> None:
@@ -693,15 +719,17 @@ async def test_an_error_during_a_stream_of_generate_is_its_last_chunk() -> None:
     assert json.loads(second)["error"]["code"] == "overloaded"
 
 
-async def test_the_request_id_of_a_running_call_is_a_conflict() -> None:
-    engine = FakeEngine(hangs=True)
-    body = {"prompt": "AB", "request_id": "mine"}
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS])
+async def test_the_request_id_of_another_call_is_not_a_conflict(path: str) -> None:
+    engine = FakeEngine(more("a"), hangs=True)
+    body = {"prompt": "AB", "request_id": "mine", "stream": True}
     async with (
         serve_http_client(engine) as client,
-        client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as response,
+        client.stream("POST", path, json=body) as first,
+        client.stream("POST", path, json=body) as second,
     ):
-        assert response.status_code == 200
-        assert (await client.post(COMPLETIONS, json=body)).status_code == 409
+        assert (first.status_code, second.status_code) == (200, 200)
+        assert engine.running == 2
 
 
 async def test_health_follows_the_engine_for_get_and_head() -> None:

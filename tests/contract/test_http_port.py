@@ -23,6 +23,7 @@ from servers import connect_socket, encode_post, http_client, parse_events, serv
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
+from yuan_grpc.server.errors import RequestNotFoundError
 from yuan_grpc.server.http import Listener
 from yuan_grpc.server.server import serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
@@ -119,14 +120,30 @@ async def test_a_slow_reader_slows_the_engine_down_and_frees_it_on_disconnect(pa
         await engine.freed.wait()
 
 
-async def test_abort_ends_an_http_call() -> None:
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+async def test_abort_ends_an_http_call_whose_id_the_server_generated(path: str) -> None:
+    engine = FakeEngine(more("a"), hangs=True)
+    async with (
+        serve_http(engine) as listener,
+        http_client(listener.port) as client,
+        client.stream("POST", path, json={"prompt": "A", "stream": True}) as response,
+    ):
+        await listener._state.service.inflight.abort(response.headers["x-request-id"])
+        content = await response.aread()
+    assert b'"message":"the call was ended by Abort"' in content
+    assert engine.running == 0
+
+
+async def test_abort_does_not_find_an_http_call_by_an_id_that_its_client_chose() -> None:
     engine = FakeEngine(hangs=True)
     async with serve_http(engine) as listener, http_client(listener.port) as client:
         call = asyncio.ensure_future(client.post("/generate", json={"prompt": "A", "request_id": "mine"}))
         await engine.began.wait()
-        await listener._state.service.inflight.abort("mine")
-        response = await call
-    assert (response.status_code, response.json()["error"]["message"]) == (499, "the call was ended by Abort")
+        with pytest.raises(RequestNotFoundError):
+            await listener._state.service.inflight.abort("mine")
+        assert engine.running == 1
+        call.cancel()
+        await engine.freed.wait()
 
 
 async def test_an_http_1_0_stream_ends_with_the_connection() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.core.inflight import ANY_CONNECTION
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.errors import OverloadedError
 from yuan_grpc.server.http.errors import StoppingError, TooLargeError, TooSlowError, error_response
@@ -33,6 +34,23 @@ MAX_LARGE_BODIES = 2**28
 
 _LINE_SEPARATORS = re.compile("[\x85\u2028\u2029]")
 """Characters that some clients treat as line ends, although JSON and server-sent events do not."""
+
+
+def encode_json(content: Mapping[str, Any], *, is_ascii: bool = False, in_loop: bool = True) -> str:
+    """Return content as JSON text.
+
+    Args:
+        in_loop: whether the event loop waits. Otherwise a slower encoder lets it run: the fast one holds Python's lock.
+    """
+    encoder = json.JSONEncoder(ensure_ascii=is_ascii, allow_nan=False, separators=(",", ":"))
+    return encoder.encode(content) if in_loop else "".join(encoder.iterencode(content))
+
+
+def encode_chunk(content: Mapping[str, Any], framing: "Framing", *, in_loop: bool = True) -> bytes:
+    """Return a chunk of a stream with its delimiters; `in_loop` as for `encode_json`."""
+    text = encode_json(content, is_ascii=framing.is_ascii, in_loop=in_loop)
+    text = _LINE_SEPARATORS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return framing.prefix + text.encode() + framing.suffix
 
 
 @dataclass
@@ -84,11 +102,13 @@ class HttpCall:
     Attributes:
         state: the state shared by all calls.
         request_id: the request id, used in the log and in `x-request-id`: that of the body once it has been read.
+        connection: the connection on which `Abort` finds the request: any if the server generated its id, else none.
     """
 
     def __init__(self, state: AppState, scope: Scope, receive: Receive, send: Send) -> None:
         self.state = state
         self.request_id = uuid4().hex
+        self.connection: str | None = ANY_CONNECTION
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -103,7 +123,9 @@ class HttpCall:
             ClientDisconnectedError: the client disconnected before the end of the body.
         """
         body = parse_body(await self._read_body())
-        body["request_id"] = body.get("request_id") or self.request_id
+        if not body.get("request_id"):
+            return body | {"request_id": self.request_id}
+        self.connection = None  # an id that a client chose is not a secret
         self.request_id = str(body["request_id"])[:MAX_REQUEST_ID]  # validation rejects longer ones later
         return body
 
@@ -164,6 +186,11 @@ class HttpCall:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
+    async def respond_encoded(self, body: bytes) -> None:
+        """Send a complete response that is JSON already."""
+        response = Response(body, headers=self._headers(), media_type="application/json")
+        await response(self._scope, self._receive, self._send)
+
     async def respond(self, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
         """Send a complete JSON response."""
         response = JSONResponse(content, status, self._headers() | (headers or {}))
@@ -180,11 +207,8 @@ class HttpCall:
 
     async def write_chunk(self, content: Mapping[str, Any]) -> None:
         """Write a JSON chunk; return when the client has read most of what was written."""
-        framing = self._framing
-        assert framing is not None
-        text = json.dumps(content, ensure_ascii=framing.is_ascii, allow_nan=False, separators=(",", ":"))
-        text = _LINE_SEPARATORS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-        await self.write_bytes(framing.prefix + text.encode() + framing.suffix)
+        assert self._framing is not None
+        await self.write_bytes(encode_chunk(content, self._framing))
 
     async def write_bytes(self, raw: bytes) -> None:
         """Write bytes to the stream without framing."""

@@ -47,7 +47,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     """Return a body's JSON object without null values, which mean absence.
 
     Raises:
-        InvalidRequestError: the body is not a JSON object, or has so many values that parsing it would delay others.
+        InvalidRequestError: the body is not a JSON object, or has more values than the limits.
     """
     _check_structure(raw)
     try:
