@@ -196,7 +196,7 @@ async def test_an_invalid_request_does_not_affect_the_others(served: Served) -> 
 
 
 async def test_a_repeated_prompt_hits_the_prefix_cache(served: Served) -> None:
-    request = pb.GenerateRequest(prompt="from the cache " * 40, max_tokens=1)
+    request = pb.GenerateRequest(prompt="from the cache " * 40, max_tokens=1, cache_salt="mine")
     first, again = await served.generate(request), await served.generate(request)
     assert first.usage.cached_tokens == 0
     assert 0 < again.usage.cached_tokens < again.usage.prompt_tokens

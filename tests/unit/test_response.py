@@ -11,7 +11,7 @@ FIRST = TokenLogprobs(RankedToken(1, "a", 0.0, 0), ())
 SECOND = TokenLogprobs(RankedToken(4, "d", -2.5, 9), [RankedToken(1, "a", -0.5, 1)])
 
 
-def builder(echo: str = "", seed: int | None = None, prompt: list[int] = PROMPT, **fields: int) -> ResponseBuilder:
+def builder(echo: str = "", seed: int | None = None, prompt: list[int] = PROMPT, **fields: object) -> ResponseBuilder:
     """Return the builder for a request with these fields."""
     return ResponseBuilder(pb.GenerateRequest(request_id="id", **fields), "model", prompt, echo, seed)  # type: ignore[arg-type]
 
@@ -22,7 +22,15 @@ def test_choices_are_ordered_by_index() -> None:
     )
     response = builder().build_response(output)
     assert [(choice.index, choice.text) for choice in response.choices] == [(0, "a"), (1, "b")]
-    assert response.usage == pb.Usage(prompt_tokens=5, completion_tokens=2, cached_tokens=3)
+    assert response.usage == pb.Usage(prompt_tokens=5, completion_tokens=2)
+
+
+@pytest.mark.parametrize(("salt", "cached_tokens"), [("", 0), ("mine", 3)])
+def test_cached_tokens_are_reported_within_a_cache_salt_only(salt: str, cached_tokens: int) -> None:
+    output = StepOutput([ChoiceDelta(0, "a", [1], finish_reason=FinishReason.STOP)], cached_tokens=3)
+    assert builder(cache_salt=salt).build_response(output).usage.cached_tokens == cached_tokens
+    (*_, message) = builder(cache_salt=salt).build_stream_messages(output)
+    assert message.usage.cached_tokens == cached_tokens
 
 
 def test_a_stream_echoes_once_per_choice_and_has_usage_where_a_choice_finishes() -> None:

@@ -15,6 +15,8 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 DOMAIN = "yuan.v1"
 INTERNAL_MESSAGE = "an internal error occurred; see the server's log for this request id"
 PUSHBACK = "grpc-retry-pushback-ms"
+MIN_PUSHBACK_SECONDS = 0.1
+"""Minimum delay before a retry. On a delay of 0, grpcio 1.85 does not retry, and its call hangs until its deadline."""
 MAX_VIOLATIONS = 12
 """Maximum violations in a status. Statuses travel in headers, and clients accept 8 KB of headers by default."""
 MAX_DESCRIPTION = 160
@@ -41,7 +43,7 @@ class ServiceError(Exception):
 
     def details(self) -> Sequence[Message]:
         """Return the `google.rpc` messages to send in addition to `ErrorInfo`, which every status has."""
-        return ()
+        return () if self.retry_seconds is None else (RetryInfo(retry_delay=Duration(seconds=self.retry_seconds)),)
 
 
 class InvalidRequestError(ServiceError):
@@ -110,10 +112,6 @@ class OverloadedError(ServiceError):
     reason = pb.ERROR_REASON_OVERLOADED
     retry_seconds = 1
 
-    def details(self) -> Sequence[Message]:
-        """Return the delay before a retry."""
-        return (RetryInfo(retry_delay=Duration(seconds=self.retry_seconds)),)
-
 
 class AnswerTooLargeError(ServiceError):
     """The generated output does not fit into one message."""
@@ -127,6 +125,15 @@ class UnavailableError(ServiceError):
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = pb.ERROR_REASON_ENGINE_UNAVAILABLE
+
+
+class ServerStoppingError(UnavailableError):
+    """The server accepts no new calls, or ends those that exceed the grace period. Another server may serve them."""
+
+    retry_seconds = 0
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping")
 
 
 def public_error(error: Exception) -> ServiceError:
@@ -152,7 +159,8 @@ def to_trailers(error: Exception, status: Status) -> tuple[tuple[str, str | byte
     details = ("grpc-status-details-bin", status.SerializeToString())
     seconds = error.retry_seconds if isinstance(error, ServiceError) else None
     if seconds is not None:
-        return details, (PUSHBACK, str(round(uniform(1, 2) * seconds * 1000)))
+        delay = max(seconds, MIN_PUSHBACK_SECONDS) + uniform(0, max(seconds, 1))
+        return details, (PUSHBACK, str(round(delay * 1000)))
     if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
         return details, (PUSHBACK, "-1")  # forbids the retries that clients make with this status
     return (details,)

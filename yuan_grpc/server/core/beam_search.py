@@ -1,12 +1,15 @@
 """Beam search over any engine: at each step, every beam asks the engine for its most likely next tokens."""
 
 import asyncio
+import heapq
 import math
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
+from random import uniform
 from uuid import uuid4
 
+from yuan_grpc.server.core.limits import BeamSlots
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import (
     CONTEXT_TOKENS,
@@ -24,6 +27,8 @@ from yuan_grpc.server.errors import OverloadedError
 
 RETRY_SECONDS = 0.05
 """Delay before retrying a beam the engine rejected, in seconds. Other beams and requests free capacity meanwhile."""
+MAX_RETRY_SECONDS = 2
+"""Limit on that delay, which doubles with each rejection."""
 
 PROGRESS_TOKENS = 64
 """Number of last tokens of the best beam whose text is reported as progress."""
@@ -73,6 +78,7 @@ class BeamSearch:
         engine: computes the log-probabilities of the next tokens, in requests of one token per beam and step.
         request: the request to continue. Only its parameters for length, stops and returned fields apply.
         beam: the parameters of the search; `n` is at most `width`.
+        slots: the limits on all searches; None for no other searches.
         stream: whether to report progress, which requires decoding a text per token.
         deadline: see `Engine.generate`; the choices are then the best hypotheses so far, finished or not.
     """
@@ -82,6 +88,7 @@ class BeamSearch:
         engine: Engine,
         request: EngineRequest,
         beam: BeamSearchParams,
+        slots: BeamSlots | None = None,
         *,
         stream: bool = True,
         deadline: asyncio.Event | None = None,
@@ -90,6 +97,7 @@ class BeamSearch:
         self._engine = engine
         self._request = request
         self._beam = beam
+        self._slots = slots or BeamSlots()
         self._stream = stream
         self._deadline = deadline
         self._end_of_text = frozenset(info.end_token_ids)
@@ -115,6 +123,7 @@ class BeamSearch:
                 rejected beam is retried, because the finished work would be lost.
         """
         async with AsyncExitStack() as stack:
+            await self._wait_for_slots(stack)
             if self._request.lora:  # keeps the adapter between the requests of the beams
                 lora = await stack.enter_async_context(self._engine.pin_lora(self._request.lora))
                 self._request = replace(self._request, lora=lora)
@@ -157,15 +166,31 @@ class BeamSearch:
         tops = [top for task in tasks if (top := task.result()) is not None]
         return tops if len(tops) == len(tasks) else []
 
+    async def _wait_for_slots(self, stack: AsyncExitStack) -> None:
+        """Wait for the slots of all beams, or for the deadline."""
+        waiting = asyncio.ensure_future(self._slots.beams.acquire(self._beam.width))
+        deadline = asyncio.ensure_future(self._deadline.wait() if self._deadline else asyncio.Event().wait())
+        try:
+            await asyncio.wait([waiting, deadline], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            deadline.cancel()
+            if not waiting.cancel():  # it has the slots
+                stack.callback(self._slots.beams.release, waiting.result())
+
     async def _top_tokens_after(self, beam: _Hypothesis) -> TopTokens | None:
+        delay = RETRY_SECONDS
         while not self._is_past_deadline:
             try:
-                async with aclosing(self._generate_next(beam)) as outputs:
-                    tops = [_top_tokens(output) async for output in outputs if output.deltas]
-                    return tops[0]
+                return await self._next_top_tokens(beam)
             except OverloadedError:
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(uniform(delay / 2, delay))
+                delay = min(2 * delay, MAX_RETRY_SECONDS)
         return None
+
+    async def _next_top_tokens(self, beam: _Hypothesis) -> TopTokens | None:
+        async with self._slots.requests.hold(), aclosing(self._generate_next(beam)) as outputs:
+            tops = [_top_tokens(output) async for output in outputs if output.deltas]
+            return tops[0]
 
     def _generate_next(self, beam: _Hypothesis) -> AsyncGenerator[StepOutput, None]:
         return self._engine.generate(self._beam_request(beam), stream=False, deadline=self._deadline)
@@ -196,10 +221,9 @@ class BeamSearch:
     def _next_frontier(self, tops: Sequence[TopTokens]) -> _Frontier:
         """Return the next beams. As in transformers, a candidate below the best `width` is dropped if it finishes."""
         width, running, finished = self._beam.width, list[_Hypothesis](), list(self._frontier.finished)
-        candidates = self._candidates(tops)
         tokens = self._frontier.tokens + 1
         is_last = tokens == self._max_tokens
-        for index, candidate in enumerate(candidates):
+        for index, candidate in enumerate(self._candidates(tops)):
             if len(running) == width or (is_last and index == width):
                 break
             hypothesis = self._extend(candidate, is_last)
@@ -211,14 +235,15 @@ class BeamSearch:
             raise RuntimeError("the model gives no token a probability")
         return _Frontier(tokens, running, self._ranked(finished)[:width])
 
-    def _candidates(self, tops: Sequence[TopTokens]) -> list[_Candidate]:
-        candidates = [
-            _Candidate(beam, token, top, beam.cumulative_logprob + token.logprob)
-            for beam, top in zip(self._frontier.running, tops, strict=True)
-            for token in top
-            if token.logprob > -math.inf and not self._is_suppressed(token.token_id, len(beam.token_ids))
-        ]
-        return sorted(candidates, key=lambda candidate: candidate.cumulative_logprob, reverse=True)
+    def _candidates(self, tops: Sequence[TopTokens]) -> Iterator[_Candidate]:
+        """Yield the candidates, most likely first. Few of a wide beam's tens of thousands are needed."""
+        candidates = map(self._candidates_after, self._frontier.running, tops)
+        return heapq.merge(*candidates, key=lambda candidate: candidate.cumulative_logprob, reverse=True)
+
+    def _candidates_after(self, beam: _Hypothesis, top: TopTokens) -> Iterator[_Candidate]:
+        for token in top:
+            if token.logprob > -math.inf and not self._is_suppressed(token.token_id, len(beam.token_ids)):
+                yield _Candidate(beam, token, top, beam.cumulative_logprob + token.logprob)
 
     def _is_suppressed(self, token_id: int, position: int) -> bool:
         """Whether a token is excluded by `min_tokens`. vLLM excludes end-of-text even with `ignore_eos`."""

@@ -35,13 +35,12 @@ class ParsedRequest:
     @property
     def best_of(self) -> int:
         """Number of choices to generate, of which the best `n` are returned; the width of a beam search."""
-        return self.request.best_of if self.request.HasField("best_of") else self.sampling.n
+        return num_candidates(self.request)
 
     @property
     def sequences(self) -> int:
         """Number of sequences the engine starts with: one for a beam search, and one for identical greedy choices."""
-        starts_with_one = self.request.use_beam_search or self.sampling.is_greedy
-        return 1 if starts_with_one and self.best_of > 1 else self.best_of
+        return num_sequences(self.request)
 
     @property
     def top_logprobs(self) -> int | None:
@@ -53,12 +52,12 @@ class ParsedRequest:
 
 async def parse_request(request: pb.GenerateRequest, engine: Engine) -> ParsedRequest:
     """Tokenize and truncate a request's prompt, and convert its sampling parameters."""
-    sampling = to_sampling(request)
-    token_ids, text = list(request.prompt_token_ids.ids), None
+    sampling, text = to_sampling(request), None
+    token_ids: Sequence[int] = request.prompt_token_ids.ids
     if not token_ids:
         text = _prompt_text(request, engine)
         token_ids = await engine.tokenize(text)
-    prompt = truncate_prompt(request, token_ids, sampling.max_tokens, engine.info)
+    prompt = list(truncate_prompt(request, token_ids, sampling.max_tokens, engine.info))
     return ParsedRequest(request, prompt, text if len(prompt) == len(token_ids) else None, sampling)
 
 
@@ -119,6 +118,28 @@ def _constraint(request: pb.GenerateRequest) -> Constraint | None:
 def num_choices(request: pb.GenerateRequest) -> int:
     """Return the number of choices in the response."""
     return request.n if request.HasField("n") else Sampling.n
+
+
+def num_candidates(request: pb.GenerateRequest) -> int:
+    """Return the number of choices to generate, of which the best `n` are returned; the width of a beam search."""
+    return request.best_of if request.HasField("best_of") else num_choices(request)
+
+
+def num_sequences(request: pb.GenerateRequest) -> int:
+    """Return the number of sequences the engine starts with: one for a beam search or for identical greedy choices."""
+    starts_with_one = request.use_beam_search or _is_greedy(request)
+    return min(1, num_candidates(request)) if starts_with_one else num_candidates(request)
+
+
+def num_parallel(request: pb.GenerateRequest) -> int:
+    """Return the number of sequences that the engine computes at a time for a request, counting beams."""
+    return num_candidates(request) if request.use_beam_search else num_sequences(request)
+
+
+def _is_greedy(request: pb.GenerateRequest) -> bool:
+    """Return whether the request is greedy, as `Sampling.is_greedy`, without converting its other fields."""
+    values = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k") if request.HasField(name)}
+    return Sampling(**values).is_greedy
 
 
 def early_stopping(request: pb.GenerateRequest) -> bool | Literal["never"] | None:

@@ -2,18 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from uuid import uuid4
 
 from yuan_grpc.server.core.best_of import OutputAccumulator
-from yuan_grpc.server.core.convert import parse_request
+from yuan_grpc.server.core.convert import num_sequences, parse_request
 from yuan_grpc.server.core.deadline import deadline_event
 from yuan_grpc.server.core.heartbeat import with_heartbeats
-from yuan_grpc.server.core.inflight import InflightRequests
+from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests
+from yuan_grpc.server.core.limits import MAX_INLINE_CHARACTERS, BeamSlots, Slots
 from yuan_grpc.server.core.plan import RequestPlan, plan_request, run_plan
 from yuan_grpc.server.core.response import ResponseBuilder
-from yuan_grpc.server.core.validation import validate_generate
+from yuan_grpc.server.core.validation import prompt_size, validate_generate, validate_prompt_size
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, StepOutput
 from yuan_grpc.server.errors import UnavailableError
@@ -48,6 +49,8 @@ class GenerationService:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.inflight = InflightRequests()
+        self._tokenizing = Slots(1)
+        self._beam_slots = BeamSlots()
 
     @property
     def engine(self) -> Engine:
@@ -60,16 +63,23 @@ class GenerationService:
             raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
         return self._engine
 
-    async def generate(self, request: pb.GenerateRequest, remaining: float | None = None) -> pb.GenerateResponse:
+    def turn_to_tokenize(self, characters: int) -> AbstractAsyncContextManager[None]:
+        """Return a context in which to tokenize a text; long texts wait for each other, and leave cores to others."""
+        return self._tokenizing.hold() if characters > MAX_INLINE_CHARACTERS else nullcontext()
+
+    async def generate(
+        self, request: pb.GenerateRequest, remaining: float | None = None, connection: str | None = None
+    ) -> pb.GenerateResponse:
         """Return the response once all choices have finished. Cancellation frees the engine request.
 
         Args:
             request: gets a `request_id` if it has none.
             remaining: seconds until the caller's deadline, used with `partial_on_deadline`; None without one.
+            connection: the caller's connection, on which its request id is valid; None if it is valid nowhere.
         """
-        with self._track(request, remaining) as deadline:
+        with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request)
-            output = await _all_outputs(run_plan(plan, self._engine, stream=False, deadline=deadline), plan.n)
+            output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n)
             builder = _response_builder(request, plan)
             if output.num_entries > INLINE_ENTRIES:
                 return await asyncio.to_thread(builder.build_response, output)
@@ -77,31 +87,43 @@ class GenerationService:
 
     @asynccontextmanager
     async def stream(
-        self, request: pb.GenerateRequest, remaining: float | None = None
+        self, request: pb.GenerateRequest, remaining: float | None = None, connection: str | None = None
     ) -> AsyncGenerator[ResponseStream, None]:
         """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
-        with self._track(request, remaining) as deadline:
+        with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request)
-            outputs = run_plan(plan, self._engine, stream=True, deadline=deadline)
+            outputs = self._run(plan, stream=True, deadline=deadline)
             messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
             async with aclosing(messages):
                 yield ResponseStream(plan.echo, messages)
 
     @contextmanager
-    def _track(self, request: pb.GenerateRequest, remaining: float | None) -> Iterator[asyncio.Event | None]:
+    def _track(
+        self, request: pb.GenerateRequest, remaining: float | None, connection: str | None
+    ) -> Iterator[asyncio.Event | None]:
         """Track the request under its id, and yield the event that ends it with partial output."""
-        request.request_id = request.request_id or uuid4().hex
+        if not request.request_id:
+            request.request_id = uuid4().hex
+            connection = ANY_CONNECTION
         with (
-            self.inflight.track(request.request_id),
+            self.inflight.admit(num_sequences(request), self.engine.info.max_num_queued_reqs),
+            self.inflight.track(request.request_id, connection),
             deadline_event(remaining if request.partial_on_deadline else None) as deadline,
         ):
             yield deadline
 
     async def _plan(self, request: pb.GenerateRequest) -> RequestPlan:
         engine = self.engine
-        parsed = await parse_request(request, engine)
+        validate_prompt_size(request, engine.info)
+        async with self.turn_to_tokenize(prompt_size(request)):
+            parsed = await parse_request(request, engine)
         validate_generate(parsed, engine.info, engine.loras)
         return plan_request(parsed, engine)
+
+    def _run(
+        self, plan: RequestPlan, *, stream: bool, deadline: asyncio.Event | None
+    ) -> AsyncGenerator[StepOutput, None]:
+        return run_plan(plan, self._engine, self._beam_slots, stream=stream, deadline=deadline)
 
 
 def _response_builder(request: pb.GenerateRequest, plan: RequestPlan) -> ResponseBuilder:

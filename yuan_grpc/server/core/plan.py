@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from secrets import randbits
+from uuid import uuid4
 
 from yuan_grpc.server.core.beam_search import BeamSearch
 from yuan_grpc.server.core.best_of import best_of, replicate_choices
 from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds
+from yuan_grpc.server.core.limits import BeamSlots
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import BeamSearchParams, EngineRequest, Sampling, StepOutput
@@ -47,7 +49,7 @@ def plan_request(parsed: ParsedRequest, engine: Engine) -> RequestPlan:
     """
     request, served = parsed.request, engine.info.name
     engine_request = EngineRequest(
-        request_id=request.request_id,
+        request_id=f"{request.request_id}-{uuid4().hex}",  # the same id may be running on another connection
         prompt=parsed.prompt,
         sampling=_engine_sampling(parsed),
         priority=request.priority,
@@ -95,17 +97,18 @@ def _echo(parsed: ParsedRequest, engine: Engine) -> str:
 
 
 def run_plan(
-    plan: RequestPlan, engine: Engine, *, stream: bool, deadline: asyncio.Event | None
+    plan: RequestPlan, engine: Engine, beam_slots: BeamSlots, *, stream: bool, deadline: asyncio.Event | None
 ) -> AsyncGenerator[StepOutput, None]:
     """Return the outputs of a plan. The engine gets no request before they are iterated.
 
     Args:
+        beam_slots: the limits on all beam searches.
         stream: whether the caller sends outputs as they come.
         deadline: see `Engine.generate`.
     """
     request = plan.engine_request
     if plan.beam:
-        return BeamSearch(engine, request, plan.beam, stream=stream, deadline=deadline).run()
+        return BeamSearch(engine, request, plan.beam, beam_slots, stream=stream, deadline=deadline).run()
     if plan.best_of > plan.n:
         return best_of(engine, request, plan.best_of, deadline=deadline)
     outputs = engine.generate(request, stream=stream, deadline=deadline)

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from yuan_grpc.request.fields import BY_NAME, FIELDS, MAX_CHOICES, Field
 from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds
-from yuan_grpc.server.core.limits import MAX_MESSAGES, MAX_REQUEST_ID
+from yuan_grpc.server.core.limits import MAX_MESSAGES, MAX_REQUEST_ID, MAX_TOKENIZE
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.types import ModelInfo
 from yuan_grpc.server.errors import InvalidRequestError, NotEnabledError, Violation
@@ -24,8 +24,6 @@ MAX_CONSTRAINT_BYTES = 32_768
 MAX_PATTERN_SIZE = 1024
 MIN_HEARTBEAT = 0.1
 MAX_HEARTBEAT = 3600
-MAX_TOKENIZE = 2**17
-"""Characters, or ids: more than any model's context, in a response of a few megabytes."""
 MAX_REPETITIONS = 2000
 """Sum of the `{m,n}` counts in a constraint. Tens of thousands take minutes to compile, without a timeout."""
 ROLES = ("system", "user", "assistant")
@@ -50,6 +48,30 @@ def validate_generate(parsed: ParsedRequest, info: ModelInfo, loras: Sequence[st
         raise NotEnabledError("`priority` needs a server that was started with --scheduling-policy priority")
 
 
+def prompt_size(request: pb.GenerateRequest | pb.TokenizeRequest) -> int:
+    """Return the length of the text to tokenize, in characters."""
+    return len(request.prompt) + sum(len(message.content) for message in request.messages)
+
+
+def validate_prompt_size(request: pb.GenerateRequest, info: ModelInfo) -> None:
+    """Check the size of a prompt before it is tokenized.
+
+    Raises:
+        InvalidRequestError: there are too many messages, or the text or the token ids exceed the model's context.
+    """
+    is_truncated, limit = request.truncate_prompt_tokens != 0, info.max_model_len * info.max_token_characters
+    if violations := [*_count_violations("messages", request.messages, MAX_MESSAGES, "turns")]:
+        raise InvalidRequestError(violations)
+    if (tokens := len(request.prompt_token_ids.ids)) >= info.max_model_len and not is_truncated:
+        raise InvalidRequestError([_context_violation("prompt_token_ids", tokens, info)])
+    if is_truncated:  # the last tokens of a text depend on all text before them, so it is tokenized whole
+        limit = max(limit, MAX_TOKENIZE)
+    if info.max_token_characters and (length := prompt_size(request)) > limit:
+        field = "messages" if request.messages else "prompt"
+        rule = f"be at most {limit} characters long (the model's context is {info.max_model_len} tokens)"
+        raise InvalidRequestError([_violation(field, rule, length)])
+
+
 def validate_messages(messages: Sequence[pb.Message]) -> None:
     """Raise InvalidRequestError unless the messages form a conversation."""
     if violations := list(_message_violations(messages)):
@@ -67,8 +89,9 @@ def validate_tokenize(request: pb.TokenizeRequest) -> None:
     """Raise InvalidRequestError unless there is exactly one text or conversation, of limited length."""
     if request.HasField("prompt") == bool(request.messages):
         reject("prompt", "exactly one of `prompt` and `messages` must be given")
-    length = len(request.prompt) + sum(len(message.content) for message in request.messages)
-    if length > MAX_TOKENIZE:
+    if violations := [*_count_violations("messages", request.messages, MAX_MESSAGES, "turns")]:
+        raise InvalidRequestError(violations)
+    if (length := prompt_size(request)) > MAX_TOKENIZE:
         reject("prompt", f"the text to tokenize must be at most {MAX_TOKENIZE} characters long, not {length}")
 
 
@@ -115,10 +138,14 @@ def _prompt_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Viola
     elif not prompt:
         yield Violation(field, f"`{field}` must not be empty")
     elif len(prompt) >= info.max_model_len:
-        rule = f"be at most {info.max_model_len - 1} tokens long (the model's context is {info.max_model_len})"
-        yield _violation(field, rule, len(prompt))
+        yield _context_violation(field, len(prompt), info)
     elif field == "prompt_token_ids":
         yield from _id_range_violations("prompt_token_ids.ids", prompt, info)
+
+
+def _context_violation(field: str, tokens: int, info: ModelInfo) -> Violation:
+    rule = f"be at most {info.max_model_len - 1} tokens long (the model's context is {info.max_model_len})"
+    return _violation(field, rule, tokens)
 
 
 def _message_violations(messages: Sequence[pb.Message]) -> Iterator[Violation]:

@@ -31,6 +31,7 @@ class ModelInfo:
         vocab_size: number of token ids, without the padding rows of the embedding.
         max_logprobs: maximum number of log-probabilities per position.
         end_token_ids: the tokens that end a text by themselves, `<eod>` first.
+        max_token_characters: characters of the longest token; 0 if unknown.
         revision: the revision of a model from the hub; empty for a folder.
         vllm_version, dtype, quantization: as vLLM names them; an empty quantization is none.
         layers, hidden, heads, intermediate: the model's sizes.
@@ -46,6 +47,7 @@ class ModelInfo:
     vocab_size: int
     max_logprobs: int
     end_token_ids: tuple[int, ...]
+    max_token_characters: int = 0
     revision: str = ""
     vllm_version: str = ""
     dtype: str = ""

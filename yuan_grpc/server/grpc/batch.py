@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from grpc import StatusCode
 
 from yuan_grpc.server.core.access_log import log_call, log_error
-from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
+from yuan_grpc.server.core.convert import num_parallel
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT, Slots
 from yuan_grpc.server.errors import AnswerTooLargeError, to_status
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -19,18 +20,20 @@ Write = Callable[[pb.GenerateBatchResponse], Awaitable[None]]
 async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], generate: Generate, write: Write) -> None:
     """Run the requests concurrently and write each result when it is finished.
 
+    A request counts as many times as it has choices or beams, so that a batch takes no more of the engine than
+    `MAX_IN_FLIGHT` requests with one choice.
     A failed request is reported in its own result and does not affect the others. Returns after the last result. If the
     call is cancelled, or the items cannot be read, all running requests are cancelled.
     """
-    slots, writing = asyncio.Semaphore(MAX_IN_FLIGHT), asyncio.Lock()
+    slots, writing = Slots(MAX_IN_FLIGHT), asyncio.Lock()
 
-    async def run(index: int, request: pb.GenerateRequest) -> None:
+    async def run(index: int, request: pb.GenerateRequest, weight: int) -> None:
         try:
             result = await _run_one(index, request, generate)
             async with writing:  # the slot stays taken until the client has read the result, so none pile up here
                 await write(result)
         finally:
-            slots.release()
+            slots.release(weight)
 
     running: set[asyncio.Task[None]] = set()
 
@@ -42,12 +45,11 @@ async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], generate: Gen
 
     try:
         index = 0
-        await slots.acquire()
         async for item in items:
-            running.add(task := asyncio.create_task(run(index, item.request)))
+            weight = await slots.acquire(num_parallel(item.request))
+            running.add(task := asyncio.create_task(run(index, item.request, weight)))
             task.add_done_callback(forget)
             index += 1
-            await slots.acquire()
         await asyncio.gather(*running)
     finally:
         for task in running:

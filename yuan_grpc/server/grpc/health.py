@@ -1,16 +1,32 @@
 """The standard gRPC health service: SERVING from the end of the engine's warm-up until the server stops."""
 
+from typing import Any
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 NAME: str = health.SERVICE_NAME
 
 
+_pb: Any = health_pb2  # its published stubs are older than `List`
+
+
+class _Servicer(health.aio.HealthServicer):
+    """grpcio's servicer, with the method that it lacks."""
+
+    _server_status: dict[str, int]
+
+    async def List(self, request: Any, context: Any) -> Any:
+        """Return the status of every service."""
+        statuses = {name: _pb.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
+        return _pb.HealthListResponse(statuses=statuses)
+
+
 class Health:
     """Health of the whole server (the empty name) and of each named service, always with the same status."""
 
     def __init__(self, *services: str) -> None:
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = _Servicer()
         self._services = ("", *services)
 
     async def attach(self, server: grpc.aio.Server) -> None:

@@ -30,7 +30,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Return one response when all choices are finished."""
-        return await self._service.generate(request, context.time_remaining())
+        return await self._service.generate(request, context.time_remaining(), context.peer())
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Write the response incrementally.
@@ -38,7 +38,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         Messages are written, not yielded, so that a cancelled write raises in this method and frees the request.
         """
         writer = StreamWriter(context)
-        async with self._service.stream(request, context.time_remaining()) as messages:
+        async with self._service.stream(request, context.time_remaining(), context.peer()) as messages:
             async for message in messages:
                 await writer.write(message)
 
@@ -46,15 +46,15 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Write the result of each request of the batch when it is finished."""
 
         async def generate(request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._service.generate(request, context.time_remaining())
+            return await self._service.generate(request, context.time_remaining(), context.peer())
 
         with self._service.inflight.track_unnamed():
             await run_batch(items, generate, StreamWriter(context).write)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
-        """End a running call by its request id."""
+        """End a running call of the same connection, or one whose id the server generated, by its request id."""
         validation.validate_abort(request)
-        await self._service.inflight.abort(request.request_id)
+        await self._service.inflight.abort(request.request_id, context.peer())
         return pb.AbortResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: "Context") -> pb.TokenizeResponse:
@@ -65,7 +65,9 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         if request.messages:
             validation.validate_messages(request.messages)
             text = engine.apply_chat_template([message.content for message in request.messages])
-        return await asyncio.to_thread(response.tokenize_response, text, await engine.tokenize_with_offsets(text))
+        async with self._service.turn_to_tokenize(len(text)):
+            tokens = await engine.tokenize_with_offsets(text)
+            return await asyncio.to_thread(response.tokenize_response, text, tokens)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: "Context") -> pb.DetokenizeResponse:
         """Convert token ids to text."""

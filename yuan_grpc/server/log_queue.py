@@ -1,0 +1,103 @@
+"""Writing to stderr without blocking: a thread writes the lines, and drops those that do not fit into its queue."""
+
+import atexit
+import io
+import os
+import select
+import stat
+import sys
+from contextlib import suppress
+from queue import Full, Queue
+from threading import Thread
+
+MAX_TEXTS = 10_000
+"""Number of texts, usually lines, that wait to be written."""
+FLUSH_SECONDS = 1.0
+"""Time for the last lines to be written when the process exits, in seconds."""
+POLL_MILLISECONDS = 1000
+
+_STDERR = 2
+
+
+class QueuedStream(io.TextIOBase):
+    """A stream to stderr for logging and `print`.
+
+    A pipe that nobody reads, or a full disk, does not block the process. When stderr can be written again, the number
+    of dropped lines is written.
+    """
+
+    def __init__(self) -> None:
+        self._texts: Queue[str | None] = Queue(MAX_TEXTS)
+        self._dropped = 0
+        self._thread = Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        """Pass a text to the thread, or drop it."""
+        try:
+            self._texts.put_nowait(text)
+        except Full:
+            self._dropped += text.count("\n")
+        return len(text)
+
+    def fileno(self) -> int:
+        """Return the descriptor of stderr."""
+        return _STDERR
+
+    def isatty(self) -> bool:
+        """Return whether stderr is a terminal."""
+        return os.isatty(_STDERR)
+
+    def drain(self) -> None:
+        """End the thread when it has written the remaining texts; stop waiting for it after some time."""
+        with suppress(Full):
+            self._texts.put_nowait(None)
+            self._thread.join(FLUSH_SECONDS)
+
+    def _run(self) -> None:
+        while (text := self._texts.get()) is not None:
+            dropped, self._dropped = self._dropped, 0
+            notice = f"{dropped} log lines were dropped\n" if dropped else ""
+            if not _write_all(text + notice):
+                self._dropped += dropped + text.count("\n")
+
+
+def _write_all(text: str) -> bool:
+    """Write a text, waiting as long as the reader does not read; return whether it could be written."""
+    remaining = text.encode(errors="backslashreplace")
+    while remaining:
+        try:
+            remaining = remaining[os.write(_STDERR, remaining) :]
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(_STDERR, select.POLLOUT)
+            poll.poll(POLL_MILLISECONDS)
+        except OSError:  # such as a full disk
+            return False
+    return True
+
+
+def install() -> None:
+    """Replace `sys.stderr`, before libraries are imported that keep a reference to it."""
+    _make_stderr_non_blocking()
+    sys.stderr = QueuedStream()
+    atexit.register(sys.stderr.drain)
+
+
+def drain() -> None:
+    """Write the remaining lines, if `sys.stderr` has been replaced and they can be written soon."""
+    if isinstance(sys.stderr, QueuedStream):
+        sys.stderr.drain()
+
+
+def _make_stderr_non_blocking() -> None:
+    """Let writes to a full pipe fail instead of block, also those of C code and of engine processes.
+
+    The pipe is opened anew, because the flag is shared by all processes that have inherited the same open file.
+    """
+    if not stat.S_ISFIFO(os.fstat(_STDERR).st_mode):
+        return
+    with suppress(OSError):  # the pipe belongs to another user, or has no reader
+        descriptor = os.open(f"/proc/self/fd/{_STDERR}", os.O_WRONLY | os.O_NONBLOCK)
+        os.dup2(descriptor, _STDERR)
+        os.close(descriptor)
