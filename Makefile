@@ -5,11 +5,13 @@ PYTHON ?= python3
 EXTRA ?= $(or $(patsubst .venv/.ready-%,%,$(wildcard .venv/.ready-*)),cpu)
 READY := .venv/.ready-$(EXTRA)
 PROTO_READY := .venv-proto/.ready
+RELEASE_READY := .venv-release/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` runs the tests last
 IN_TWO_PROCESSES := -n 2 --dist loadgroup
-.PHONY: help setup serve test test-fast coverage check proto proto-check proto-release lint format lock clean
+.PHONY: help setup serve test test-fast coverage check proto proto-check proto-release lint format lock \
+  release-files image-check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,19 +61,37 @@ format: $(READY) ## format the code and apply the automatic fixes of ruff
 	.venv/bin/ruff check --fix-only
 	.venv/bin/ruff format
 
-# Reads package metadata only, no wheels. Keeps the pins that still satisfy pyproject.toml.
-COMPILE = .venv/bin/uv pip compile --quiet --python-version 3.11 --python-platform linux --no-annotate \
+# Reads package metadata only, no wheels. Keeps the pins that still satisfy pyproject.toml, and the hashes of these pins.
+COMPILE = .venv/bin/uv pip compile --quiet --python-platform linux --generate-hashes --no-annotate \
   --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(ARGS)
+ON_3_11 = --python-version 3.11
 TORCH_CPU = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
 NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton)
 
+# dev: on top of either server lock, so its pins are theirs. build: also for Python 3.10, where the client runs.
 lock: $(READY) ## update requirements/*.txt after a change of pyproject.toml (ARGS=--upgrade updates every pin)
-	$(COMPILE) pyproject.toml --extra cpu --extra humaneval --group dev $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
-	$(COMPILE) pyproject.toml --extra cuda --extra humaneval --group dev -o requirements/cuda.txt >/dev/null
-	$(COMPILE) --group proto -o requirements/proto.txt >/dev/null
+	$(COMPILE) $(ON_3_11) pyproject.toml --extra cpu --extra humaneval $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
+	$(COMPILE) $(ON_3_11) pyproject.toml --extra cuda --extra humaneval -o requirements/cuda.txt >/dev/null
+	$(COMPILE) $(ON_3_11) --group dev -c requirements/cpu.txt -c requirements/cuda.txt -o requirements/dev.txt >/dev/null
+	$(COMPILE) --universal --python-version 3.10 --group build -c requirements/dev.txt -o requirements/build.txt >/dev/null
+	$(COMPILE) $(ON_3_11) --group proto -o requirements/proto.txt >/dev/null
+	$(COMPILE) $(ON_3_11) --group release -o requirements/release.txt >/dev/null
+
+SBOM = .venv-release/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible
+
+release-files: $(READY) $(RELEASE_READY) ## write the SBOMs and the licenses of the packages to build/release
+	@mkdir -p build/release
+	$(SBOM) -o build/release/yuan-grpc-cpu.cdx.json requirements/cpu.txt
+	$(SBOM) -o build/release/yuan-grpc-cuda.cdx.json requirements/cuda.txt
+	.venv/bin/python .ci/list_licenses.py requirements/$(EXTRA).txt >build/release/licenses-$(EXTRA).md
+
+image-check: ## run the build stage of the Dockerfile in a temporary folder, and check its result
+	$(need_python)
+	@root=$$(mktemp -d) && trap 'rm -rf "$$root"' EXIT && $(PYTHON) .ci/build_image.py "$$root" && \
+	"$$root/venv/bin/python" .ci/check_image.py
 
 clean: ## delete the environments, caches and builds
-	rm -rf .venv .venv-proto .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .venv-proto .venv-release .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call need,command,error message)
@@ -82,16 +102,16 @@ $(call need,$(PYTHON) -c 'import ensurepip',$(PYTHON) cannot make virtual enviro
 endef
 
 # Update an environment of the same kind in place. Rebuild one of the other kind, or an incomplete one.
-$(READY): pyproject.toml requirements/$(EXTRA).txt requirements/install.sh
+$(READY): pyproject.toml requirements/$(EXTRA).txt requirements/dev.txt requirements/install.sh
 	$(need_python)
 	@$(PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv
-	@requirements/install.sh .venv/bin/python $(EXTRA)
-	@.venv/bin/pip install --quiet --quiet --no-deps --editable .
+	@requirements/install.sh .venv/bin/python $(EXTRA) dev
+	@.venv/bin/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Separate from .venv, because grpcio-tools pins protobuf below 6.
-$(PROTO_READY): requirements/proto.txt
+# Separate from .venv, because grpcio-tools pins protobuf below 6, and because only a release needs the other.
+.venv-%/.ready: requirements/%.txt requirements/install.sh
 	$(need_python)
-	@$(PYTHON) -m venv --clear .venv-proto
-	@.venv-proto/bin/pip install --quiet --quiet --no-deps --requirement requirements/proto.txt
+	@$(PYTHON) -m venv --clear .venv-$*
+	@requirements/install.sh .venv-$*/bin/python $*
 	@touch $@

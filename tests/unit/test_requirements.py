@@ -1,0 +1,116 @@
+"""The lock files, the image's base, and the script that installs the locks."""
+
+import hashlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+
+REPOSITORY = Path(__file__).parents[2]
+LOCKS = ("build", "cpu", "cuda", "dev", "proto", "release")
+DEVELOPMENT = {"coverage", "hatchling", "hypothesis", "mypy", "pre-commit", "pytest", "ruff", "uv"}
+
+
+def read_lock(name: str) -> dict[str, tuple[str, list[str]]]:
+    """Return the version and the hashes of each package of a lock."""
+    text = (REPOSITORY / f"requirements/{name}.txt").read_text()
+    packages = {}
+    for block in re.split(r"\n(?=\S)", re.sub(r"#.*\n", "", text)):
+        package, version = re.match(r"([\w.-]+)==([\w.+!]+)", block).groups()  # type: ignore[union-attr]
+        packages[package] = (version, re.findall(r"--hash=sha256:([0-9a-f]{64})\b", block))
+    return packages
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_locked_package_has_a_version_and_hashes(lock: str) -> None:
+    packages = read_lock(lock)
+    assert packages
+    assert not [package for package, (_, hashes) in packages.items() if not hashes]
+
+
+@pytest.mark.parametrize("lock", ["cpu", "cuda"])
+def test_the_server_needs_no_development_tool(lock: str) -> None:
+    server, development = read_lock(lock), read_lock("dev")
+    assert not DEVELOPMENT & server.keys()
+    assert development.keys() >= DEVELOPMENT
+    assert {name: server[name] for name in server.keys() & development.keys()} == {
+        name: development[name] for name in server.keys() & development.keys()
+    }
+
+
+def test_the_build_backend_is_the_locked_one() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    (backend,) = project["build-system"]["requires"]
+    assert backend == f"hatchling=={read_lock('build')['hatchling'][0]}"
+    assert read_lock("dev")["hatchling"] == read_lock("build")["hatchling"]
+
+
+def test_the_base_of_the_image_is_pinned_by_digest() -> None:
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    assert re.search(r"^ARG BASE=python:3\.\d+\.\d+-\S+@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE)
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"${BASE}"}
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port of loopback that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def write_wheel(folder: Path, name: str, version: str) -> str:
+    """Write an empty wheel; return its hash."""
+    folder.mkdir(exist_ok=True)
+    wheel, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+def install(folder: Path, lock: str, **pip: object) -> subprocess.CompletedProcess[str]:
+    """Run a copy of install.sh with a lock. pip resolves and downloads, but installs nothing."""
+    (folder / "install.sh").write_bytes((REPOSITORY / "requirements/install.sh").read_bytes())
+    (folder / "test.txt").write_text(lock)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTORCH_"))}
+    options = {"DRY_RUN": 1, "IGNORE_INSTALLED": 1, "RETRIES": 1, "NO_CACHE_DIR": 1} | pip
+    environment |= {f"PIP_{name}": str(value) for name, value in options.items()}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PYTORCH_INDEX_URL": str(options.get("INDEX_URL", "unused"))}
+    command = ["bash", folder / "install.sh", sys.executable, "test"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_indexes_that_cannot_be_reached_are_reported(tmp_path: Path, closed_port: int) -> None:
+    index = f"http://127.0.0.1:{closed_port}/simple"
+    completed = install(tmp_path, f"torch==9.0+cpu \\\n    --hash=sha256:{'0' * 64}\n", INDEX_URL=index)
+    assert completed.returncode != 0
+    configured, pytorch = completed.stderr.split("not installed from the configured source")
+    for attempt in configured, pytorch:
+        assert "Connection refused" in attempt
+        assert "No matching distribution found for torch==9.0+cpu" in attempt
+
+
+@pytest.mark.parametrize("is_right", [True, False], ids=["right", "wrong"])
+def test_a_file_is_installed_only_if_the_lock_has_its_hash(tmp_path: Path, is_right: bool) -> None:
+    digest = write_wheel(tmp_path / "wheels", "locked", "9.0")
+    hashes = "f" * 64, digest if is_right else "0" * 64
+    lock = " \\\n".join(["locked==9.0", *(f"    --hash=sha256:{expected}" for expected in hashes)]) + "\n"
+    completed = install(tmp_path, lock, NO_INDEX=1, FIND_LINKS=tmp_path / "wheels")
+    assert (completed.returncode == 0) == is_right, completed.stderr
+    assert ("DO NOT MATCH THE HASHES" in completed.stderr) != is_right
+
+
+def test_a_package_without_a_hash_is_not_installed(tmp_path: Path) -> None:
+    write_wheel(tmp_path / "wheels", "locked", "9.0")
+    completed = install(tmp_path, "locked==9.0\n", NO_INDEX=1, FIND_LINKS=tmp_path / "wheels")
+    assert completed.returncode != 0
+    assert "Hashes are required" in completed.stderr
