@@ -16,14 +16,15 @@ def locked(lock: str) -> list[tuple[str, str]]:
 
 def license_of(package: Distribution) -> str:
     """Return the license that the metadata names: an SPDX expression, classifiers, free text or the name of a file."""
-    expression = package.metadata.get("License-Expression")
+    fields = package.metadata
+    expression = (fields.get_all("License-Expression") or [""])[0]
     classifiers = [
         name.rpartition(" :: ")[2]
-        for name in package.metadata.get_all("Classifier") or ()
+        for name in fields.get_all("Classifier") or ()
         if name.startswith("License :: ") and name != "License :: OSI Approved"
     ]
-    text = (package.metadata.get("License") or "").strip()
-    files = ", ".join(package.metadata.get_all("License-File") or ())
+    text = (fields.get_all("License") or [""])[0].strip()
+    files = ", ".join(fields.get_all("License-File") or ())
     return expression or " AND ".join(classifiers) or (text.splitlines()[0] if text else files and f"see {files}")
 
 

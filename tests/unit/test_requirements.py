@@ -85,7 +85,7 @@ def install(folder: Path, lock: str, **pip: object) -> subprocess.CompletedProce
     options = {"DRY_RUN": 1, "IGNORE_INSTALLED": 1, "RETRIES": 1, "NO_CACHE_DIR": 1} | pip
     environment |= {f"PIP_{name}": str(value) for name, value in options.items()}
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PYTORCH_INDEX_URL": str(options.get("INDEX_URL", "unused"))}
-    command = ["bash", folder / "install.sh", sys.executable, "test"]
+    command = ["bash", str(folder / "install.sh"), sys.executable, "test"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
