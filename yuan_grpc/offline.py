@@ -10,8 +10,6 @@ Requires `yuan-grpc[cpu]` or `yuan-grpc[cuda]`.
 """
 
 import asyncio
-import os
-import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +29,6 @@ from yuan_grpc.server.server import create_server
 from yuan_grpc.server.settings import DEMO, Settings
 
 Result = TypeVar("Result")
-
-MAX_SOCKET_PATH = 107
-"""Longest path of a unix socket on Linux, in bytes."""
 
 
 @contextmanager
@@ -71,7 +66,7 @@ def serve_engine(engine: Engine) -> Iterator[str]:
 
     The service listens on a unix socket in a private folder, so results, limits and errors equal a server's.
     """
-    with TemporaryDirectory(prefix="yuan-grpc-", dir=_socket_parent()) as folder, _background_loop() as run:
+    with TemporaryDirectory(prefix=env.PREFIX, dir=env.socket_parent()) as folder, _background_loop() as run:
         target = f"unix:{folder}/socket"
         health = Health(NAME)
         server, _ = run(create_server(YuanService(GenerationService(engine)), health, target))
@@ -82,12 +77,6 @@ def serve_engine(engine: Engine) -> Iterator[str]:
             yield target
         finally:
             run(_stop(server, engine))
-
-
-def _socket_parent() -> str:
-    """Return the folder for temporary files, or /tmp if the socket's path would be too long there."""
-    default = tempfile.gettempdir()
-    return default if len(os.fsencode(f"{default}/yuan-grpc-12345678/socket")) <= MAX_SOCKET_PATH else "/tmp"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Semaphore, Thread
 
 import grpc
@@ -27,8 +28,15 @@ COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
 class ServerProcess:
     """A `yuan-grpc serve` process."""
 
-    def __init__(self, *options: str) -> None:
-        self.process = subprocess.Popen([*COMMAND, *options], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def __init__(self, *options: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *options],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | environment,
+            umask=0o022,
+        )
         assert self.process.stderr is not None
         log = ""
         while not (found := re.search(r"gRPC listening on port (\d+)", log)):
@@ -62,8 +70,8 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
     """A function that starts a server, which is killed after the test."""
     started: list[ServerProcess] = []
 
-    def start(*options: str) -> ServerProcess:
-        started.append(ServerProcess(*options))
+    def start(*options: str, **environment: str) -> ServerProcess:
+        started.append(ServerProcess(*options, **environment))
         return started[-1]
 
     yield start
@@ -81,14 +89,22 @@ def have_exited(processes: list[psutil.Process]) -> bool:
     return not alive
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a path that is short enough for sockets in it."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
-def test_the_server_finishes_running_calls_and_leaves_no_process(
-    start: Callable[..., ServerProcess], stop_signal: signal.Signals
+def test_the_server_finishes_running_calls_and_leaves_no_process_and_no_temporary_file(
+    start: Callable[..., ServerProcess], folder: Path, stop_signal: signal.Signals
 ) -> None:
     """The whole process group gets the signal, as with Ctrl-C in a terminal."""
-    server = start()
+    server = start(TMPDIR=str(folder), XDG_CACHE_HOME=str(folder / "cache"))
     server.wait_until_serving()
     engine_processes = server.engine_processes()
+    assert any(path.is_socket() for path in folder.glob("yuan-grpc-*/*"))
     call = server.stub.GenerateStream(ENDLESS)
     messages = [next(call)]
     os.killpg(server.process.pid, stop_signal)
@@ -99,6 +115,9 @@ def test_the_server_finishes_running_calls_and_leaves_no_process(
     assert "Traceback" not in log
     assert engine_processes
     assert have_exited(engine_processes)
+    assert [path.name for path in folder.iterdir()] == ["cache"]
+    created = [folder / "cache" / "yuan-grpc", *(folder / "cache" / "yuan-grpc").rglob("*")]
+    assert [path for path in created if path.stat().st_mode & 0o077] == []
 
 
 def test_a_dead_engine_ends_calls_and_the_server(start: Callable[..., ServerProcess]) -> None:
@@ -175,6 +194,15 @@ def test_a_missing_model_is_reported_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert f"yuan-grpc: {tmp_path} cannot be served: " in done.stderr
+
+
+def test_a_cache_folder_that_another_user_could_have_filled_is_refused(tmp_path: Path) -> None:
+    planted = tmp_path / "yuan-grpc"
+    planted.mkdir()
+    planted.chmod(0o777)
+    done = subprocess.run(COMMAND, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"yuan-grpc: {planted} must be writable by its owner only, not have mode 0777: remove it\n"
 
 
 def test_an_unknown_option_is_reported_in_one_line() -> None:

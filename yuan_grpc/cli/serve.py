@@ -20,7 +20,12 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     config = settings.read(options, options.engine_flags)
-    env.set_defaults()
+    os.umask(env.OWN_UMASK)
+    try:
+        env.set_defaults()
+    except OSError as error:
+        print(f"yuan-grpc: {error}", file=sys.stderr)
+        return 1
     try:
         from yuan_grpc.server import server
 

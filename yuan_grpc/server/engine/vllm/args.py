@@ -12,6 +12,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from yuan_grpc.server.engine.types import LoraInfo, ModelInfo
+from yuan_grpc.server.engine.vllm import env
 
 BEAM_SEARCH_LOGPROBS = 2048
 """Log-probabilities per position. Beam search may request this many, regardless of the callers' limit."""
@@ -29,15 +30,20 @@ class EngineOptions:
     arguments: AsyncEngineArgs
     max_logprobs: int
 
-    def start(self) -> AsyncLLM:
-        """Start the engine's processes and block until the model is loaded."""
-        return AsyncLLM.from_vllm_config(
-            self.config,
-            usage_context=UsageContext.ENGINE_CONTEXT,
-            enable_log_requests=self.arguments.enable_log_requests,
-            aggregate_engine_logging=self.arguments.aggregate_engine_logging,
-            disable_log_stats=self.arguments.disable_log_stats,
-        )
+    def start(self, folder: str) -> AsyncLLM:
+        """Start the engine's processes and block until the model is loaded.
+
+        Args:
+            folder: a private folder for their sockets and temporary files.
+        """
+        with env.temporary_folder(folder):
+            return AsyncLLM.from_vllm_config(
+                self.config,
+                usage_context=UsageContext.ENGINE_CONTEXT,
+                enable_log_requests=self.arguments.enable_log_requests,
+                aggregate_engine_logging=self.arguments.aggregate_engine_logging,
+                disable_log_stats=self.arguments.disable_log_stats,
+            )
 
     def describe(self, vocab_size: int, end_token_ids: Sequence[int], *, can_load_loras: bool) -> ModelInfo:
         """Return the description of the served model.

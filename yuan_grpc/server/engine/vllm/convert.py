@@ -23,12 +23,19 @@ from yuan_grpc.server.engine.types import (
     StepOutput,
     TokenLogprobs,
 )
-from yuan_grpc.server.errors import InvalidRequestError, ServiceError, UnavailableError, Violation
+from yuan_grpc.server.errors import InvalidRequestError, NotEnabledError, ServiceError, UnavailableError, Violation
 
 MIN_TEMPERATURE = 0.01
 """Lowest temperature of sampling. vLLM raises lower ones to it, and logs a line each time."""
 MAX_BAD_WORD_TOKENS = 1024
 """Capacity in vLLM's V2 model runner. With more tokens its worker would die."""
+
+UNSUPPORTED_WITH_DRAFTS = ("min_p", "logit_bias", "logprob_token_ids")
+"""Parameters that vLLM does not apply to draft tokens.
+
+It rejects the first two. The third ends the engine if a request of the same step has `logprobs`; otherwise it returns
+nothing.
+"""
 
 _SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Prefix of xgrammar's messages, with its own file and line."""
@@ -68,6 +75,13 @@ def _constraint(constraint: Constraint) -> StructuredOutputsParams:
     return StructuredOutputsParams(
         **{constraint.kind: list(specification) if isinstance(specification, tuple) else specification}
     )
+
+
+def check_drafts(params: SamplingParams) -> None:
+    """Raise NotEnabledError if a request for an engine that drafts has a parameter in `UNSUPPORTED_WITH_DRAFTS`."""
+    for field in UNSUPPORTED_WITH_DRAFTS:
+        if getattr(params, field):
+            raise NotEnabledError(f"`{field}` needs a server that was started without --speculative-config")
 
 
 def set_bad_words(sampling: Sampling, params: SamplingParams, tokenizer: TokenizerLike) -> None:

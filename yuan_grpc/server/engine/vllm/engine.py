@@ -6,7 +6,9 @@ import multiprocessing
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelInfo, Sampling, StepOutput
-from yuan_grpc.server.engine.vllm import convert
+from yuan_grpc.server.engine.vllm import convert, env
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.lora import LoraRegistry
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
@@ -46,6 +48,7 @@ class VllmEngine:
         self._options = options
         lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
         self._adapters = LoraRegistry(lora_folder, lora.max_cpu_loras if lora else 0, name)
+        self._temporary_folder: TemporaryDirectory[str] | None = None
         self._start_thread: Thread | None = None
         self._started: AsyncLLM | None = None
         self._info: ModelInfo | None = None
@@ -57,7 +60,10 @@ class VllmEngine:
         Raises:
             Exception: the engine's processes could not be started; they have logged the reason.
         """
-        self._start_thread, started = _in_daemon_thread(self._options.start)
+        self._temporary_folder = TemporaryDirectory(
+            prefix=env.PREFIX, dir=env.socket_parent(), ignore_cleanup_errors=True
+        )
+        self._start_thread, started = _in_daemon_thread(partial(self._options.start, self._temporary_folder.name))
         self._started = await started
         for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
             async with aclosing(self.generate(EngineRequest("warm-up", [0], sampling), stream=False)) as outputs:
@@ -86,6 +92,8 @@ class VllmEngine:
                 for process in multiprocessing.active_children():
                     process.kill()  # during its setup, the engine ignores other signals
                 self._start_thread.join(POLL_SECONDS)
+        if self._temporary_folder is not None:
+            self._temporary_folder.cleanup()
 
     @property
     def info(self) -> ModelInfo:
@@ -176,6 +184,8 @@ class VllmEngine:
     ) -> RequestOutputCollector:
         try:
             params = convert.to_sampling_params(request.sampling, stream)
+            if self._options.config.speculative_config:
+                convert.check_drafts(params)
             convert.set_bad_words(request.sampling, params, llm.get_tokenizer())
             return await llm.add_request(
                 request.request_id,

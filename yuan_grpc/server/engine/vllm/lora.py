@@ -67,7 +67,7 @@ class LoraRegistry:
         """The names of adapters in the folder that can be loaded."""
         if self._folder is None or not self.can_load:
             return []
-        names = (path.parent.name for path in self._folder.glob(f"*/{CONFIG}"))
+        names = (path.parent.name for path in self._folder.glob(f"*/{CONFIG}") if self._is_inside(path.parent))
         return sorted(name for name in names if _is_valid_name(name) and not self._is_taken(name))
 
     async def load(self, llm: AsyncLLM, name: str) -> None:
@@ -129,6 +129,12 @@ class LoraRegistry:
     def _is_taken(self, name: str) -> bool:
         return name in self._loaded or name in self._loading or name == self._model
 
+    def _is_inside(self, folder: Path) -> bool:
+        """Return whether an adapter's folder and its files have no symbolic link out of the folder of all adapters."""
+        assert self._folder is not None
+        root = self._folder.resolve()
+        return all(path.resolve().is_relative_to(root) for path in (folder, *folder.iterdir()))
+
     def _adapter_folder(self, name: str) -> Path:
         if self._folder is None or not self.can_load:
             raise _not_enabled()
@@ -138,7 +144,7 @@ class LoraRegistry:
         if self._is_taken(name):
             raise DuplicateLoraError(f"`name` must not be in use by a model or adapter, not {name}")
         folder = self._folder / name
-        if not (folder / CONFIG).is_file():
+        if not (folder / CONFIG).is_file() or not self._is_inside(folder):
             raise ModelNotFoundError(f"`name` must be that of an adapter in the server's folder, not {name}")
         return folder
 
