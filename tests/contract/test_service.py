@@ -2,19 +2,21 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
-from fake_engine import FakeEngine, last, more
+from fake_engine import INFO, FakeEngine, last, more
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
 from servers import serve_grpc
 
+from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, ServiceError, UnavailableError
@@ -170,6 +172,57 @@ async def test_the_request_id_of_a_running_call_is_rejected() -> None:
         running.cancel()
 
 
+async def test_a_request_id_belongs_to_its_connection() -> None:
+    engine = FakeEngine(more("a"), hangs=True)
+    request = pb.GenerateRequest(prompt="AB", request_id="mine")
+    option = [("grpc.use_local_subchannel_pool", 1)]  # otherwise both channels would use one connection
+    async with (
+        serve_grpc(engine) as address,
+        grpc.aio.insecure_channel(address) as channel,
+        grpc.aio.insecure_channel(address, options=option) as other,
+    ):
+        calls = [stub_of(one).GenerateStream(request) for one in (channel, other)]
+        for call in calls:
+            await call.read()
+        assert len({engine_request.request_id for engine_request in engine.requests}) == 2
+        await stub_of(other).Abort(pb.AbortRequest(request_id="mine"))
+        assert await code_of_stream(calls[1]) is grpc.StatusCode.CANCELLED
+        assert engine.running == 1
+        statuses = [await error_of(stub_of(other).Abort(pb.AbortRequest(request_id=name))) for name in ("mine", "none")]
+        assert [code for code, _ in statuses] == [grpc.StatusCode.NOT_FOUND] * 2
+        assert statuses[0][1].replace("mine", "none") == statuses[1][1]
+        calls[0].cancel()
+
+
+async def test_a_generated_request_id_is_valid_on_every_connection() -> None:
+    engine = FakeEngine(more("a"), hangs=True)
+    option = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        serve_grpc(engine) as address,
+        grpc.aio.insecure_channel(address) as channel,
+        grpc.aio.insecure_channel(address, options=option) as other,
+    ):
+        call = stub_of(channel).GenerateStream(REQUEST)
+        request_id = (await call.read()).request_id
+        await stub_of(other).Abort(pb.AbortRequest(request_id=request_id))
+        assert await code_of_stream(call) is grpc.StatusCode.CANCELLED
+
+
+async def code_of_stream(call: Any) -> grpc.StatusCode:
+    """Return the code of a stream's error, after its messages."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    return raised.value.code()
+
+
+async def error_of(call: Any) -> tuple[grpc.StatusCode, str]:
+    """Return the code and the message of the error of a call."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return raised.value.code(), raised.value.details() or ""
+
+
 async def test_a_request_id_can_be_reused_after_its_call() -> None:
     async with connect(FakeEngine(last())) as channel:
         request = pb.GenerateRequest(prompt="AB", request_id="mine")
@@ -236,6 +289,93 @@ async def test_a_call_past_its_deadline_frees_its_engine_request() -> None:
             [message async for message in stub_of(channel).GenerateStream(REQUEST, timeout=0.2)]
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await engine.freed.wait()
+
+
+async def test_health_lists_all_services(caplog: pytest.LogCaptureFixture) -> None:
+    proto: Any = health_pb2
+    async with connect(FakeEngine()) as channel:
+        response = await health_stub(channel).List(proto.HealthListRequest())
+    status = health_pb2.HealthCheckResponse.NOT_SERVING
+    assert {name: health.status for name, health in response.statuses.items()} == {"": status, NAME: status}
+    assert caplog.messages == []
+
+
+class UntouchedEngine(FakeEngine):
+    """An engine that gets no prompt, whose tokens have at most eight characters."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        super().__init__()
+        self.info = replace(INFO, max_token_characters=8, max_num_queued_reqs=limit)
+
+    async def tokenize(self, text: str) -> list[int]:
+        raise AssertionError("the prompt was tokenized")
+
+    async def tokenize_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
+        raise AssertionError("the prompt was tokenized")
+
+    def apply_chat_template(self, turns: Sequence[str]) -> str:
+        raise AssertionError("the conversation was joined")
+
+
+LONG = "A" * (64 * 8 + 1)
+TURNS = [pb.Message()] * 1025
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": LONG}, "`prompt` must be at most 512 characters long (the model's context is 64 tokens), not 513"),
+        ({"messages": [pb.Message(role="user", content=LONG)]}, "`messages` must be at most 512 characters long"),
+        ({"prompt": "A" * 131_073, "truncate_prompt_tokens": 10}, "`prompt` must be at most 131072 characters long"),
+        ({"messages": TURNS}, "`messages` must have at most 1024 turns, not 1025"),
+        ({"prompt_token_ids": pb.TokenIds(ids=range(65))}, "`prompt_token_ids` must be at most 63 tokens long"),
+    ],
+    ids=["prompt", "messages", "truncated prompt", "turns", "token ids"],
+)
+async def test_a_prompt_that_cannot_fit_is_rejected_before_it_is_tokenized(
+    request_: dict[str, Any], message: str
+) -> None:
+    error, _ = await failed_generate(UntouchedEngine(), pb.GenerateRequest(**request_))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (error.details() or "").startswith(message)
+
+
+async def test_too_many_turns_are_rejected_before_they_are_joined_to_be_tokenized() -> None:
+    async with connect(UntouchedEngine()) as channel:
+        code, message = await error_of(stub_of(channel).Tokenize(pb.TokenizeRequest(messages=TURNS)))
+    assert (code, message) == (grpc.StatusCode.INVALID_ARGUMENT, "`messages` must have at most 1024 turns, not 1025")
+
+
+async def test_a_call_above_the_limit_is_rejected_before_its_prompt_is_tokenized() -> None:
+    service = GenerationService(UntouchedEngine(limit=4))
+    with service.inflight.admit(3, 4), pytest.raises(OverloadedError, match=r"the request queue is full \(limit 4\)"):
+        await service.generate(pb.GenerateRequest(prompt="AB", n=2))
+
+
+@pytest.mark.parametrize("method", ["Generate", "Tokenize"])
+async def test_long_texts_are_tokenized_one_at_a_time(method: str) -> None:
+    class TokenizingEngine(FakeEngine):
+        tokenizing = most = 0
+
+        async def tokenize(self, text: str) -> list[int]:
+            self.tokenizing += 1
+            self.most = max(self.most, self.tokenizing)
+            await asyncio.sleep(0.01)
+            self.tokenizing -= 1
+            return [65]
+
+        async def tokenize_with_offsets(self, text: str) -> list[tuple[int, str, int, int]]:
+            await self.tokenize(text)
+            return []
+
+    engine = TokenizingEngine(last())
+    make = {"Generate": pb.GenerateRequest, "Tokenize": pb.TokenizeRequest}[method]
+    async with connect(engine) as channel:
+        call = getattr(stub_of(channel), method)
+        await asyncio.gather(*[call(make(prompt="A" * 20_000)) for _ in range(5)])
+        assert engine.most == 1
+        await asyncio.gather(*[call(make(prompt="A")) for _ in range(5)])
+        assert engine.most > 1
 
 
 async def test_health_watchers_see_every_change() -> None:
@@ -468,6 +608,25 @@ async def test_a_batch_runs_a_limited_number_of_requests_at_a_time() -> None:
             await stub.Abort(pb.AbortRequest(request_id=str(ended)))
             assert len(engine.requests) <= MAX_IN_FLIGHT + ended + 1
             assert (await call.read()).request_id == str(ended)
+        call.cancel()
+        await wait_until(lambda: not engine.running)
+
+
+@pytest.mark.parametrize(
+    ("fields", "running"),
+    [({"n": 16}, 4), ({"n": 1, "best_of": 32}, 2), ({"n": 16, "temperature": 0}, 64), ({"n": 128}, 1)],
+    ids=["choices", "candidates", "identical choices", "more than all"],
+)
+async def test_the_choices_of_a_batch_share_its_limit(fields: dict[str, Any], running: int) -> None:
+    items = batch_items(*[pb.GenerateRequest(prompt="AB", request_id=str(i), **fields) for i in range(70)])
+    async with connect(engine := FakeEngine(hangs=True)) as channel:
+        stub = stub_of(channel)
+        call = stub.GenerateBatch(iter(items))
+        await wait_until(lambda: len(engine.requests) == running)
+        await stub.Abort(pb.AbortRequest(request_id="0"))
+        assert (await call.read()).request_id == "0"
+        await wait_until(lambda: len(engine.requests) == running + 1)
+        assert engine.running == running
         call.cancel()
         await wait_until(lambda: not engine.running)
 

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,12 +34,14 @@ class Options:
         tokens: number of tokens of each choice, one every `token_seconds`.
         limit: maximum running choices; None for no limit.
         grace_seconds: as in `Settings`.
+        tokenize_seconds: time to tokenize a character, on the event loop.
     """
 
     tokens: int = 1
     token_seconds: float = 0.0
     limit: int | None = None
     grace_seconds: float = 30.0
+    tokenize_seconds: float = 0.0
 
 
 class PacedEngine(FakeEngine):
@@ -49,6 +52,12 @@ class PacedEngine(FakeEngine):
         self.may_start.set()
         self.info = replace(self.info, max_num_queued_reqs=options.limit, max_token_characters=1)
         self._options = options
+
+    async def tokenize(self, text: str) -> list[int]:
+        end = time.thread_time() + self._options.tokenize_seconds * len(text)
+        while time.thread_time() < end:
+            pass
+        return await super().tokenize(text)
 
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None

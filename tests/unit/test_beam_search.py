@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -18,6 +19,7 @@ from reference import ReferenceYuan
 from yuan_grpc.model.tokenizer import YuanTokenizer
 from yuan_grpc.server.core import beam_search
 from yuan_grpc.server.core.beam_search import BeamSearch
+from yuan_grpc.server.core.limits import BeamSlots
 from yuan_grpc.server.engine.types import (
     BeamSearchParams,
     ChoiceDelta,
@@ -505,6 +507,74 @@ async def test_a_beam_that_a_full_engine_rejects_is_retried(monkeypatch: pytest.
     engine.before = before
     assert await choices_of(engine, request, beam) == expected
     assert rejections > 0
+
+
+async def test_searches_share_the_slots_for_beams_and_for_requests() -> None:
+    request, beam, slots = request_with(ignore_eos=True), BeamSearchParams(2, 3), BeamSlots(beams=6, requests=2)
+    engine = TableEngine(random_table(0, tokens=5), tokens=5)
+    expected = await choices_of(engine, request, beam)
+    running, most = Counter[str](), Counter[str]()
+
+    async def before(request: EngineRequest) -> None:
+        kind = "first" if len(request.prompt) == len(PROMPT) else "later"
+        running[kind] += 1
+        most[kind] = max(most[kind], running[kind])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        running[kind] -= 1
+
+    engine.before = before
+    searches = [BeamSearch(engine, request, beam, slots) for _ in range(8)]
+    outputs = await asyncio.gather(*map(all_outputs, searches))
+    assert [list(search[-1].deltas) for search in outputs] == [expected] * 8
+    assert most == {"first": 2, "later": 2}
+
+
+async def test_a_search_that_waits_for_slots_ends_at_its_deadline() -> None:
+    slots, deadline = BeamSlots(beams=3), asyncio.Event()
+    engine = TableEngine(random_table(0, tokens=5), tokens=5)
+    async with slots.beams.hold(3):
+        search = BeamSearch(engine, request_with(), BeamSearchParams(2, 3), slots, deadline=deadline)
+        task = asyncio.create_task(all_outputs(search))
+        await asyncio.sleep(0)
+        assert not engine.requests
+        deadline.set()
+        (*_, end) = await task
+    assert [delta.finish_reason for delta in end.deltas] == [FinishReason.DEADLINE] * 2
+    assert await slots.beams.acquire(3) == 3
+
+
+async def test_a_cancelled_search_that_waits_for_slots_takes_none() -> None:
+    slots = BeamSlots(beams=3)
+    async with slots.beams.hold(3):
+        search = BeamSearch(
+            TableEngine(random_table(0, tokens=5), tokens=5), request_with(), BeamSearchParams(2, 3), slots
+        )
+        task = asyncio.create_task(all_outputs(search))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+    assert await slots.beams.acquire(3) == 3
+
+
+async def test_a_rejected_beam_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    delays: list[tuple[float, float]] = []
+
+    def no_delay(low: float, high: float) -> float:
+        delays.append((low, high))
+        return 0
+
+    monkeypatch.setattr(beam_search, "uniform", no_delay)
+    engine = TableEngine(random_table(0, tokens=5), tokens=5)
+
+    async def before(request: EngineRequest) -> None:
+        if len(request.prompt) > len(PROMPT) and len(delays) < 8:
+            raise OverloadedError("full")
+
+    engine.before = before
+    await all_outputs(BeamSearch(engine, request_with(ignore_eos=True), BeamSearchParams(1, 1)))
+    assert delays[:3] == [(0.025, 0.05), (0.05, 0.1), (0.1, 0.2)]
+    assert delays[-1] == (1, 2)
 
 
 async def test_a_search_whose_first_request_is_rejected_fails() -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from queue import Full, Queue
 from threading import Thread
 
-MAX_TEXTS = 10_000
+MAX_TEXTS = 4096
 """Number of texts, usually lines, that wait to be written."""
 FLUSH_SECONDS = 1.0
 """Time for the last lines to be written when the process exits, in seconds."""

@@ -127,8 +127,8 @@ def num_candidates(request: pb.GenerateRequest) -> int:
 
 def num_sequences(request: pb.GenerateRequest) -> int:
     """Return the number of sequences the engine starts with: one for a beam search or for identical greedy choices."""
-    starts_with_one = request.use_beam_search or _is_greedy(request)
-    return min(1, num_candidates(request)) if starts_with_one else num_candidates(request)
+    candidates = num_candidates(request)
+    return 1 if candidates > 1 and (request.use_beam_search or _is_greedy(request)) else candidates
 
 
 def num_parallel(request: pb.GenerateRequest) -> int:
