@@ -200,18 +200,22 @@ async def test_idle_connections_leave_files_for_both_ports_and_a_short_log() -> 
     assert process.stdout
     assert process.stderr
     errors = asyncio.ensure_future(process.stderr.read())
-    port, http_port = map(int, (await process.stdout.readline()).split())
-    with ExitStack() as stack:
-        for _ in range(150):
-            stack.enter_context(connect_socket(http_port))
-        async with http_client(http_port) as client:
-            response = await client.post("/generate", json={"prompt": "AB"})
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            answer = await yuan_pb2_grpc.YuanServiceStub(channel).Generate(pb.GenerateRequest(prompt="AB"))
-        process.stdin.write(b"\n")
-        open_files = int(await process.stdout.readline())
-        process.stdin.close()
+    try:
+        port, http_port = map(int, (await process.stdout.readline()).split())
+        with ExitStack() as stack:
+            for _ in range(150):
+                stack.enter_context(connect_socket(http_port))
+            async with http_client(http_port) as client:
+                response = await client.post("/generate", json={"prompt": "AB"})
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                answer = await yuan_pb2_grpc.YuanServiceStub(channel).Generate(pb.GenerateRequest(prompt="AB"))
+            process.stdin.write(b"\n")
+            open_files = int(await process.stdout.readline())
+            process.stdin.close()
         await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
     assert response.json() == {"text": ["AByes"]}
     assert answer.choices[0].text == "yes"
     assert open_files < 64
