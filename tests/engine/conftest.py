@@ -4,6 +4,7 @@ import asyncio
 import sys
 import warnings
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,19 @@ async def address(served: Served) -> AsyncIterator[str]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     """The demo model on vLLM, served by the real server on a free port."""
+    async with serve_demo(FLAGS, tmp_path_factory.mktemp("adapters")) as served:
+        yield served
+
+
+@asynccontextmanager
+async def serve_demo(flags: tuple[str, ...], lora_folder: Path) -> AsyncIterator[Served]:
+    """Serve the demo model with vLLM's flags, and with adapters written to a folder."""
     env.set_defaults()
-    lora_folder = tmp_path_factory.mktemp("adapters")
     weights = load_file(Path(DEMO) / "model.safetensors")
     for seed, name in enumerate(ADAPTERS):
         write_adapter(lora_folder / name, weights, ["v_proj", "up_proj"], seed=seed)
     write_adapter(lora_folder / "broken", {"lm_head.weight": torch.zeros(8, 8)}, ["lm_head"])
-    settings = Settings(model=DEMO, host="127.0.0.1", port=0, grace_seconds=0, engine_flags=FLAGS)
+    settings = Settings(model=DEMO, host="127.0.0.1", port=0, grace_seconds=0, engine_flags=flags)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM and torch warn while they are imported
         from yuan_grpc.server.engine.vllm.args import parse_engine_flags

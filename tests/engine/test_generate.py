@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+from codecs import getincrementaldecoder
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,40 @@ async def test_a_text_is_its_decoded_tokens_with_every_space(served: Served, ski
         pieces = served.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens)
         text = served.tokenizer.convert_tokens_to_string(pieces)
         assert text.startswith(choice.text)
-        assert set(text.removeprefix(choice.text)) <= {"\ufffd"}  # an incomplete character at the end
+        assert text.removeprefix(choice.text) in ("", "\ufffd")  # an incomplete character at the end
 
 
-async def test_no_delta_ends_within_a_character(served: Served) -> None:
-    request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[0xE4 + 3]), max_tokens=200, seed=6, temperature=1.5)
+async def test_each_delta_has_the_characters_that_its_tokens_complete(served: Served) -> None:
+    begun = 0xE4 + 3  # the first byte of a Chinese character
+    request = pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[begun]), max_tokens=200, seed=6, temperature=1.5)
+    decoder = getincrementaldecoder("utf-8")("replace")
+    decoder.decode(served.tokenizer.token_bytes(begun))
     for message in (await served.stream(request))[1:]:
         (delta,) = message.choices
-        assert not delta.text.endswith("\ufffd")
+        completed = b"".join(served.tokenizer.token_bytes(i, skip_special_tokens=True) for i in delta.token_ids)
+        assert delta.text == decoder.decode(completed)
+
+
+async def test_the_replacement_character_at_the_end_of_a_text_is_returned(served: Served) -> None:
+    choices = pb.StructuredOutputs(choice=pb.StringList(values=["a\ufffd"]))
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=20, structured_outputs=choices)
+    assert (await served.generate(request)).choices[0].text == "a\ufffd"
+
+
+@pytest.mark.parametrize("byte", [0x80, 0xFF])
+async def test_bytes_that_no_character_has_become_replacement_characters(served: Served, byte: int) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=50, allowed_token_ids=[byte + 3])
+    (choice,) = (await served.generate(request)).choices
+    detokenized = await served.stub.Detokenize(pb.DetokenizeRequest(token_ids=choice.token_ids))
+    assert choice.text == detokenized.text == "\ufffd" * 50
+
+
+async def test_a_stop_string_with_the_replacement_character_ends_a_choice_at_once(served: Served) -> None:
+    choices = pb.StructuredOutputs(choice=pb.StringList(values=["a\ufffdb"]))
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=20, structured_outputs=choices, stop=["\ufffd"])
+    (choice,) = (await served.generate(request)).choices
+    assert (choice.text, choice.stop_string) == ("a", "\ufffd")
+    assert choice.token_ids[-1] == 0xBD + 3  # the last byte of U+FFFD
 
 
 async def test_padding_ids_are_never_sampled_nor_ranked(served: Served) -> None:

@@ -151,6 +151,9 @@ INVALID_TENSORS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "model.layers.0.self_attn.q_proj.lora_A.weight must be of shape [8, 96], not [8, 64]": lambda tensors: (
         tensors.update({f"{QUERY}lora_A.weight": torch.zeros(8, 64)})
     ),
+    "model.layers.0.self_attn.q_proj.lora_A.weight must have finite values only": lambda tensors: tensors[
+        f"{QUERY}lora_A.weight"
+    ][0].fill_(float("nan")),
 }
 """Functions that make an adapter's tensors invalid, by the error that is reported."""
 
@@ -162,6 +165,11 @@ def test_an_adapter_that_does_not_fit_is_rejected_and_does_not_stay_loaded(
     write_adapter(large, reference.weights, MODULES, rank=16)
     write_adapter(good, reference.weights, MODULES)
     expected_errors = {missing: "No adapter found", large: "LoRA rank 16 is greater than max_lora_rank 8"}
+    for alpha in ("nan", "inf", "1e39"):
+        write_adapter(tmp_path / alpha, reference.weights, MODULES, lora_alpha=float(alpha))
+        expected_errors[tmp_path / alpha] = (
+            "`lora_alpha` must keep model.layers.0.self_attn.q_proj.lora_B.weight finite"
+        )
     for number, (message, invalidate) in enumerate(INVALID_TENSORS.items()):
         folder = tmp_path / f"invalid {number}"
         tensors = write_adapter(folder, reference.weights, MODULES)

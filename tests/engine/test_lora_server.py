@@ -1,6 +1,8 @@
 """LoRA adapters, loaded from a folder and selected by requests, on a real server with a real engine."""
 
 import asyncio
+from pathlib import Path
+from shutil import copytree, rmtree
 
 import grpc
 import pytest
@@ -53,6 +55,28 @@ async def test_an_adapter_that_is_not_loaded_is_not_found(served: Served) -> Non
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await generated_ids(served, "poems")
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_adapter_outside_the_folder_is_not_found(served: Served, tmp_path: Path) -> None:
+    copytree(served.lora_folder / "poems", tmp_path / "poems")
+    linked, with_link = served.lora_folder / "linked", served.lora_folder / "with link"
+    inside = served.lora_folder / "alias"
+    try:
+        linked.symlink_to(tmp_path / "poems")
+        copytree(served.lora_folder / "poems", with_link)
+        (with_link / "adapter_model.safetensors").unlink()
+        (with_link / "adapter_model.safetensors").symlink_to(tmp_path / "poems" / "adapter_model.safetensors")
+        inside.symlink_to(served.lora_folder / "poems")
+        available = (await served.stub.ListLoras(pb.ListLorasRequest())).available
+        assert {"alias", "poems"} <= set(available)
+        assert not {"linked", "with link"} & set(available)
+        for name in ("linked", "with link"):
+            assert (await load_error(served, name))[0] is grpc.StatusCode.NOT_FOUND
+        await load(served, "alias")
+    finally:
+        rmtree(with_link, ignore_errors=True)
+        for link in (linked, inside):
+            link.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

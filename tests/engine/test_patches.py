@@ -7,6 +7,7 @@ no longer be needed: see the head of its module. Other tests show that the patch
 import inspect
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from engine_process import run_program
 
 from yuan_grpc.model.patches import (
     cpu_busy_wait,
@@ -131,6 +133,37 @@ def test_cpu_spec_decode_vllm_cannot_apply_top_k_to_no_logits() -> None:
     assert topk_topp_sampler.apply_top_k_only(logits, k) is logits
 
 
+def test_detokenizer_vllm_holds_back_the_replacement_character(demo: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    from yuan_grpc.model.patches import detokenizer
+
+    detokenizer.apply()
+    tokenizer = YuanTokenizer.from_pretrained(demo)
+    token_ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "\ufffd".encode()])
+    request = EngineCoreRequest(
+        request_id="",
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=SamplingParams(),
+        pooling_params=None,
+        arrival_time=0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+    def text(create: Any) -> Any:
+        created = create(tokenizer, request)
+        created.update(token_ids, False)
+        return created.get_next_output_text(finished=True, delta=False)
+
+    assert text(inspect.unwrap(IncrementalDetokenizer.from_new_request)) == ""
+    assert text(IncrementalDetokenizer.from_new_request) == "\ufffd"
+
+
 def test_grammar_timeout_vllm_accepts_tokens_of_a_constraint_that_takes_too_long(demo: Path) -> None:
     import xgrammar
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
@@ -207,6 +240,35 @@ def test_lora_classes_vllm_has_no_registration_of_lora_layers(monkeypatch: pytes
     lora_classes.apply()
     assert utils._all_lora_classes[: len(LORA_LAYERS)] == LORA_LAYERS
     assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is YuanAdapterManager
+
+
+@on_a_cpu
+@pytest.mark.parametrize("unpatched", [[], ["priority_preemption"]], ids=["patched", "unpatched"])
+def test_priority_preemption_vllm_resumes_a_request_on_blocks_that_nothing_has_computed(
+    demo: Path, tmp_path: Path, unpatched: list[str]
+) -> None:
+    """The last chunk of the long prompt and a block of the last request need the last free blocks in the same step."""
+    engine = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_seqs": 4,
+        "max_model_len": 640,
+        "max_num_batched_tokens": 640,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 32 * 2**20,
+        "num_gpu_blocks_override": 22,
+        "scheduling_policy": "priority",
+        "long_prefill_token_threshold": 96,
+    }
+    generator = random.Random(0)
+    prompts = [[generator.randrange(1000) for _ in range(length)] for length in (3, 18 * 32, 61)]
+    job: dict[str, Any] = {"model": demo, "engine": engine, "tokens": 12, "unpatched": unpatched}
+    result = run_program("run_engine.py", job | {"rounds": [prompts], "priorities": [0, 1, 0]}, tmp_path / "out.json")
+    assert result["preemptions"] > 0
+    ((_, preempted, _),) = result["rounds"]
+    ((alone,),) = run_program("run_engine.py", job | {"rounds": [[prompts[1]]]}, tmp_path / "alone.json")["rounds"]
+    difference = max(abs(a - b) for a, b in zip(preempted["logprobs"], alone["logprobs"], strict=True))
+    assert (difference > 0.01) == bool(unpatched)
 
 
 @dataclass

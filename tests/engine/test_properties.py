@@ -6,11 +6,12 @@ and more requests with `FUZZ_FIRST=100 FUZZ_PARTS=40 make test ARGS="-s tests/en
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from engine.conftest import Served
+import pytest_asyncio
+from engine.conftest import FLAGS, Served, serve_demo
 from engine.test_generate import assert_freed
 from google.protobuf.text_format import MessageToString
 from hypothesis import HealthCheck, Phase, given, settings
@@ -24,6 +25,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 PARTS = int(os.environ.get("FUZZ_PARTS", "9"))
+DRAFTING_PARTS = -(-PARTS // 4)
+DRAFTS = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}'
 ROUNDS = 10
 """Examples per part. In further examples hypothesis varies little."""
 CALLS = 30
@@ -39,9 +42,14 @@ def summary() -> Iterator[Counter[str]]:
     print(f"\n{outcomes.total()} requests: {counts}")
 
 
-@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # raised for failures
-@pytest.mark.parametrize("part", range(FIRST, FIRST + PARTS))
-@settings(
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def drafting(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """A server that drafts tokens."""
+    async with serve_demo((*FLAGS, f"--speculative-config={DRAFTS}"), tmp_path_factory.mktemp("adapters")) as served:
+        yield served
+
+
+property_test = settings(
     max_examples=ROUNDS,
     derandomize=True,  # the part number varies the requests
     deadline=None,
@@ -49,10 +57,30 @@ def summary() -> Iterator[Counter[str]]:
     suppress_health_check=list(HealthCheck),
     print_blob=False,
 )
+
+
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # raised for failures
+@pytest.mark.parametrize("part", range(FIRST, FIRST + PARTS))
+@property_test
 @given(made=st.lists(calls, min_size=CALLS, max_size=CALLS))
 async def test_every_request_gets_a_valid_response_or_error(
     served: Served, summary: Counter[str], part: int, made: list[Call]
 ) -> None:
+    await check_calls(served, summary, made)
+
+
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
+@pytest.mark.parametrize("part", range(FIRST, FIRST + DRAFTING_PARTS))
+@property_test
+@given(made=st.lists(calls, min_size=CALLS, max_size=CALLS))
+async def test_every_request_gets_a_valid_response_or_error_from_a_server_that_drafts(
+    drafting: Served, summary: Counter[str], part: int, made: list[Call]
+) -> None:
+    await check_calls(drafting, summary, made)
+
+
+async def check_calls(served: Served, summary: Counter[str], made: list[Call]) -> None:
+    """Make calls concurrently, and check each outcome and that they free everything."""
     expected = (await served.generate(PLAIN)).choices
     outcomes = await make_calls(served, made)
     summary.update(outcome.code.name for outcome in outcomes)

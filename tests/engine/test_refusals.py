@@ -36,6 +36,21 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "more stages than layers": ({"pipeline_parallel_size": 3}, "`pipeline_parallel_size` must be at most .*, 2, not 3"),
     "indivisible heads": ({"tensor_parallel_size": 2}, r"heads \(3\) must be divisible by .* size \(2\)"),
     "an indivisible MLP": ({"tensor_parallel_size": 3}, "`intermediate_size` must be .*, 3, not 256"),
+    "an indivisible embedding": (
+        {"tensor_parallel_size": 3, "hf_overrides": {"intermediate_size": 96}},
+        "`vocab_size`, rounded up to a multiple of 64, must be divisible by the tensor-parallel size, 3, not 1216",
+    ),
+    "a tokenizer with more tokens than the embedding has rows": (
+        {"hf_overrides": {"vocab_size": 1100}},
+        "`vocab_size` must be at least 1169, the number of tokens in the tokenizer, not 1100",
+    ),
+    "overridden experts": ({"hf_overrides": {"use_moe": True}}, "sets `use_moe`, which is not supported"),
+    "an overridden activation": ({"hf_overrides": {"hidden_act": "gelu"}}, "`hidden_act` must be 'silu', not 'gelu'"),
+    "an overridden rotation": ({"hf_overrides": {"rope_theta": 0.5}}, r"`rope_theta` must be .* above 1, not 0\.5"),
+    "a rotation overridden by an object": (
+        {"hf_overrides": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
+        "`rope_parameters` must have the `rope_type` 'default' or 'yarn', not 'linear'",
+    ),
     "dual batch overlap": ({"enable_dbo": True}, "`enable_dbo` must be false for Yuan, not true"),
     "too many draft tokens for a block": (
         {"speculative_config": NGRAM | {"num_speculative_tokens": 31}, "block_size": 32},
@@ -59,6 +74,21 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 def test_unsupported_options_are_rejected(demo: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure(demo, **options)
+
+
+@pytest.mark.parametrize("model_type", ["yuan", "yuan2"])
+def test_a_checkpoint_of_yuan_2_m32_is_rejected_as_that(demo: Path, tmp_path: Path, model_type: str) -> None:
+    experts = {"moe_num_experts": 32, "moe_top_k": 2}
+    with pytest.raises(ValueError, match=r"sets `moe_config`, which is not supported: Yuan 2\.0-M32 and Yuan 3\.0 "):
+        configure(with_fields(demo, tmp_path, model_type=model_type, moe_config=experts))
+
+
+def test_an_overridden_base_is_used(demo: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    for overrides in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}):
+        config = EngineArgs(str(demo), hf_overrides=overrides).create_engine_config().model_config.hf_config
+        assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
 
 
 def test_a_draft_model_is_rejected(demo: Path) -> None:

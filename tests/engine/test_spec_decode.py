@@ -48,6 +48,68 @@ def test_sampling_with_one_candidate_returns_the_greedy_tokens(demo: Path, tmp_p
     assert sampled == sampled_again != greedy
 
 
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "penalties": {"presence_penalty": 1.5, "frequency_penalty": 0.7, "repetition_penalty": 1.4},
+    "minimum": {"min_tokens": 12, "ignore_eos": False, "stop_token_ids": [*range(700)]},
+    "allowed tokens": {"allowed_token_ids": [300, 400, 500, 310, 410, 320, 330]},
+    "bad words": {"bad_words": ["中国", "的", "是"]},
+    "stop strings": {"stop": ["中", "的", "e"]},
+    "repetition": {"repetition_detection": {"max_pattern_size": 3, "min_pattern_size": 1, "min_count": 2}},
+    "log-probabilities": {"logprobs": 3},
+}
+
+
+def test_greedy_requests_get_the_same_result_with_and_without_drafts(demo: Path, tmp_path: Path) -> None:
+    """Apart from the parameters that are refused with drafts, vLLM applies every one of them to drafts too."""
+    greedy = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "flat_logprobs": True}
+    requests = [
+        {"prompt": prompt, "sampling": greedy | parameters} for parameters in PARAMETERS.values() for prompt in PROMPTS
+    ]
+    requests += [
+        {"prompt": PROMPTS[0], "sampling": greedy | {"ignore_eos": False}, "constraint": {"regex": "(ab|c){9}"}}
+    ]
+    plain = {name: value for name, value in ENGINE.items() if name != "speculative_config"}
+    (drafted,), (expected,) = (
+        run_program(
+            "run_sampling.py", {"model": demo, "engine": engine, "rounds": [requests]}, tmp_path / f"{name}.json"
+        )
+        for name, engine in (("drafted", ENGINE), ("plain", plain))
+    )
+    for found, result in zip(drafted, expected, strict=True):
+        positions, expected_positions = found.pop("logprobs") or [], result.pop("logprobs") or []
+        assert found == result
+        for position, expected_position in zip(positions, expected_positions, strict=True):
+            assert [(token, rank) for token, _, rank in position] == [
+                (token, rank) for token, _, rank in expected_position
+            ]
+            assert [value for _, value, _ in position] == pytest.approx([value for _, value, _ in expected_position])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "is_refused"),
+    [
+        ("min_p", 1e-7, True),
+        ("min_p", 0.0, False),
+        ("logit_bias", {5: 0.0}, True),
+        ("logprob_token_ids", [7, 8, 9], True),
+        ("logprobs", 3, False),
+    ],
+)
+def test_parameters_that_do_not_apply_to_drafts_are_refused_by_name(field: str, value: Any, is_refused: bool) -> None:
+    from yuan_grpc.server.engine.types import Sampling
+    from yuan_grpc.server.engine.vllm.convert import check_drafts, to_sampling_params
+    from yuan_grpc.server.errors import NotEnabledError
+
+    params = to_sampling_params(Sampling(**{field: value}), stream=False)
+    if not is_refused:
+        check_drafts(params)
+        return
+    with pytest.raises(
+        NotEnabledError, match=f"`{field}` needs a server that was started without --speculative-config"
+    ):
+        check_drafts(params)
+
+
 @pytest.fixture
 def expand() -> Any:
     """vLLM's CPU replacement of a Triton kernel, patched."""

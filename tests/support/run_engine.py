@@ -4,14 +4,16 @@
 
 A job has `model`, `engine` (vLLM's arguments) and `rounds`: lists of prompts (token ids) that are decoded together,
 greedily, with `tokens` tokens each. Optional are `n`, the number of consecutive choices per prompt; `sleep`, the sleep
-levels to use before the later rounds; `load`, folders of LoRA adapters to load first; and `adapters`, the folder or
-null for each prompt of every round. The result of an engine that does not start is `{"error": "…"}`. The engine runs in
-this process.
+levels to use before the later rounds; `load`, folders of LoRA adapters to load first; `adapters`, the folder or null
+for each prompt of every round; `priorities`, one per prompt, with which each prompt arrives a step after the previous
+one; and `unpatched`, the names of patches to leave out. The result of an engine that does not start is
+`{"error": "…"}`. The engine runs in this process.
 """
 
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Start the engine and decode each round."""
+    for patch in job.get("unpatched", []):
+        import_module(f"yuan_grpc.model.patches.{patch}").apply = lambda: None
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
@@ -43,7 +47,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             _sleep(llm, level)
         adapters = [requests.get(folder) for folder in job.get("adapters", [None] * len(prompts))]
         tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-        outputs = llm.generate(tokens, sampling, use_tqdm=False, lora_request=adapters)
+        if priorities := job.get("priorities"):
+            outputs = _generate_in_turn(llm, tokens, sampling, priorities)
+        else:
+            outputs = llm.generate(tokens, sampling, use_tqdm=False, lora_request=adapters)
         rounds.append([_result(output, choice) for output in outputs for choice in output.outputs])
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     counters = {
@@ -52,6 +59,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
     }
     return {"rounds": rounds, "errors": errors, "loaded": loaded} | counters
+
+
+def _generate_in_turn(llm: Any, prompts: list[Any], sampling: Any, priorities: list[int]) -> list[Any]:
+    """Run one step after each request is added, then all remaining steps; return the outputs in order."""
+    engine, finished = llm.llm_engine, {}
+
+    def step() -> None:
+        finished.update({output.request_id: output for output in engine.step() if output.finished})
+
+    names = [str(number) for number in range(len(prompts))]
+    for name, prompt, priority in zip(names, prompts, priorities, strict=True):
+        engine.add_request(name, prompt, sampling, priority=priority)
+        step()
+    while engine.has_unfinished_requests():
+        step()
+    return [finished[name] for name in names]
 
 
 def _sleep(llm: Any, level: int) -> None:

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from yuan_grpc.model.config import YuanConfig, check_split, check_stages
+from yuan_grpc.model.config import (
+    UNSUPPORTED,
+    Yuan2Config,
+    YuanConfig,
+    check_overrides,
+    check_split,
+    check_stages,
+)
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 128, "original_max_position_embeddings": 8192}
 
@@ -74,7 +81,7 @@ def test_yarn_fields_are_ignored_without_yarn() -> None:
     assert config(**fields).rope_parameters == config().rope_parameters
 
 
-@pytest.mark.parametrize("flag", ["use_shareqk", "use_moe"])
+@pytest.mark.parametrize("flag", sorted(UNSUPPORTED))
 def test_an_unsupported_variant_is_rejected(flag: str) -> None:
     with pytest.raises(ValueError, match=f"config.json sets `{flag}`, which is not supported"):
         config(**{flag: True})
@@ -107,6 +114,73 @@ def test_an_unsupported_rotation_is_rejected(fields: dict[str, Any], message: st
         config(**fields)
 
 
+M32 = {"moe_config": {"moe_num_experts": 32, "moe_top_k": 2}, "attention_projection_size": 4096}
+
+
+@pytest.mark.parametrize("model_type", ["yuan", "yuan2"])
+def test_a_checkpoint_of_yuan_2_m32_is_rejected_as_that(model_type: str) -> None:
+    class_ = {"yuan": YuanConfig, "yuan2": Yuan2Config}[model_type]
+    assert class_.model_type == model_type
+    with pytest.raises(
+        ValueError, match=r"config.json sets `moe_config`, .* Yuan 2\.0-M32 and Yuan 3\.0 have layers of"
+    ):
+        class_(num_attention_heads=16, **M32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed"),
+    [
+        ({"num_attention_heads": 16}, {"head_dim": 128, "num_key_value_heads": 16}),
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ({"use_yarn": True}, {"rope_parameters": YARN, "max_position_embeddings": 2**20}),
+        ({"vocab_size": 200000}, {}),
+    ],
+    ids=["heads", "base", "yarn", "vocabulary"],
+)
+def test_fields_that_follow_from_overridden_ones_are_derived_again(
+    fields: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    overridden = config(architectures=["YuanForCausalLM"], dtype="bfloat16")
+    before = overridden.to_dict()
+    overridden.update(fields)
+    check_overrides(overridden)
+    after = overridden.to_dict()
+    different = {name: value for name, value in after.items() if value != before.get(name)}
+    assert different == {name: value for name, value in fields.items() if name in before} | changed
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_moe": True}, "sets `use_moe`, which is not supported"),
+        ({"hidden_act": "gelu"}, "`hidden_act` must be 'silu', not 'gelu'"),
+        ({"rope_theta": 0}, "`rope_theta` must be a number above 1, not 0"),
+        ({"head_dim": 48}, "`hidden_size` must be `num_attention_heads` × `head_dim`, 32 × 48, not 2048"),
+        ({"beta_fast": 16}, "`beta_fast` in `config.json` must be 32"),
+    ],
+)
+def test_overridden_fields_are_checked_like_those_of_a_file(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config().update(fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_act", "gelu", "`hidden_act` must be 'silu', not 'gelu'"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2}, "must have the `rope_type` 'default' or 'yarn'"),
+        ("head_dim", 48, "`hidden_size` must be .*, not 2048"),
+        ("num_key_value_heads", 8, "`num_key_value_heads` must be 32 with the other fields, not 8"),
+    ],
+)
+def test_fields_that_are_set_later_are_checked(field: str, value: object, message: str) -> None:
+    changed = config()
+    check_overrides(changed)
+    setattr(changed, field, value)
+    with pytest.raises(ValueError, match=message):
+        check_overrides(changed)
+
+
 def test_inconsistent_sizes_are_rejected() -> None:
     with pytest.raises(ValueError, match="`hidden_size` must be `num_attention_heads` × `head_dim`, 32 × 3, not 100"):
         config(hidden_size=100, num_attention_heads=32)
@@ -125,6 +199,8 @@ def test_an_uneven_split_is_rejected() -> None:
         ValueError, match="`intermediate_size` must be divisible by the tensor-parallel size, 4, not 8190"
     ):
         check_split(config(intermediate_size=8190), 4)
+    with pytest.raises(ValueError, match=r"`vocab_size`, rounded up to .* 64, must be divisible by .*, 3, not 135040"):
+        check_split(config(intermediate_size=8190, hidden_size=1536, num_attention_heads=24), 3)
 
 
 def test_a_pipeline_with_more_stages_than_layers_is_rejected() -> None:

@@ -14,21 +14,24 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from yuan_grpc.model.config import ARCHITECTURE, TOKENIZER_MODE, YuanConfig
+    from yuan_grpc.model.config import ARCHITECTURE, TOKENIZER_MODE, Yuan2Config, YuanConfig
     from yuan_grpc.model.lfa.ops import PLAN_OP
     from yuan_grpc.model.patches import (
         cpu_amx,
         cpu_busy_wait,
         cpu_spec_decode,
+        detokenizer,
         grammar_timeout,
         logprob_token_ids,
+        priority_preemption,
         worker_process,
     )
     from yuan_grpc.model.vllm_config import YuanModelConfig
 
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
         return
-    AutoConfig.register(YuanConfig.model_type, YuanConfig)
+    for config_class in (YuanConfig, Yuan2Config):
+        AutoConfig.register(config_class.model_type, config_class)
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.yuan:YuanForCausalLM")
     TokenizerRegistry.register(TOKENIZER_MODE, f"{__name__}.tokenizer", "YuanTokenizer")
     # vLLM's renderer for tokenizers with their own chat template; only its name is specific to DeepSeek.
@@ -37,5 +40,15 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = YuanModelConfig
     # The op reads metadata that changes with every step, so CUDA graphs are split around it.
     CompilationConfig._attention_ops.append(PLAN_OP)
-    for patch in (cpu_amx, cpu_busy_wait, cpu_spec_decode, grammar_timeout, logprob_token_ids, worker_process):
+    patches = (
+        cpu_amx,
+        cpu_busy_wait,
+        cpu_spec_decode,
+        detokenizer,
+        grammar_timeout,
+        logprob_token_ids,
+        priority_preemption,
+        worker_process,
+    )
+    for patch in patches:
         patch.apply()

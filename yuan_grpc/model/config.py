@@ -8,11 +8,23 @@ ARCHITECTURE = "YuanForCausalLM"
 TOKENIZER_MODE = "yuan"
 EOD_TOKEN_ID = 77185
 
+EXPERTS = "Yuan 2.0-M32 and Yuan 3.0 have layers of experts, and this is the model of Yuan 2.0"
+YUAN_3 = "Yuan 3.0 has other layers, and this is the model of Yuan 2.0"
 UNSUPPORTED = {
     "use_shareqk": "the shared-query-key variant has no localized filtering",
-    "use_moe": "the mixture-of-experts models have other layers",
+    "use_moe": EXPERTS,
+    "moe_config": EXPERTS,
+    "attention_projection_size": "Yuan 2.0-M32 has wider heads, and this is the model of Yuan 2.0",
+    "num_kv_heads": YUAN_3,
+    "per_layer_experts_blocks": YUAN_3,
+    "router_type": YUAN_3,
+    "use_bias": YUAN_3,
+    "use_lfa_bias": YUAN_3,
 }
-"""Flags that change the forward pass in ways this model does not implement, with the reason to reject them."""
+"""Fields that change the forward pass in ways this model does not implement, with the reason to reject them.
+
+All these models have the same name, `YuanForCausalLM`.
+"""
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 128.0, "original_max_position_embeddings": 8192}
@@ -25,6 +37,11 @@ PUBLISHED_NAMES = {
     "original_max_position_embeddings": "original_max_position_embeddings",
 }
 """Top-level fields of `config.json` that set an entry of `rope_parameters`."""
+
+DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "use_yarn")
+"""Fields that follow from others. When those are overridden, they are computed again."""
+VOCABULARY_MULTIPLE = 64
+"""vLLM rounds the rows of the embedding up to a multiple of this number."""
 
 FIXED_VALUES = {
     "attn_factor": 1,
@@ -96,6 +113,24 @@ class YuanConfig(PretrainedConfig):
             kwargs.setdefault(name, eod_token_id)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Override fields, as `--hf-overrides` does, and check and derive the others as for a file with these values.
+
+        Raises:
+            ValueError: as for a file.
+        """
+        fields = {name: value for name, value in self.to_dict().items() if name not in DERIVED_FIELDS}
+        if config_dict.keys() & {"rope_parameters", "rope_scaling", "use_yarn"}:
+            del fields["rope_parameters"]
+        else:
+            replaced = {PUBLISHED_NAMES[name] for name in config_dict.keys() & PUBLISHED_NAMES.keys()}
+            fields["rope_parameters"] = {n: v for n, v in self.rope_parameters.items() if n not in replaced}
+        checked = vars(type(self)(**fields | config_dict))
+        unchanged = {"dtype", "torch_dtype", "architectures"} - config_dict.keys()
+        for name in checked.keys() - unchanged:
+            if not name.startswith("_"):
+                setattr(self, name, checked[name])
+
     def _check_heads(self) -> None:
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             raise ValueError(
@@ -106,14 +141,41 @@ class YuanConfig(PretrainedConfig):
             raise ValueError(f"`head_dim` must be even, because its halves are rotated together, not {self.head_dim}")
 
 
+class Yuan2Config(YuanConfig):
+    """The same configuration under another name, which some published files have."""
+
+    model_type = "yuan2"
+
+    def __init__(self, **kwargs: Any) -> None:  # transformers would generate another one
+        super().__init__(**kwargs)
+
+
+def check_overrides(config: YuanConfig) -> None:
+    """Check fields that were set one by one after the configuration was created, as nested `--hf-overrides` are.
+
+    Raises:
+        ValueError: a field has an unsupported value, or does not fit the others.
+    """
+    checked = type(config)(**config.to_dict())
+    for name in ("rope_parameters", "max_position_embeddings", *DERIVED_FIELDS):
+        if getattr(checked, name) != (value := getattr(config, name)):
+            raise ValueError(f"`{name}` must be {getattr(checked, name)} with the other fields, not {value}")
+
+
 def check_split(config: YuanConfig, ranks: int) -> None:
-    """Check that an MLP can be split over tensor-parallel ranks; vLLM itself would fail an assertion while loading.
+    """Check that MLP and embedding can be split over tensor-parallel ranks; vLLM fails an assertion while loading.
 
     vLLM checks the heads early enough. If they can be split, so can LFA's hidden / 2, because `head_dim` is even.
 
     Raises:
-        ValueError: `intermediate_size` is not divisible by the number of ranks.
+        ValueError: `intermediate_size` or the padded `vocab_size` is not divisible by the number of ranks.
     """
+    rows = -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if rows % ranks:
+        raise ValueError(
+            f"`vocab_size`, rounded up to a multiple of {VOCABULARY_MULTIPLE}, must be divisible by the "
+            f"tensor-parallel size, {ranks}, not {rows}"
+        )
     if config.intermediate_size % ranks:
         raise ValueError(
             f"`intermediate_size` must be divisible by the tensor-parallel size, {ranks}, "

@@ -175,7 +175,8 @@ def normalize_adapter(adapters: dict[str, LoRALayerWeights], config: YuanConfig)
     """Validate an adapter's weights, by module name, and reshape those of convolutions to matrices.
 
     Raises:
-        ValueError: There are no weights, or one is missing, unknown or of another shape; the message names it.
+        ValueError: There are no weights, or one is missing, unknown, of another shape or not finite; the message
+            names it.
     """
     if not adapters:
         raise ValueError("the adapter has no weights")
@@ -187,6 +188,8 @@ def normalize_adapter(adapters: dict[str, LoRALayerWeights], config: YuanConfig)
         kernel = [1] * len(inputs[1:])  # of a convolution's B, which does not mix tokens
         a = _checked(adapter.lora_a, f"{module}.lora_A.weight", (adapter.rank, *inputs))
         b = _checked(adapter.lora_b, f"{module}.lora_B.weight", (outputs, adapter.rank, *kernel))
+        if not torch.isfinite(b * adapter.scaling).all():  # vLLM multiplies them later
+            raise ValueError(f"`lora_alpha` must keep {module}.lora_B.weight finite, not scale it by {adapter.scaling}")
         adapter.lora_a = torch.cat(split_taps(a)) if kernel else a
         adapter.lora_b = b.flatten(1)
 
@@ -196,4 +199,6 @@ def _checked(weight: torch.Tensor | None, name: str, shape: tuple[int, ...]) -> 
         raise ValueError(f"the adapter lacks {name}")
     if weight.shape != shape:
         raise ValueError(f"{name} must be of shape {list(shape)}, not {list(weight.shape)}")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} must have finite values only")
     return weight

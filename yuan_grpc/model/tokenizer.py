@@ -187,6 +187,11 @@ class YuanTokenizer:
         text = self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens))
         return text.removeprefix(" ")
 
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
+        """Return the bytes that a token adds to a text; none for an unknown id."""
+        (piece,) = self.convert_ids_to_tokens([token_id], skip_special_tokens) or [""]
+        return self._bytes.get(piece, b"")
+
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
         """Convert pieces to their exact text, including a leading space, so that texts can be joined.
 

@@ -4,10 +4,11 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from yuan_grpc.model.config import TOKENIZER_MODE, check_split, check_stages
+from yuan_grpc.model.config import TOKENIZER_MODE, check_overrides, check_split, check_stages
 from yuan_grpc.model.hopper import HOPPER, MULTIPROCESSORS
 from yuan_grpc.model.lfa.cache_layout import check_block_size
 
@@ -37,8 +38,9 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         """Select YuanTokenizer, because transformers' tokenizer encodes differently without an error.
 
         Raises:
-            ValueError: another tokenizer mode is configured.
+            ValueError: another tokenizer mode is configured, or overridden fields are not supported.
         """
+        check_overrides(model_config.hf_config)
         if model_config.tokenizer_mode not in ("auto", TOKENIZER_MODE):
             raise ValueError(
                 f"`tokenizer_mode` must be '{TOKENIZER_MODE}' for a Yuan model, not '{model_config.tokenizer_mode}'"
@@ -52,6 +54,7 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: an option is not supported; the message names it and the reason.
         """
+        _check_vocabulary(vllm_config.model_config)
         _check_split(vllm_config)
         _check_drafts(vllm_config)
         _check_quantization(vllm_config.model_config)
@@ -68,6 +71,14 @@ class YuanModelConfig(VerifyAndUpdateConfig):
             if envs.VLLM_BATCH_INVARIANT and vllm_config.attention_config.backend is None:
                 # With FlashAttention a token's result depends on whether its step has prompts.
                 vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
+
+
+def _check_vocabulary(model_config: ModelConfig) -> None:
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is not None and len(tokenizer) > (rows := model_config.hf_config.vocab_size):
+        raise ValueError(
+            f"`vocab_size` must be at least {len(tokenizer)}, the number of tokens in the tokenizer, not {rows}"
+        )
 
 
 def _check_split(vllm_config: VllmConfig) -> None:
