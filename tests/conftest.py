@@ -8,20 +8,14 @@ from yuan_grpc.server.settings import DEMO
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WAIT_SECONDS = 60
-"""Timeout of a test without an engine, unless it has its own: most wait for an event that comes within milliseconds."""
+"""Timeout of a test without an engine, unless it has its own."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests without an engine a short timeout, and keep tests that share an engine in one pytest-xdist worker."""
+    """Give tests without an engine a shorter timeout."""
     for item in items:
-        if not item.get_closest_marker("engine"):
-            if not item.get_closest_marker("timeout"):
-                item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
-        elif "session_server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("session server"))
-        else:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if not item.get_closest_marker("engine") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
 
 
 @pytest.fixture(scope="session")
