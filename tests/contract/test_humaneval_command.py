@@ -20,8 +20,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from isolation import skip_without_isolation
 
-from tests.support.isolation import skip_without_isolation
 from yuan_grpc.cli.humaneval import add_commands
 from yuan_grpc.humaneval import records, report
 from yuan_grpc.humaneval.dataset import read_problems, read_prompts

@@ -121,7 +121,9 @@ async def test_calls_that_exceed_the_grace_period_get_a_status_of_the_server(por
             await stream.read()
             process.send_signal(signal.SIGTERM)
             results = await asyncio.gather(*calls, return_exceptions=True)
-    assert {(error.code(), error.details()) for error in results} == {(UNAVAILABLE, "the server is stopping")}
+    errors = [result for result in results if isinstance(result, grpc.aio.AioRpcError)]
+    assert len(errors) == len(results)
+    assert {(error.code(), error.details()) for error in errors} == {(UNAVAILABLE, "the server is stopping")}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

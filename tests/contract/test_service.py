@@ -210,9 +210,13 @@ async def test_a_generated_request_id_is_valid_on_every_connection() -> None:
 
 async def code_of_stream(call: Any) -> grpc.StatusCode:
     """Return the code of a stream's error, after its messages."""
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
+
+    async def read_all() -> None:
         while await call.read() is not grpc.aio.EOF:
             pass
+
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await read_all()
     return raised.value.code()
 
 

@@ -23,7 +23,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Start the engine and decode each round."""
     for patch in job.get("unpatched", []):
-        import_module(f"yuan_grpc.model.patches.{patch}").apply = lambda: None
+        vars(import_module(f"yuan_grpc.model.patches.{patch}"))["apply"] = lambda: None
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
