@@ -86,7 +86,8 @@ def test_a_checkpoint_of_yuan_2_m32_is_rejected_as_that(demo: Path, tmp_path: Pa
 def test_an_overridden_base_is_used(demo: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    for overrides in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}):
+    overrides: dict[str, Any]
+    for overrides in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}):
         config = EngineArgs(str(demo), hf_overrides=overrides).create_engine_config().model_config.hf_config
         assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
 

@@ -170,16 +170,16 @@ def check_split(config: YuanConfig, ranks: int) -> None:
     Raises:
         ValueError: `intermediate_size` or the padded `vocab_size` is not divisible by the number of ranks.
     """
+    if config.intermediate_size % ranks:
+        raise ValueError(
+            f"`intermediate_size` must be divisible by the tensor-parallel size, {ranks}, "
+            f"not {config.intermediate_size}"
+        )
     rows = -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if rows % ranks:
         raise ValueError(
             f"`vocab_size`, rounded up to a multiple of {VOCABULARY_MULTIPLE}, must be divisible by the "
             f"tensor-parallel size, {ranks}, not {rows}"
-        )
-    if config.intermediate_size % ranks:
-        raise ValueError(
-            f"`intermediate_size` must be divisible by the tensor-parallel size, {ranks}, "
-            f"not {config.intermediate_size}"
         )
 
 

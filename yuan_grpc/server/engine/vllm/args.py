@@ -98,6 +98,8 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
         config = arguments.create_engine_config()
     except ValidationError as error:  # its own text is a page long
         raise ValueError("; ".join(one["msg"] for one in error.errors())) from error
+    except KeyError as error:  # an object in the overrides replaces the one in config.json
+        raise ValueError(f"an object in `--hf-overrides` must be complete, and {error} is missing") from error
     max_logprobs = config.model_config.max_logprobs
     config.model_config.max_logprobs = max(max_logprobs, BEAM_SEARCH_LOGPROBS) if max_logprobs >= 0 else max_logprobs
     return EngineOptions(config, arguments, max_logprobs)
