@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from yuan_grpc.server import settings
+from yuan_grpc.server import log_queue, settings, signals
 from yuan_grpc.server.engine.vllm import env
 
 
@@ -20,6 +20,8 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     config = settings.read(options, options.engine_flags)
+    log_queue.install()
+    signals.exit_on_stop_signals()
     os.umask(env.OWN_UMASK)
     try:
         env.set_defaults()
