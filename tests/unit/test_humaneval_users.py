@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from isolation import run_in_user_namespace, skip_without_isolation
 
-from tests.support.isolation import run_in_user_namespace, skip_without_isolation
 from yuan_grpc.humaneval.sandbox import jail, seccomp
 from yuan_grpc.humaneval.sandbox.runner import Sandbox, SandboxError
 
@@ -81,8 +81,8 @@ def test_no_program_of_an_ordinary_user_ends_the_scoring() -> None:
     attacks = [
         "import posix\nposix.kill(1, 2)",
         "import posix\nfor pid in (1, -1, posix.getppid(), 0): posix.kill(pid, 9)",
-        replace("import resource\nresource.prlimit(1, resource.RLIMIT_CPU, (0, 0))"),
-        replace("import resource\nresource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))"),
+        replace("import resource\nresource.prlimit(1, resource.RLIMIT_CPU, (9, 9))\nwhile True: pass"),
+        replace("import resource\nresource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))\nwhile True: pass"),
         replace(f"{NATIVE}\nfor number in range(1, 65): libc.syscall({tgkill}, 1, 1, number)"),
     ]
     programs = [program for attack in attacks for program in (attack, "x = 1", "1 / 0")]
