@@ -128,7 +128,7 @@ class YuanServiceServicer(object):
         - INVALID_ARGUMENT: a field is out of range, fields exclude each other, or the prompt is empty or too long. The
         message names the field, the rule and the value.
         - NOT_FOUND: `model` is neither the served model nor a loaded LoRA adapter.
-        - ALREADY_EXISTS: a call with the same `request_id` is running.
+        - ALREADY_EXISTS: a call of this connection with the same `request_id` is running.
         - FAILED_PRECONDITION: the request needs a feature that the server was not started with, such as `priority`.
         - RESOURCE_EXHAUSTED: the request queue is full. Retry after the delay in `RetryInfo`.
         - CANCELLED: the call was ended by Abort.
@@ -160,8 +160,8 @@ class YuanServiceServicer(object):
     def GenerateBatch(self, request_iterator, context):
         """Generates text for many requests in one call and returns each result when it is finished, in any order.
 
-        At most 64 requests of a call run at a time; the server reads the next request when one has finished. A request
-        that fails gets its own status, the one that Generate would have returned (for example ALREADY_EXISTS if its
+        The requests that run at a time have at most 64 choices or beams together; identical greedy choices count as one. A
+        request that fails gets its own status, the one that Generate would have returned (for example ALREADY_EXISTS if its
         `request_id` is in use), and does not affect the others. A result over 4 MiB, more than most clients accept, fails
         with RESOURCE_EXHAUSTED. The call ends when the client has closed its side and all results are sent. Cancelling the
         call cancels all its requests.
@@ -177,11 +177,12 @@ class YuanServiceServicer(object):
 
     def Abort(self, request, context):
         """Ends a running call by its `request_id`, and returns when its engine resources are free. The aborted call ends with
-        CANCELLED; a request of GenerateBatch gets a result with that status.
+        CANCELLED; a request of GenerateBatch gets a result with that status. An id that the caller chose is valid on the
+        connection of the call, an id that the server generated on every connection.
 
         Errors include:
         - INVALID_ARGUMENT: `request_id` is empty.
-        - NOT_FOUND: no running call has this `request_id`.
+        - NOT_FOUND: no running call of this connection has this `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

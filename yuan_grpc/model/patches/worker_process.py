@@ -3,7 +3,8 @@
 Why: Ctrl-C in a terminal sends SIGINT to the whole process group. vLLM's workers then end at once and drop the
     requests that the server is about to finish. Conversely, the engine does not notice that its server was killed: it
     keeps running, and keeps its memory, including GPU memory.
-How: each process gets its own process group, and a thread that terminates it when its parent has ended.
+How: each process gets its own process group, and a thread that terminates it when its parent has ended, and kills it
+    two seconds later.
 Upstream: vllm-project/vllm#55510, fixed by vllm-project/vllm#55846, which is open, for the killed server;
     vllm-project/vllm#36259, closed, for Ctrl-C. Both are present in vLLM 0.32.0.
 Remove when: vLLM's engine processes ignore a terminal's SIGINT and end with their parent.
@@ -12,8 +13,12 @@ Remove when: vLLM's engine processes ignore a terminal's SIGINT and end with the
 import multiprocessing
 import os
 import signal
+import time
 from multiprocessing.connection import wait
 from threading import Thread
+
+EXIT_SECONDS = 2
+"""Time to exit after SIGTERM, in seconds. vLLM's engine waits longer for its workers, which end at the same time."""
 
 
 def apply() -> None:
@@ -26,3 +31,5 @@ def apply() -> None:
 def _terminate_after(parent_sentinel: int) -> None:
     wait([parent_sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(EXIT_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)

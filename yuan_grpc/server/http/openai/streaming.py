@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from yuan_grpc.server.core.convert import num_choices
-from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
+from yuan_grpc.server.core.convert import num_choices, num_parallel
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT, Slots
 from yuan_grpc.server.errors import InvalidRequestError
 from yuan_grpc.server.http.call import SERVER_SENT_EVENTS, HttpCall, encode_chunk, encode_json
 from yuan_grpc.server.http.errors import rename_fields
@@ -215,7 +215,7 @@ Result = TypeVar("Result")
 async def gather_bounded(
     requests: Sequence[pb.GenerateRequest], run: Callable[[int, pb.GenerateRequest], Awaitable[Result]]
 ) -> list[Result]:
-    """Run requests concurrently, up to the in-flight limit, and return their results in order.
+    """Run requests concurrently, up to the in-flight limit on their choices, and return their results in order.
 
     The first failure cancels the others and is raised. A single request runs in the current task.
 
@@ -225,10 +225,10 @@ async def gather_bounded(
     """
     if len(requests) == 1:
         return [await run(0, requests[0])]
-    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+    slots = Slots(MAX_IN_FLIGHT)
 
     async def run_in_slot(index: int, request: pb.GenerateRequest) -> Result:
-        async with slots:
+        async with slots.hold(num_parallel(request)):
             return await run(index, request)
 
     try:
