@@ -8,6 +8,7 @@ compared with the PyTorch versions.
 
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,8 @@ class Batch:
         self.random = random.Random(seed)
         self.drafts = drafts
         self.block_size = block_size
-        self.slots = Slots(drafts + 1, drafts + 2 if drafts else 1)
+        config: Any = SimpleNamespace(num_speculative_tokens=drafts)
+        self.slots = Slots.from_config(config)
         self.free = list(range(1, 800))
         self.random.shuffle(self.free)
         self.cache = torch.full((800, self.slots.per_block, 3 * DIM), torch.nan, device=DEVICE)[..., DIM : 2 * DIM]
