@@ -9,6 +9,7 @@ import signal
 import socket
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -53,17 +54,18 @@ Report = Callable[[str], object]
 def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[Report]:
     """A function that runs code with NATIVE in the sandbox, without the harness, and returns its variable `result`."""
     outputs: list[bytes] = []
+    patient = Sandbox(Limits(seconds=60, memory=256 << 20), packages=(MARK,))
 
     def keep_output(output: bytes, secret: bytes, status: int) -> Verdict:
         outputs.append(output)
         return PASS
 
     def run(code: str) -> object:
-        sandbox.run(replace(f"{NATIVE}\n{code}\nimport json\nos.write(3, json.dumps(result).encode())"))
+        patient.run(replace(f"{NATIVE}\n{code}\nimport json\nos.write(3, json.dumps(result).encode())"))
         return json.loads(outputs[-1])
 
     try:
-        with Sandbox(Limits(seconds=60, memory=256 << 20), packages=(MARK,)) as sandbox:
+        with patient:
             monkeypatch.setattr(runner, "parse_verdict", keep_output)
             yield run
     except SandboxError as error:
@@ -355,6 +357,17 @@ def test_a_hostile_program_does_not_pass_and_leaves_nothing_behind(sandbox: Sand
 @pytest.mark.parametrize("source", [pytest.param(text, id=name) for name, text in FORGED.items()])
 def test_a_pass_cannot_be_forged(sandbox: Sandbox, source: str) -> None:
     assert not sandbox.run(source).passed
+
+
+def test_neighbours_of_hostile_programs_keep_their_verdicts(sandbox: Sandbox) -> None:
+    bombs = [source for name, source in HOSTILE.items() if "bomb" in name or "memory" in name or "endless" in name]
+    neighbours = {"x = 1": PASS, "1 / 0": Verdict("failed: division by zero", "ZeroDivisionError")}
+    with Sandbox(Limits(seconds=60, memory=256 << 20), packages=(MARK,)) as patient, ThreadPoolExecutor(4) as threads:
+        hostile = [threads.submit(sandbox.run, source) for source in bombs]
+        while not all(future.done() for future in hostile):
+            assert {program: patient.run(program) for program in neighbours} == neighbours
+    assert not any(future.result().passed for future in hostile)
+    assert running_programs() == []
 
 
 def test_processes_and_threads_do_not_outlive_a_program(sandbox: Sandbox) -> None:
