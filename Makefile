@@ -62,20 +62,20 @@ format: $(READY) ## format the code and apply the automatic fixes of ruff
 	.venv/bin/ruff format
 
 # Reads package metadata only, no wheels. Keeps the pins that still satisfy pyproject.toml, and the hashes of these pins.
-COMPILE = .venv/bin/uv pip compile --quiet --python-platform linux --generate-hashes --no-annotate \
+COMPILE = .venv/bin/uv pip compile --quiet --generate-hashes --no-annotate \
   --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(ARGS)
-ON_3_11 = --python-version 3.11
+FOR_3_11 = --python-version 3.11 --python-platform linux
 TORCH_CPU = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
 NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton)
 
 # dev: on top of either server lock, so its pins are theirs. build: also for Python 3.10, where the client runs.
 lock: $(READY) ## update requirements/*.txt after a change of pyproject.toml (ARGS=--upgrade updates every pin)
-	$(COMPILE) $(ON_3_11) pyproject.toml --extra cpu --extra humaneval $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
-	$(COMPILE) $(ON_3_11) pyproject.toml --extra cuda --extra humaneval -o requirements/cuda.txt >/dev/null
-	$(COMPILE) $(ON_3_11) --group dev -c requirements/cpu.txt -c requirements/cuda.txt -o requirements/dev.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cpu --extra humaneval $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cuda --extra humaneval -o requirements/cuda.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) --group dev -c requirements/cpu.txt -c requirements/cuda.txt -o requirements/dev.txt >/dev/null
 	$(COMPILE) --universal --python-version 3.10 --group build -c requirements/dev.txt -o requirements/build.txt >/dev/null
-	$(COMPILE) $(ON_3_11) --group proto -o requirements/proto.txt >/dev/null
-	$(COMPILE) $(ON_3_11) --group release -o requirements/release.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) --group proto -o requirements/proto.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) --group release -o requirements/release.txt >/dev/null
 
 SBOM = .venv-release/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible
 

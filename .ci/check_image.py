@@ -13,7 +13,7 @@ DEVELOPMENT = {"coverage", "hatchling", "hypothesis", "import-linter", "mypy", "
 
 def main() -> None:
     """Exit with an error if the environment is not what the image should contain."""
-    installed = {package.metadata["Name"].lower() for package in distributions()}
+    installed = {package.metadata["Name"].lower().replace("_", "-") for package in distributions()}
     if development := sorted(installed & DEVELOPMENT):
         sys.exit(f"the environment must not have {', '.join(development)}")
     command = Path(sys.executable).with_name("yuan-grpc")
