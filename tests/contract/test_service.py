@@ -344,9 +344,10 @@ async def test_a_prompt_that_cannot_fit_is_rejected_before_it_is_tokenized(
     assert (error.details() or "").startswith(message)
 
 
-async def test_too_many_turns_are_rejected_before_they_are_joined_to_be_tokenized() -> None:
+async def test_too_many_turns_are_rejected_before_their_texts_are_measured_to_be_tokenized() -> None:
+    request = pb.TokenizeRequest(messages=[pb.Message(content="A" * 200)] * 1025)
     async with connect(UntouchedEngine()) as channel:
-        code, message = await error_of(stub_of(channel).Tokenize(pb.TokenizeRequest(messages=TURNS)))
+        code, message = await error_of(stub_of(channel).Tokenize(request))
     assert (code, message) == (grpc.StatusCode.INVALID_ARGUMENT, "`messages` must have at most 1024 turns, not 1025")
 
 

@@ -167,9 +167,7 @@ def test_an_adapter_that_does_not_fit_is_rejected_and_does_not_stay_loaded(
     expected_errors = {missing: "No adapter found", large: "LoRA rank 16 is greater than max_lora_rank 8"}
     for alpha in ("nan", "inf", "1e39"):
         write_adapter(tmp_path / alpha, reference.weights, MODULES, lora_alpha=float(alpha))
-        expected_errors[tmp_path / alpha] = (
-            "`lora_alpha` must keep model.layers.0.self_attn.q_proj.lora_B.weight finite"
-        )
+        expected_errors[tmp_path / alpha] = "`lora_alpha` must keep model.layers.0"
     for number, (message, invalidate) in enumerate(INVALID_TENSORS.items()):
         folder = tmp_path / f"invalid {number}"
         tensors = write_adapter(folder, reference.weights, MODULES)

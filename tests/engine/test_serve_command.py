@@ -212,6 +212,13 @@ def test_a_cache_folder_that_another_user_could_have_filled_is_refused(tmp_path:
     assert done.stderr == f"yuan-grpc: {planted} must be writable by its owner only, not have mode 0777: remove it\n"
 
 
+def test_a_full_disk_for_the_log_does_not_end_the_start() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run([*COMMAND, "--no-such-option", "1"], stderr=full)
+    os.close(full)
+    assert done.returncode == 2  # of the option, which is parsed after the banner is printed
+
+
 def test_an_unknown_option_is_reported_in_one_line() -> None:
     done = subprocess.run([*COMMAND, "--no-such-option", "1"], capture_output=True, text=True)
     assert done.returncode == 2
