@@ -4,7 +4,7 @@ Why: Ctrl-C in a terminal sends SIGINT to the whole process group. vLLM's worker
     requests that the server is about to finish. Conversely, the engine does not notice that its server was killed: it
     keeps running, and keeps its memory, including GPU memory.
 How: each process gets its own process group, and a thread that terminates it when its parent has ended, and kills it
-    two seconds later.
+    a second later.
 Upstream: vllm-project/vllm#55510, fixed by vllm-project/vllm#55846, which is open, for the killed server;
     vllm-project/vllm#36259, closed, for Ctrl-C. Both are present in vLLM 0.32.0.
 Remove when: vLLM's engine processes ignore a terminal's SIGINT and end with their parent.
@@ -17,8 +17,8 @@ import time
 from multiprocessing.connection import wait
 from threading import Thread
 
-EXIT_SECONDS = 2
-"""Time to exit after SIGTERM, in seconds. vLLM's engine waits longer for its workers, which end at the same time."""
+EXIT_SECONDS = 1
+"""Time to exit after SIGTERM, in seconds. vLLM's engine would wait longer for its workers, which end after it."""
 
 
 def apply() -> None:
