@@ -86,7 +86,7 @@ class ScriptedWorker(WorkerBase):
         return [self._script[length % len(self._script)]] if length >= self._prompt_lengths[request] else []
 
     def _wait(self) -> None:
-        """Wait for the end of the step. Time that the scheduler took since the last step counts, as it overlaps on a GPU."""
+        """Wait for the end of the step, whose time includes that of the scheduler, as on a GPU."""
         now = time.monotonic()
         self._step_end = max(self._step_end + self._seconds, now)
         time.sleep(self._step_end - now)

@@ -212,9 +212,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for key in dict.fromkeys((record["streams"], record["server"]) for record in records):
         rows = [record for record in records if (record["streams"], record["server"]) == key]
         medians[key] = {
-            name: statistics.median(row[name] for row in rows)
-            for name in COLUMNS
-            if rows[0].get(name) is not None
+            name: statistics.median(row[name] for row in rows) for name in COLUMNS if rows[0].get(name) is not None
         }
     lines = [
         "| streams | server | tokens/s | of offline | TTFT p50 / p99, ms | ITL p50 / p99, ms | µs/token |",

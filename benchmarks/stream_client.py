@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -97,7 +98,7 @@ def summarize(timings: list[Timing]) -> dict[str, Any]:
     tokens = sum(timing.tokens for timing in timings)
     seconds = max(timing.times[-1] for timing in timings) - min(timing.start for timing in timings)
     first = sorted(timing.times[0] - timing.start for timing in timings)
-    gaps = sorted(after - before for timing in timings for before, after in zip(timing.times, timing.times[1:]))
+    gaps = sorted(after - before for timing in timings for before, after in pairwise(timing.times))
     return {
         "streams": len(timings),
         "tokens": tokens,
