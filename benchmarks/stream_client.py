@@ -8,7 +8,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -204,27 +204,22 @@ async def _openai(load: Load, address: str) -> AsyncIterator[Callable[[list[int]
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "stream_options": {"include_usage": True},
     }
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, raise_for_status=True) as session:
 
         async def run(prompt: list[int]) -> Arrivals:
-            tokens = 0
+            chunks = 0
             async with session.post(f"http://{address}/v1/completions", json=body | {"prompt": prompt}) as response:
                 async for line in response.content:
-                    for usage in _usages(line):
-                        yield usage - tokens
-                        tokens = usage
+                    if line.startswith(b"data: {") and b'"choices":[]' not in line.replace(b" ", b""):
+                        chunks += 1
+                        yield 1
+                    elif line.startswith(b"data: {"):  # the usage, after all chunks: a chunk may have several tokens
+                        yield json.loads(line[6:])["usage"]["completion_tokens"] - chunks
 
         yield run
-
-
-def _usages(line: bytes) -> Iterator[int]:
-    if line.startswith(b"data: {"):
-        usage = json.loads(line[6:]).get("usage")
-        if usage:
-            yield usage["completion_tokens"]
 
 
 Protocol = Callable[[Load, str], AbstractAsyncContextManager[Callable[[list[int]], Arrivals]]]
