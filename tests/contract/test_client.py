@@ -622,7 +622,7 @@ async def test_a_server_may_start_while_a_client_waits_for_it(client_class: Any)
     async with client_class(f"127.0.0.1:{port}") as client:
         await server.stop(None)
         with pytest.raises(DeadlineError, match="no health status was received"):
-            await client.wait_until_ready(timeout=0.3)
+            await client.wait_until_ready(timeout=600, connect_timeout=0.3)
         waiting = asyncio.ensure_future(client.wait_until_ready(timeout=30))
         health = Health(NAME)
         server, _ = await create_server(YuanService(GenerationService(FakeEngine(last()))), health, f"127.0.0.1:{port}")

@@ -63,13 +63,26 @@ class ScoredRun:
         return extractions
 
 
+def read_samples(folder: Path) -> tuple[Run, list[Record]]:
+    """Return a run and its samples.
+
+    Raises:
+        ProblemError: the run has no samples.
+        RecordsError: the folder is not a run.
+    """
+    run, records = read(folder / FILE)
+    if not records:
+        raise ProblemError(f"{folder} has no samples: run `yuan-grpc humaneval generate {folder}` first")
+    return run, records
+
+
 def load(folder: Path) -> ScoredRun:
     """Read a scored run.
 
     Raises:
         ProblemError: the run is not scored, or has changed since it was scored.
     """
-    run, records = read(folder / FILE)
+    run, records = read_samples(folder)
     scores = json.loads((folder / SCORES).read_text("utf-8")) if (folder / SCORES).exists() else {}
     if scores.get("samples") != hash_records(records):
         state = "has changed since it was scored" if scores else "is not scored yet"
