@@ -162,15 +162,15 @@ def test_prompts_become_samples_scores_and_a_report(
     assert set(rows[0]) == {"task_id", "completion", "result", "passed"}
     assert [row["task_id"] for row in rows if not row["passed"]] == ["set/3"]
     pytest.importorskip("matplotlib")
-    assert call("report", run) == 0
+    assert call("report", run, "--baseline", run) == 0
     page, text = (run / report.HTML).read_text("utf-8"), (run / report.MARKDOWN).read_text("utf-8")
-    assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
-    for part in ("91.7 %", "set/3", "AssertionError", "28956", "66.5 %", "little"):
+    assert "<svg" in (run / report.PLOT).read_text("utf-8")
+    assert "http" not in page.replace("http-equiv", "")
+    for part in ("91.7 %", "set/3", "AssertionError", "28956", "66.5 %", "little", "+0.0 points"):
         assert part in page
         assert part in text
+    assert "<pre>assert candidate(1) == 4</pre>" in page  # the expectation that failed
+    assert "    return x + 3 + 1" in page
 
 
 def test_the_request_is_the_published_one(service: FakeService, address: str, tasks: Path, tmp_path: Path) -> None:

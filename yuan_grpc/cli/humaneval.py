@@ -35,8 +35,8 @@ from yuan_grpc.humaneval.generation import (
     add_fence_stop,
 )
 from yuan_grpc.humaneval.pass_at_k import KS
-from yuan_grpc.humaneval.plot import PlotError
 from yuan_grpc.humaneval.records import Record, RecordFile, RecordsError, Run
+from yuan_grpc.humaneval.report.plot import PlotError
 from yuan_grpc.humaneval.sandbox.runner import NOT_RUN, Limits, Sandbox, SandboxError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -192,7 +192,8 @@ def _add_report(subcommands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--no-plot", action="store_true", help="omit the plot, which needs matplotlib")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="folder of a scored run to compare with")
+    parser.add_argument("--no-plot", action="store_true", help="omit the plot of report.md, which needs matplotlib")
     parser.set_defaults(run_subcommand=_report, run=_run_subcommand)
 
 
@@ -396,6 +397,8 @@ def _score(options: argparse.Namespace) -> int:
         if options.path.is_dir():
             for name, scored_samples in scored.items():
                 _write_run_results(options.path / name / scoring.SAMPLES, scored_samples)
+            scored_problems = (problems[task_id] for task_id in run.prompts if task_id in problems)
+            scoring.write_problems(options.path / scoring.PROBLEMS, scored_problems)
             scoring.write_scores(options.path, recorded, scored, sandbox, options.k or KS)
         else:
             print(scoring.write_results(options.path, scored[""]), flush=True)
@@ -449,11 +452,12 @@ def _explain_missing_rates(scored: scoring.ScoredSamples, ks: Iterable[int]) -> 
 def _write_run_results(path: Path, scored: scoring.ScoredSamples) -> None:
     path.parent.mkdir(exist_ok=True)
     scoring.write_samples(path, scored.samples)
+    scoring.write_verdicts(path.with_name(scoring.VERDICTS), scored)
     print(scoring.write_results(path, scored), flush=True)
 
 
 def _report(options: argparse.Namespace) -> int:
-    for path in report.write(options.path, plot=not options.no_plot):
+    for path in report.write(options.path, baseline=options.baseline, plot=not options.no_plot):
         print(path, flush=True)
     return 0
 
