@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from browser import Page, open_page
@@ -24,12 +25,12 @@ CODE = f"def f(x):\n\treturn x  # {HOSTILE}\n"
 TASKS = {f"HumanEval/{i}": f"def f(x):  # {HOSTILE}" for i in range(163)} | {HOSTILE: HOSTILE}
 
 
-def make_run() -> ScoredRun:
+def make_run(prompts: dict[str, str] = TASKS) -> ScoredRun:
     """Return a run whose every text is hostile, and in which a third of the tasks failed."""
     request = {"max_tokens": 512, "stop": [HOSTILE]}
-    run = Run({"name": HOSTILE, "dtype": HOSTILE}, request, 1, None, TASKS, HOSTILE, HOSTILE)
-    passed = {task_id: i % 3 > 0 and task_id != HOSTILE for i, task_id in enumerate(TASKS)}
-    rate = sum(passed.values()) / len(TASKS)
+    run = Run({"name": HOSTILE, "dtype": HOSTILE}, request, 1, None, prompts, HOSTILE, HOSTILE)
+    passed = {task_id: i % 3 > 0 and task_id != HOSTILE for i, task_id in enumerate(prompts)}
+    rate = sum(passed.values()) / len(prompts)
     scores = {
         "pass@": {"1": rate},
         "tasks": {task_id: (1, int(success)) for task_id, success in passed.items()},
@@ -37,7 +38,7 @@ def make_run() -> ScoredRun:
     }
     records = [
         Record(task_id, 0, CODE, "stop", HOSTILE, prompt_tokens=50 + 3 * i, completion_tokens=i, seconds=1.0)
-        for i, task_id in enumerate(TASKS)
+        for i, task_id in enumerate(prompts)
     ]
     samples = [
         ScoredSample(
@@ -46,7 +47,7 @@ def make_run() -> ScoredRun:
         for name in ("rules", "plain")
         for record in records
     ]
-    tests = dict.fromkeys(TASKS, f"assert f(1) == 2  # {HOSTILE}")
+    tests = dict.fromkeys(prompts, f"assert f(1) == 2  # {HOSTILE}")
     extractions = {"extractions": {"rules": scores, "plain": scores}}
     return ScoredRun(run, records, extractions | {"isolated": True, "seconds": 3.0, "python": HOSTILE}, samples, tests)
 
@@ -59,13 +60,20 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield page
 
 
-def test_the_headline_and_the_published_scores_are_shown(page: Page) -> None:
-    page.resize(1000)
-    assert page.evaluate("document.querySelector('.headline').innerText").startswith("65.9 %")
-    assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('.headline')).fontSize)") > 40
-    chart = page.evaluate("document.querySelector('.chart').innerText")
-    for text in ("this run, rules", "Yuan2.0-2B Februa", "62.8 %", "Yuan2.0-102B, self-consistency", "77.4 %"):
-        assert text in chart
+def test_the_headline_and_the_published_scores_are_shown(tmp_path: Path) -> None:
+    scored = make_run(dict.fromkeys([f"HumanEval/{i}" for i in range(164)], "def f():"))
+    (tmp_path / "report.html").write_text(render_page(scored), "utf-8")
+    with open_page(tmp_path / "report.html", tmp_path / "profile") as page:
+        assert page.evaluate("document.querySelector('.headline').innerText").startswith("66.5 %")
+        assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('.headline')).fontSize)") > 40
+        rows = page.evaluate("[...document.querySelectorAll('.chart')[0].children].map(row => row.innerText)")
+    assert [row.split("\n")[0] for row in rows[:2]] == ["this run, rules", "this run, plain"]
+    assert rows[4:8] == [
+        "Yuan2.0-2B Februa\n62.8 % (+3.7)",
+        "Yuan2.0-51B\n66.5 % (0.0)",
+        "Yuan2.0-102B\n67.1 % (−0.6)",
+        "Yuan2.0-102B, self-consistency\n77.4 % (−10.9)",
+    ]
 
 
 def test_a_failed_task_opens_on_click(page: Page) -> None:
@@ -123,7 +131,7 @@ def test_every_width_shows_the_whole_page_and_bars_to_scale(page: Page, width: i
         "s.getBoundingClientRect().x, s.getBoundingClientRect().width, s.querySelector('.fill').getBoundingClientRect()"
         ".width, parseFloat(s.getAttribute('aria-label').match(/: ([\\d.]+) %/)[1])]))"
     )
-    assert [len(chart) for chart in bars] == [8, 8, 8]
+    assert [len(chart) for chart in bars] == [2, 8, 8]
     for chart in bars:
         (scale,) = {(x, full) for x, full, _, _ in chart}  # the same axis in each row
         for _, full, filled, percent in chart:

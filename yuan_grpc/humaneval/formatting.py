@@ -40,5 +40,6 @@ def format_interval(low: float, high: float) -> str:
 
 
 def format_points(difference: float) -> str:
-    """Return a difference of two rates in percentage points: `+1.2 points`."""
-    return f"{100 * difference:+.1f} points".replace("-", "−")
+    """Return a difference of two rates in percentage points: `+1.2`."""
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text

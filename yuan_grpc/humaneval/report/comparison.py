@@ -13,6 +13,8 @@ from yuan_grpc.humaneval.report.statistics import Interval, paired_difference
 
 PUBLISHED_PROMPTS = "cb67e0beb366fab00285a9aab7b4860c051e7759d37f5f3d037cc36358f341c8"
 """SHA-256 of the published prompts, as `hash_prompts` computes it."""
+HUMANEVAL = {f"HumanEval/{i}" for i in range(164)}
+"""Task IDs of HumanEval."""
 VARIANTS = ("Janus", "Februa")
 _SIZE = re.compile(r"(?<![\d.])(2|51|102)b(?![a-z0-9])", re.IGNORECASE)
 
@@ -42,7 +44,12 @@ def find_published(name: str) -> str | None:
 
 def is_comparable(scored: ScoredRun) -> bool:
     """Return whether the run has samples of all 164 tasks of HumanEval, and no other tasks."""
-    return set(scored.task_rates()) == {f"HumanEval/{i}" for i in range(164)}
+    return set(scored.task_rates()) == HUMANEVAL
+
+
+def has_other_tasks(scored: ScoredRun) -> bool:
+    """Return whether the run has tasks that are not HumanEval's."""
+    return not set(scored.run.prompts) <= HUMANEVAL
 
 
 def list_deviations(scored: ScoredRun) -> list[str]:

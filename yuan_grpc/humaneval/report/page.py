@@ -12,7 +12,13 @@ from yuan_grpc.humaneval.formatting import escape_invisible, format_interval, fo
 from yuan_grpc.humaneval.pass_at_k import PUBLISHED
 from yuan_grpc.humaneval.report import tables
 from yuan_grpc.humaneval.report.charts import Bar, bar_chart, length_chart
-from yuan_grpc.humaneval.report.comparison import Comparison, find_published, is_comparable, list_deviations
+from yuan_grpc.humaneval.report.comparison import (
+    Comparison,
+    find_published,
+    has_other_tasks,
+    is_comparable,
+    list_deviations,
+)
 from yuan_grpc.humaneval.report.elements import Child, element, extend, serialize
 from yuan_grpc.humaneval.report.failures import FailedTask, Failure, list_failed_tasks, split_lines
 from yuan_grpc.humaneval.report.scored_run import HEADLINE, ScoredRun
@@ -97,19 +103,25 @@ def _scores(scored: ScoredRun, comparison: Comparison | None) -> list[Child]:
         bars.append(
             Bar(f"baseline, {comparison.name}", comparison.rate, format_percent(comparison.rate), None, "other")
         )
-    same, comparable = find_published(scored.name), is_comparable(scored)
-    for model, published in PUBLISHED.items():
-        difference = f" ({100 * (scored.headline.value - published):+.1f})".replace("-", "−") if comparable else ""
-        label = f"{model} (this model)" if model == same else model
-        bars.append(Bar(label, published, format_percent(published) + difference, None, "published"))
+    published = [] if has_other_tasks(scored) else _published_bars(scored)
     note = (
         "`rules` is the extraction of the published evaluation, `plain` a cut at the first closing fence. "
         "The shaded band is the 95 % interval of this run over the choice of tasks"
-        + ("; in parentheses is this run minus the published score, in points." if comparable else ".")
+        + ("; in parentheses is this run minus the published score, in points." if is_comparable(scored) else ".")
     )
-    chart = bar_chart(bars, scored.headline)
+    chart = bar_chart([*bars, *published], scored.headline)
     table = [_table(tables.rates_table(scored))] if scored.run.samples > 1 else []
-    return _heading("Next to the published scores", element("p", *_code(note), class_="soft"), chart, *table)
+    title = "Next to the published scores" if published else "Scores"
+    return _heading(title, element("p", *_code(note), class_="soft"), chart, *table)
+
+
+def _published_bars(scored: ScoredRun) -> list[Bar]:
+    same, bars = find_published(scored.name), []
+    for model, published in PUBLISHED.items():
+        difference = f" ({format_points(scored.headline.value - published)})"
+        value = format_percent(published) + (difference if is_comparable(scored) else "")
+        bars.append(Bar(f"{model} (this model)" if model == same else model, published, value, None, "published"))
+    return bars
 
 
 def _code(text: str) -> list[Child]:
@@ -121,7 +133,7 @@ def _changes(scored: ScoredRun, comparison: Comparison) -> list[Child]:
     difference = comparison.difference
     verdict = "may be chance" if 0.0 in difference else "is larger than chance explains"
     text = (
-        f"{format_points(difference.value)} on the {comparison.tasks} tasks of both "
+        f"{format_points(difference.value)} points on the {comparison.tasks} tasks of both "
         f"(95 % interval {format_points(difference.low)} to {format_points(difference.high)}), which {verdict}."
     )
     positions = {task_id: i for i, task_id in enumerate(scored.run.prompts)}
@@ -183,10 +195,7 @@ def _task(scored: ScoredRun, task: FailedTask) -> Element:
         extend(summary, [element("span", first.kind, class_="kind")])
         if (message := _message(first.result)) != first.kind:
             extend(summary, [element("span", _shorten(message), class_="message")])
-    for name, (count, passed) in task.passed.items():
-        if passed:
-            text = f" {name} passes" if passed == count else f" {name}: {passed} of {count} pass"
-            extend(summary, [element("span", text, class_="also")])
+    extend(summary, [element("span", _describe_passed(task), class_="also")])
     shown = [_failure(failure) for failure in task.failures[:MAX_PROGRAMS]]
     body = element("div", *shown, class_="body", id=f"task-{task.position}")
     if (hidden := len(task.failures) - MAX_PROGRAMS) > 0:
@@ -196,6 +205,14 @@ def _task(scored: ScoredRun, task: FailedTask) -> Element:
         [_folded("Prompt", scored.run.prompts[task.task_id]), _folded("Tests", scored.tests.get(task.task_id, ""))],
     )
     return element("details", summary, body)
+
+
+def _describe_passed(task: FailedTask) -> str:
+    """Return the number of samples that passed, by extraction if it differs."""
+    parts = {name: f"{passed} of {count}" for name, (count, passed) in task.passed.items() if passed}
+    if parts and len(parts) == len(task.passed) and len(set(parts.values())) == 1:
+        return f" {next(iter(parts.values()))} samples passed"
+    return "".join(f" {name}: {part} passed" for name, part in parts.items())
 
 
 def _failure(failure: Failure) -> Element:

@@ -11,6 +11,8 @@ from statistics import fmean, pvariance, stdev
 Z = 1.959964
 """Quantile of the normal distribution for an interval of 95 %."""
 MAX_GROUPS = 8
+MIN_GROUP_SIZE = 10
+"""Minimum size of a group, on average: the rate of fewer samples says little."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,14 @@ def paired_difference(rates: Sequence[float], baseline: Sequence[float]) -> Inte
     return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half))
 
 
-def group_by_length(values: Iterable[tuple[int, float]], groups: int = MAX_GROUPS) -> list[LengthGroup]:
+def group_by_length(values: Iterable[tuple[int, float]]) -> list[LengthGroup]:
     """Split (length, rate) pairs into groups of about equal size. Pairs of equal length are in the same group."""
     ordered = sorted(values)
+    groups = max(1, min(MAX_GROUPS, len(ordered) // MIN_GROUP_SIZE))
     parts: list[list[tuple[int, float]]] = []
-    for i, (_, pairs) in enumerate(groupby(ordered, key=lambda pair: pair[0])):
-        filled = sum(map(len, parts))
-        if not i or filled >= round(len(parts) * len(ordered) / groups):
+    for _, pairs in groupby(ordered, key=lambda pair: pair[0]):
+        remaining = len(ordered) - sum(map(len, parts[:-1]))
+        if not parts or len(parts[-1]) >= remaining / max(1, groups - len(parts) + 1) - 0.5:
             parts.append([])
         parts[-1] += pairs
     return [

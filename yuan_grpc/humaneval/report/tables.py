@@ -11,8 +11,16 @@ from yuan_grpc.humaneval.formatting import format_duration, format_interval, for
 from yuan_grpc.humaneval.generation import describe_request
 from yuan_grpc.humaneval.pass_at_k import PUBLISHED
 from yuan_grpc.humaneval.records import Record, hash_prompts
-from yuan_grpc.humaneval.report.comparison import Comparison, find_published, is_comparable, list_deviations
+from yuan_grpc.humaneval.report.comparison import (
+    Comparison,
+    find_published,
+    has_other_tasks,
+    is_comparable,
+    list_deviations,
+)
 from yuan_grpc.humaneval.report.scored_run import ScoredRun
+
+PUBLISHED_NOTE = "pass@1 of the models, with extraction by the rules."
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,7 @@ def build_sections(scored: ScoredRun, comparison: Comparison | None, *, plot: bo
     return [
         Section("HumanEval", [describe_headline(scored), *list_deviations(scored)]),
         Section("Scores", _notes(), rates_table(scored)),
-        Section(
-            "Published", ["pass@1 of the published models, with extraction by the rules."], published_table(scored)
-        ),
+        *([] if has_other_tasks(scored) else [Section("Published", [PUBLISHED_NOTE], published_table(scored))]),
         *([Section("Compared with the baseline", [], comparison_table(comparison))] if comparison else []),
         *([Section("Pass rate by prompt length, and failures", plot=True)] if plot else []),
         Section("Verdicts", table=kinds_table(scored)),
@@ -67,7 +73,7 @@ def describe_published(scored: ScoredRun) -> str:
     position = "inside" if published in rate else "outside"
     return (
         f"The published {format_percent(published)} of {model} is {position} this interval; the difference is "
-        f"{format_points(rate.value - published)}."
+        f"{format_points(rate.value - published)} points."
     )
 
 
@@ -118,7 +124,11 @@ def published_table(scored: ScoredRun) -> Table:
     return Table(
         ("model", "pass@1", "this run"),
         [
-            [name, format_percent(published), format_points(rate - published) if comparable else "other tasks"]
+            [
+                name,
+                format_percent(published),
+                f"{format_points(rate - published)} points" if comparable else "incomplete",
+            ]
             for name, published in PUBLISHED.items()
         ],
     )
@@ -127,12 +137,12 @@ def published_table(scored: ScoredRun) -> Table:
 def comparison_table(comparison: Comparison) -> Table:
     """Return the difference from the baseline."""
     difference = comparison.difference
-    interval = f"{format_points(difference.low)} to {format_points(difference.high)}"
+    interval = f"{format_points(difference.low)} to {format_points(difference.high)} points"
     rows = [
         ["baseline", comparison.name],
         ["tasks of both", str(comparison.tasks)],
-        ["pass@1 of the baseline on these", format_percent(comparison.rate)],
-        ["difference", format_points(difference.value)],
+        ["score of the baseline on these", format_percent(comparison.rate)],
+        ["difference", f"{format_points(difference.value)} points"],
         ["95 % interval", interval],
         ["better", ", ".join(comparison.better) or "none"],
         ["worse", ", ".join(comparison.worse) or "none"],
