@@ -177,6 +177,26 @@ def test_equal_programs_of_a_task_are_one_failure_with_its_lines() -> None:
     ]
 
 
+def test_a_failed_request_is_shown_instead_of_the_error_of_its_empty_program() -> None:
+    scored = make_run(passed=0, tasks=1)
+    record = Record("HumanEval/0", 0, error={"code": "INVALID_ARGUMENT", "message": "too long"})
+    sample = ScoredSample(record, "rules", "", "failed: name 'f' is not defined", "NameError", (3,))
+    page = render_page(ScoredRun(scored.run, [record], scored.scores, [sample], {"HumanEval/0": "check(f)"}))
+    assert "INVALID_ARGUMENT: too long" in page
+    assert "NameError" not in page
+
+
+def test_a_changed_task_is_a_link_only_if_it_failed() -> None:
+    scored, baseline = make_run(passed=2, tasks=4), make_run(passed=0, tasks=4)
+    baseline.scores["extractions"]["rules"]["tasks"]["HumanEval/3"] = (1, 1)
+    samples = [ScoredSample(record, "rules", "", "failed: ", "E", ()) for record in scored.records[2:]]
+    scored = ScoredRun(scored.run, scored.records, scored.scores, samples)
+    page = render_page(scored, compare(scored, baseline))
+    assert "<b>Better (2):</b> HumanEval/0 HumanEval/1</p>" in page
+    assert '<b>Worse (1):</b> <a href="#task-3">HumanEval/3</a></p>' in page
+    assert 'id="task-3"' in page
+
+
 @pytest.mark.timeout(60)
 def test_names_from_programs_are_escaped() -> None:
     table = Table(("kind",), [["<img src=x>"], ["a|b\r\nc"], ["$\\frac$"]])

@@ -136,17 +136,18 @@ def _changes(scored: ScoredRun, comparison: Comparison) -> list[Child]:
         f"{format_points(difference.value)} points on the {comparison.tasks} tasks of both "
         f"(95 % interval {format_points(difference.low)} to {format_points(difference.high)}), which {verdict}."
     )
-    positions = {task_id: i for i, task_id in enumerate(scored.run.prompts)}
+    positions = {task.task_id: task.position for task in list_failed_tasks(scored)} if scored.samples else {}
     parts = _heading(f"Compared with {escape_invisible(comparison.name)}", element("p", text))
     for name, task_ids in (("Better", comparison.better), ("Worse", comparison.worse)):
-        links = [_link(task_id, positions[task_id]) for task_id in task_ids]
-        separated = [part for link in links for part in (" ", link)]
-        parts.append(element("p", element("b", f"{name}: {len(links)} tasks."), *separated))
+        tasks = [part for task_id in task_ids for part in (" ", _link(task_id, positions.get(task_id)))]
+        parts.append(element("p", element("b", f"{name} ({len(task_ids)}):"), *tasks))
     return parts
 
 
-def _link(task_id: str, position: int) -> Element:
-    return element("a", escape_invisible(task_id), href=f"#task-{position}")
+def _link(task_id: str, position: int | None) -> Child:
+    """Return a link to a failed task, or the name of a task that passed."""
+    name = escape_invisible(task_id)
+    return name if position is None else element("a", name, href=f"#task-{position}")
 
 
 def _lengths(scored: ScoredRun) -> list[Child]:
@@ -191,9 +192,9 @@ def _failed_tasks(scored: ScoredRun) -> list[Child]:
 def _task(scored: ScoredRun, task: FailedTask) -> Element:
     summary = element("summary", element("code", escape_invisible(task.task_id)))
     if task.failures:
-        first = task.failures[0].first
-        extend(summary, [element("span", first.kind, class_="kind")])
-        if (message := _message(first.result)) != first.kind:
+        kind, message = _error(task.failures[0])
+        extend(summary, [element("span", kind, class_="kind")])
+        if message:
             extend(summary, [element("span", _shorten(message), class_="message")])
     extend(summary, [element("span", _describe_passed(task), class_="also")])
     shown = [_failure(failure) for failure in task.failures[:MAX_PROGRAMS]]
@@ -225,7 +226,7 @@ def _failure(failure: Failure) -> Element:
     program = element("div", element("p", facts, class_="soft"), class_="program")
     if failure.expectation:
         extend(program, [element("h3", "Expectation"), _pre(failure.expectation)])
-    extend(program, [element("h3", "Error"), _pre(_describe_error(failure), "wrap")])
+    extend(program, [element("h3", "Error"), _pre(": ".join(filter(None, _error(failure))), "wrap")])
     if record.error:
         return program
     extend(program, [element("h3", "Code"), _code_block(failure.first.completion, failure.line)])
@@ -233,16 +234,13 @@ def _failure(failure: Failure) -> Element:
     return program
 
 
-def _describe_error(failure: Failure) -> str:
-    record = failure.first.record
+def _error(failure: Failure) -> tuple[str, str]:
+    """Return the kind and the message of an error, or the code and the message of a failed request."""
+    record, kind = failure.first.record, failure.first.kind
     if record.error:
-        return f"{record.error.get('code')}: {record.error.get('message')}"
-    message, kind = _message(failure.first.result), failure.first.kind
-    return message if message == kind else f"{kind}: {message}" if message else kind
-
-
-def _message(result: str) -> str:
-    return result.removeprefix("failed: ")
+        return record.error.get("code", ""), record.error.get("message", "")
+    message = failure.first.result.removeprefix("failed: ")
+    return kind, "" if message == kind else message
 
 
 def _code_block(source: str, line: int | None) -> Element:
