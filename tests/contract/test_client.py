@@ -514,6 +514,7 @@ async def test_leaving_a_loop_over_many_frees_the_engine() -> None:
         await leaving
 
 
+@pytest.mark.timeout(60)
 async def test_an_interrupted_call_frees_the_engine() -> None:
     program = """
 import signal, sys
@@ -664,6 +665,7 @@ def test_errors_can_be_copied_and_pickled() -> None:
             assert (type(clone), vars(clone), str(clone)) == (type(error), vars(error), "late")
 
 
+@pytest.mark.timeout(60)
 def test_the_client_needs_only_grpcio_and_protobuf() -> None:
     # typing_extensions is a dependency of grpcio.
     program = """

@@ -32,6 +32,8 @@ from yuan_grpc.humaneval.scoring import Sample, score
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
+pytestmark = pytest.mark.timeout(60)  # programs and commands are processes
+
 TASKS = {
     f"set/{i}": {
         "task_id": f"set/{i}",
@@ -166,7 +168,7 @@ def test_prompts_become_samples_scores_and_a_report(
     page, text = (run / report.HTML).read_text("utf-8"), (run / report.MARKDOWN).read_text("utf-8")
     assert "<svg" in (run / report.PLOT).read_text("utf-8")
     assert "http" not in page.replace("http-equiv", "")
-    for part in ("91.7 %", "set/3", "AssertionError", "28956", "66.5 %", "little", "+0.0 points"):
+    for part in ("91.7 %", "set/3", "AssertionError", "28956", "little", "0.0"):
         assert part in page
         assert part in text
     assert "<pre>assert candidate(1) == 4</pre>" in page  # the expectation that failed

@@ -330,6 +330,8 @@ names['run'] = names['exec'] = lambda *a: b'passed'
     "by a message cut at the limit": f"raise ValueError('x' * ({MAX_MESSAGE} - 7) + '\\npassed')",
     "with a pipe in place of the verdict's": """
 import posix, signal
+
+pytestmark = pytest.mark.timeout(60)  # each program is three processes
 end, start = posix.pipe()
 verdict = posix.dup(3)
 posix.write(start, bytes(15 << 12))  # a long verdict does not fit, so that a signal interrupts its write

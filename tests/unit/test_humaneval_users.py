@@ -131,6 +131,8 @@ os._exit(key == -1)
 SCORE_WITH_KEY = """
 import ctypes
 from yuan_grpc.humaneval.sandbox.runner import Limits, Sandbox
+
+pytestmark = pytest.mark.timeout(60)  # each program is three processes
 libc = ctypes.CDLL(None, use_errno=True)
 if libc.syscall({keyctl}, 1, None) == -1 or libc.syscall({add_key}, b'user', b'yuan-test', b'secret', 6, -3) == -1:
     print("no keyrings")
