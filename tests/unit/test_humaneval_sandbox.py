@@ -30,6 +30,8 @@ from yuan_grpc.humaneval.sandbox.runner import (
     parse_verdict,
 )
 
+pytestmark = pytest.mark.timeout(60)  # each program is three processes
+
 MARK = f"mark{uuid.uuid4().hex}"
 """Name of a package that does not exist. It marks the command line of every program that these tests run."""
 PASS = Verdict("passed", "passed")
@@ -330,8 +332,6 @@ names['run'] = names['exec'] = lambda *a: b'passed'
     "by a message cut at the limit": f"raise ValueError('x' * ({MAX_MESSAGE} - 7) + '\\npassed')",
     "with a pipe in place of the verdict's": """
 import posix, signal
-
-pytestmark = pytest.mark.timeout(60)  # each program is three processes
 end, start = posix.pipe()
 verdict = posix.dup(3)
 posix.write(start, bytes(15 << 12))  # a long verdict does not fit, so that a signal interrupts its write
