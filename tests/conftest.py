@@ -1,14 +1,23 @@
 """Fixtures and rules for all layers of the tests."""
 
+import signal
+import time
+from collections.abc import Generator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import psutil
 import pytest
 
 from yuan_grpc.server.settings import DEMO
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-WAIT_SECONDS = 60
+WAIT_SECONDS = 10
 """Timeout of a test without an engine, unless it has its own."""
+
+BOOT_TIME_ERROR = 1.0
+"""Error of the start time of a process, in seconds: it is relative to the boot time, which the kernel rounds."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -18,6 +27,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.get_closest_marker("engine") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer() -> Generator[None, Any, Any]:
+    """Kill the processes of a test at its timeout, before it fails. It would otherwise wait for them to end."""
+    result = yield
+    fail, started = signal.getsignal(signal.SIGALRM), time.time()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children(recursive=True):
+            if child.create_time() > started - BOOT_TIME_ERROR:
+                child.kill()
+        assert callable(fail)
+        fail(number, frame)
+
+    signal.signal(signal.SIGALRM, end)
+    return result
 
 
 @pytest.fixture(scope="session")

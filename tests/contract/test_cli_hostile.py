@@ -153,6 +153,7 @@ def test_the_error_of_a_failed_prompt_has_the_request_id(capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out)["request_id"] == "from-server"
 
 
+@pytest.mark.timeout(60)
 def test_the_log_of_grpc_does_not_print_text_of_the_server() -> None:
     goaway = frame(GOAWAY, 0, 0, struct.pack(">II", 0, 2) + HOSTILE.encode())
     with serve_frames(lambda stream_id: goaway) as address:

@@ -19,6 +19,8 @@ from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 
+pytestmark = pytest.mark.timeout(60)  # each command is a process
+
 COMMAND = (sys.executable, "-m", "yuan_grpc")
 
 

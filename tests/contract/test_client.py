@@ -514,6 +514,7 @@ async def test_leaving_a_loop_over_many_frees_the_engine() -> None:
         await leaving
 
 
+@pytest.mark.timeout(60)
 async def test_an_interrupted_call_frees_the_engine() -> None:
     program = """
 import signal, sys
@@ -622,7 +623,7 @@ async def test_a_server_may_start_while_a_client_waits_for_it(client_class: Any)
     async with client_class(f"127.0.0.1:{port}") as client:
         await server.stop(None)
         with pytest.raises(DeadlineError, match="no health status was received"):
-            await client.wait_until_ready(timeout=0.3)
+            await client.wait_until_ready(timeout=600, connect_timeout=0.3)
         waiting = asyncio.ensure_future(client.wait_until_ready(timeout=30))
         health = Health(NAME)
         server, _ = await create_server(YuanService(GenerationService(FakeEngine(last()))), health, f"127.0.0.1:{port}")
@@ -664,6 +665,7 @@ def test_errors_can_be_copied_and_pickled() -> None:
             assert (type(clone), vars(clone), str(clone)) == (type(error), vars(error), "late")
 
 
+@pytest.mark.timeout(60)
 def test_the_client_needs_only_grpcio_and_protobuf() -> None:
     # typing_extensions is a dependency of grpcio.
     program = """

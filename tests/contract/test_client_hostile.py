@@ -101,6 +101,7 @@ async def test_a_stream_without_its_choices_is_an_error(
     assert raised.value.request_id == "from-server"
 
 
+@pytest.mark.timeout(60)
 async def test_heartbeats_without_end_do_not_grow_a_stream(client_class: Any) -> None:
     messages = [pb.GenerateStreamResponse()] * 5_000
     last = pb.GenerateStreamResponse(choices=[choice(text="end")])

@@ -211,6 +211,7 @@ async def test_chat_without_a_limit_can_truncate_the_prompt_to_what_fits() -> No
     assert (len(engine.requests[0].prompt), engine.requests[0].sampling.max_tokens) == (48, 64)
 
 
+@pytest.mark.timeout(60)
 async def test_too_many_logprobs_of_an_echo_are_one_violation() -> None:
     response = await post(FakeEngine(last()), COMPLETIONS, {"prompt": "AB", "logprobs": 1000, "echo": True})
     assert response.status_code == 400
@@ -618,6 +619,7 @@ VALUES: tuple[Any, ...] = (
 )
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT])
 async def test_no_random_body_causes_a_server_error(path: str) -> None:
     generator = random.Random(0)

@@ -191,6 +191,7 @@ async def test_accepting_is_retried_when_files_are_free_again(
     assert caplog.messages == ["cannot accept HTTP connections: Too many open files; retrying each 0 s"]
 
 
+@pytest.mark.timeout(60)
 async def test_idle_connections_leave_files_for_both_ports_and_a_short_log() -> None:
     program = str(Path(__file__).parents[1] / "support" / "limited_server.py")
     process = await asyncio.create_subprocess_exec(

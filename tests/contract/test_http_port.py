@@ -400,6 +400,7 @@ def test_the_banner_has_the_http_address(settings: Settings) -> None:
     assert "http     " not in startup_banner(replace(settings, http_port=None))
 
 
+@pytest.mark.timeout(60)
 def test_http_packages_are_not_imported_without_http() -> None:
     program = "import sys, yuan_grpc.server.server; print([m for m in ('starlette', 'uvicorn') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

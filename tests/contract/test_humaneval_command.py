@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,8 @@ from yuan_grpc.humaneval.sandbox.runner import Sandbox, SandboxError, Verdict
 from yuan_grpc.humaneval.scoring import Sample, score
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
+
+pytestmark = pytest.mark.timeout(60)  # programs and commands are processes
 
 TASKS = {
     f"set/{i}": {
@@ -161,15 +164,15 @@ def test_prompts_become_samples_scores_and_a_report(
     assert set(rows[0]) == {"task_id", "completion", "result", "passed"}
     assert [row["task_id"] for row in rows if not row["passed"]] == ["set/3"]
     pytest.importorskip("matplotlib")
-    assert call("report", run) == 0
+    assert call("report", run, "--baseline", run) == 0
     page, text = (run / report.HTML).read_text("utf-8"), (run / report.MARKDOWN).read_text("utf-8")
-    assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
-    for part in ("91.7 %", "set/3", "AssertionError", "28956", "66.5 %", "little"):
+    assert "<svg" in (run / report.PLOT).read_text("utf-8")
+    assert "http" not in page.replace("http-equiv", "")
+    for part in ("91.7 %", "set/3", "AssertionError", "28956", "little", "0.0"):
         assert part in page
         assert part in text
+    assert "<pre>assert candidate(1) == 4</pre>" in page  # the expectation that failed
+    assert "    return x + 3 + 1" in page
 
 
 def test_the_request_is_the_published_one(service: FakeService, address: str, tasks: Path, tmp_path: Path) -> None:
@@ -415,8 +418,8 @@ def test_the_default_number_of_workers_is_the_number_of_available_processors() -
 
 def test_a_run_that_is_not_scored_is_not_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run({"name": "x", "dtype": "float32"}, {}, 1, None, {"a": "b"})
-    with RecordFile(tmp_path / records.FILE, run):
-        pass
+    with RecordFile(tmp_path / records.FILE, run) as file:
+        file.append(Record("a", 0, "x"))
     assert call("report", tmp_path) == 2
     assert "not scored yet" in capsys.readouterr().err
 
@@ -524,10 +527,36 @@ def test_a_wait_for_servers_is_announced(service: FakeService, tasks: Path, tmp_
         start("generate", tmp_path / "run", "--prompts", tasks, "--target", address) as process,
     ):
         assert process.stderr is not None
-        assert process.stderr.readline() == f"yuan-grpc humaneval: waiting up to 600 s for {address}\n"
+        assert process.stderr.readline() == (
+            f"yuan-grpc humaneval: waiting for {address}: up to 10 s for an answer and up to 600 s for the model\n"
+        )
         health_service.set("yuan.v1.YuanService", health_pb2.HealthCheckResponse.SERVING)
         process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+def test_a_server_that_never_answers_ends_the_command_early(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and answers none
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        options = ("--prompts", tasks, "--target", address, "--connect-timeout", 0.2)
+        assert call("generate", tmp_path / "run", *options) == 1
+    message = f"{address}: the server was not ready within 0.2 s: no health status was received"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["score", "report"])
+def test_a_folder_that_is_no_run_or_has_no_samples_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert call(command, tmp_path) == 1
+    assert f"{tmp_path} is not a run: it has no generations.jsonl" in capsys.readouterr().err
+    with RecordFile(tmp_path / records.FILE, Run({"name": "x", "dtype": "float32"}, {}, 1, None, {"a": "b"})):
+        pass
+    assert call(command, tmp_path) == 2
+    assert f"{tmp_path} has no samples: run `yuan-grpc humaneval generate {tmp_path}` first" in capsys.readouterr().err
 
 
 def test_output_is_utf_8_and_a_closed_pipe_ends_the_command_without_a_message(

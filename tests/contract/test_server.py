@@ -163,6 +163,7 @@ async def test_an_unknown_method_is_rejected_and_the_server_continues(path: byte
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == STATUS.NOT_SERVING
 
 
+@pytest.mark.timeout(60)
 def test_grpcio_still_stops_at_a_path_that_is_not_utf_8() -> None:
     program = """
 import asyncio, os, grpc
@@ -187,6 +188,7 @@ asyncio.run(main())
             process.kill()
 
 
+@pytest.mark.timeout(60)
 def test_the_process_exits_when_the_grpc_server_stops_by_itself(settings: Settings) -> None:
     """Without the workaround of `unknown_methods`, a path that is not UTF-8 stops the gRPC server."""
     program = f"""

@@ -271,6 +271,7 @@ async def test_the_context_ends_a_choice_as_max_tokens_does() -> None:
     assert [(len(delta.token_ids), delta.finish_reason) for delta in deltas] == [(3, FinishReason.LENGTH)] * 2
 
 
+@pytest.mark.timeout(60)
 async def test_each_mode_of_early_stopping_searches_longer_with_no_worse_result() -> None:
     """The search is the same, but stops later."""
     modes: tuple[bool | Literal["never"], ...] = (True, False, "never")
@@ -492,6 +493,7 @@ async def test_an_error_of_one_beam_ends_the_others_and_is_raised_unchanged(erro
     assert engine.running == 0
 
 
+@pytest.mark.timeout(60)
 async def test_a_beam_that_a_full_engine_rejects_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beam_search, "RETRY_SECONDS", 0)
     request, beam = request_with(ignore_eos=True), BeamSearchParams(2, 3)
@@ -588,6 +590,7 @@ async def test_a_search_whose_first_request_is_rejected_fails() -> None:
     assert engine.running == 0
 
 
+@pytest.mark.timeout(60)
 async def test_scores_decrease_and_no_text_is_repeated() -> None:
     for seed in SEEDS:
         request = request_with(max_tokens=8)
@@ -598,6 +601,7 @@ async def test_scores_decrease_and_no_text_is_repeated() -> None:
         assert all(score(request, 0.7, one) >= score(request, 0.7, other) for one, other in pairwise(deltas))
 
 
+@pytest.mark.timeout(60)
 async def test_on_the_reference_model_the_choices_equal_those_of_transformers(demo: Path) -> None:
     tokenizer = YuanTokenizer.from_pretrained(demo)
     model = HfYuan(reference := ReferenceYuan(demo, len(tokenizer)))

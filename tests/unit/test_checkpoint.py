@@ -26,6 +26,7 @@ def place_nothing(name: str) -> Placement | None:
     return None
 
 
+@pytest.mark.timeout(60)
 def test_the_demo_is_reproducible(demo: Path, tmp_path: Path) -> None:
     write_demo(tmp_path)
     for file in ("config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):

@@ -6,6 +6,7 @@ import numpy
 import pytest
 
 from yuan_grpc.client import InvalidRequestError, MessageLike, Parameters
+from yuan_grpc.client.base import Readiness
 from yuan_grpc.client.requests import CALL_OPTIONS, detokenize_request, generate_request, tokenize_request
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -133,3 +134,12 @@ def test_tokenize_and_detokenize_requests_are_converted() -> None:
     assert detokenize_request([1, 2], True) == pb.DetokenizeRequest(token_ids=[1, 2], skip_special_tokens=True)
     with pytest.raises(InvalidRequestError):
         detokenize_request([-1], False)
+
+
+def test_the_connect_timeout_of_a_wait_ends_with_the_first_health_status() -> None:
+    ready = Readiness("service", 600, 10)
+    assert 5 < ready.remaining_seconds <= 10
+    assert "within 10 s: no health status was received" in str(ready.timeout_error())
+    ready.record_status(2)
+    assert 590 < ready.remaining_seconds <= 600
+    assert "within 600 s: its health was NOT_SERVING" in str(ready.timeout_error())

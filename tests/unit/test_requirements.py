@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tomllib
 
+pytestmark = pytest.mark.timeout(60)  # pip and uv take seconds
+
 REPOSITORY = Path(__file__).parents[2]
 LOCKS = ("build", "cpu", "cuda", "dev", "proto", "release")
 DEVELOPMENT = {"coverage", "hatchling", "hypothesis", "mypy", "pre-commit", "pytest", "ruff", "uv"}

@@ -44,6 +44,7 @@ def test_special_tokens_have_their_published_ids(yuan: YuanTokenizer) -> None:
     assert yuan.convert_tokens_to_ids(["<jupyter_start>", "<n>", "no such piece"]) == [96630, 77186, 0]
 
 
+@pytest.mark.timeout(60)
 @given(st.text())
 def test_text_survives_a_round_trip(text: str) -> None:
     lossy = "▁" in text or any(token in text for token in SPECIAL)
@@ -90,6 +91,7 @@ def test_spans_count_characters() -> None:
     ]
 
 
+@pytest.mark.timeout(60)
 def test_a_grammar_does_not_allow_special_tokens_or_padding() -> None:
     rows = len(DEMO_TOKENIZER) + 47
     info = xgrammar.TokenizerInfo.from_huggingface(DEMO_TOKENIZER, vocab_size=rows)
@@ -104,6 +106,7 @@ def test_a_grammar_does_not_allow_special_tokens_or_padding() -> None:
     )
 
 
+@pytest.mark.timeout(60)
 @given(st.lists(st.integers(0, len(DEMO_TOKENIZER) - 1), max_size=20), st.integers(0, 20))
 def test_the_texts_of_two_halves_join_unless_a_character_is_split(ids: list[int], split: int) -> None:
     def text(part: list[int]) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from yuan_grpc.cli.common.connection import ADDRESS, choose_token, positive_seco
 from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.terminal import print_stderr, redirect_to_devnull, sanitize_line, use_utf8
-from yuan_grpc.client import AsyncClient, Model, Token, YuanError
+from yuan_grpc.client import AsyncClient, DeadlineError, Model, Token, YuanError
 from yuan_grpc.humaneval import records, report, scoring
 from yuan_grpc.humaneval.dataset import Problem, ProblemError, read_problems, read_prompts
 from yuan_grpc.humaneval.extraction import EXTRACTIONS
@@ -34,8 +35,8 @@ from yuan_grpc.humaneval.generation import (
     add_fence_stop,
 )
 from yuan_grpc.humaneval.pass_at_k import KS
-from yuan_grpc.humaneval.plot import PlotError
 from yuan_grpc.humaneval.records import Record, RecordFile, RecordsError, Run
+from yuan_grpc.humaneval.report.plot import PlotError
 from yuan_grpc.humaneval.sandbox.runner import NOT_RUN, Limits, Sandbox, SandboxError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -46,6 +47,10 @@ MAX_DEFAULT_CONCURRENCY = 1024
 """Maximum number of concurrent requests per server without --concurrency."""
 WAIT_NOTICE_SECONDS = 1.0
 """Delay before the command prints that it waits for servers."""
+
+
+class NotReadyError(RuntimeError):
+    """A server that does not answer or is not ready in time; the message names it."""
 
 
 def add_commands(commands: Any) -> None:
@@ -102,7 +107,14 @@ def _add_generate(subcommands: Any) -> None:
         type=_finite_seconds,
         default=600.0,
         metavar="S",
-        help="seconds to wait for a server that does not respond (default: 600)",
+        help="seconds to wait for a server that loads its model or stops responding (default: 600)",
+    )
+    parser.add_argument(
+        "--connect-timeout",
+        type=_finite_seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds to wait for the first answer of each server (default: 10)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="generate failed samples again")
     group = parser.add_argument_group("request", "Decoding is greedy unless a sampling option is given.")
@@ -180,7 +192,8 @@ def _add_report(subcommands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--no-plot", action="store_true", help="omit the plot, which needs matplotlib")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="folder of a scored run to compare with")
+    parser.add_argument("--no-plot", action="store_true", help="omit the plot of report.md, which needs matplotlib")
     parser.set_defaults(run_subcommand=_report, run=_run_subcommand)
 
 
@@ -195,7 +208,7 @@ def _run_subcommand(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         redirect_to_devnull(sys.stdout)
         return EXIT_BROKEN_PIPE
-    except (RecordsError, SandboxError, PlotError, OSError) as error:
+    except (NotReadyError, RecordsError, SandboxError, PlotError, OSError) as error:
         return _print_error(str(error), EXIT_FAILURE)
     except YuanError as error:
         return _print_error(f"{error.code.name}: {error}", EXIT_FAILURE)
@@ -225,7 +238,6 @@ async def _run_until_interrupted(coroutine: Coroutine[Any, Any, int], folder: Pa
 async def _generate_samples(options: argparse.Namespace) -> int:
     prompts = _read_prompts(options)
     request, seed = _build_request(options)
-    options.folder.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         targets, model, fence = await _connect(stack, options)
         if not options.no_fence_stop:
@@ -239,6 +251,7 @@ async def _generate_samples(options: argparse.Namespace) -> int:
             prompts_file=options.prompts.name if options.prompts else "",
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
+        options.folder.mkdir(parents=True, exist_ok=True)
         with RecordFile(options.folder / records.FILE, run, retry_failed=options.retry_failed) as file:
             return await _generate_missing(file, targets, options.patience)
 
@@ -316,7 +329,7 @@ async def _connect(stack: AsyncExitStack, options: argparse.Namespace) -> tuple[
         raise UsageError(str(error)) from None
     for client in clients:
         await stack.enter_async_context(client)
-    await _wait_until_ready(clients, addresses, options.patience)
+    await _wait_until_ready(clients, addresses, options)
     models = await asyncio.gather(*(client.model() for client in clients))
     _check_same_model(addresses, models)
     targets = [
@@ -331,14 +344,29 @@ def _default_concurrency(model: Model) -> int:
     return min(max(model.limits.max_num_seqs, 1), MAX_DEFAULT_CONCURRENCY)
 
 
-async def _wait_until_ready(clients: list[AsyncClient], addresses: list[str], patience: float) -> None:
-    """Wait for all servers; print a notice if that takes longer than a second."""
-    notice = f"yuan-grpc humaneval: waiting up to {patience:g} s for {', '.join(addresses)}"
+async def _wait_until_ready(clients: list[AsyncClient], addresses: list[str], options: argparse.Namespace) -> None:
+    """Wait for all servers; print a notice if that takes longer than a second.
+
+    Raises:
+        NotReadyError: a server has not answered within --connect-timeout, or is not ready within --patience.
+    """
+    connect, patience = min(options.connect_timeout, options.patience), options.patience
+    notice = (
+        f"yuan-grpc humaneval: waiting for {', '.join(addresses)}: up to {connect:g} s for an answer and up to "
+        f"{patience:g} s for the model"
+    )
     timer = asyncio.get_running_loop().call_later(WAIT_NOTICE_SECONDS, print_stderr, notice)
     try:
-        await asyncio.gather(*(client.wait_until_ready(patience) for client in clients))
+        await asyncio.gather(*map(partial(_wait_for_server, patience, connect), clients, addresses))
     finally:
         timer.cancel()
+
+
+async def _wait_for_server(patience: float, connect_timeout: float, client: AsyncClient, address: str) -> None:
+    try:
+        await client.wait_until_ready(patience, connect_timeout=connect_timeout)
+    except DeadlineError as error:
+        raise NotReadyError(f"{address}: {error.message}") from error
 
 
 def _check_same_model(addresses: list[str], models: list[Model]) -> None:
@@ -357,7 +385,7 @@ def _score(options: argparse.Namespace) -> int:
         samples = {"": scoring.read_samples(options.path)}
         tasks, missing = set(problems), 0
     else:
-        run, recorded = records.read(options.path / records.FILE)
+        run, recorded = report.read_samples(options.path)
         samples = {name: scoring.extract_samples(run, recorded, name) for name in EXTRACTIONS}
         tasks, missing = set(run.prompts), len(run.keys) - len(recorded)
     missing = missing or len(tasks - {sample.task_id for sample in next(iter(samples.values()))})
@@ -369,6 +397,8 @@ def _score(options: argparse.Namespace) -> int:
         if options.path.is_dir():
             for name, scored_samples in scored.items():
                 _write_run_results(options.path / name / scoring.SAMPLES, scored_samples)
+            scored_problems = (problems[task_id] for task_id in run.prompts if task_id in problems)
+            scoring.write_problems(options.path / scoring.PROBLEMS, scored_problems)
             scoring.write_scores(options.path, recorded, scored, sandbox, options.k or KS)
         else:
             print(scoring.write_results(options.path, scored[""]), flush=True)
@@ -422,11 +452,12 @@ def _explain_missing_rates(scored: scoring.ScoredSamples, ks: Iterable[int]) -> 
 def _write_run_results(path: Path, scored: scoring.ScoredSamples) -> None:
     path.parent.mkdir(exist_ok=True)
     scoring.write_samples(path, scored.samples)
+    scoring.write_verdicts(path.with_name(scoring.VERDICTS), scored)
     print(scoring.write_results(path, scored), flush=True)
 
 
 def _report(options: argparse.Namespace) -> int:
-    for path in report.write(options.path, plot=not options.no_plot):
+    for path in report.write(options.path, baseline=options.baseline, plot=not options.no_plot):
         print(path, flush=True)
     return 0
 

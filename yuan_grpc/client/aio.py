@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -60,16 +61,17 @@ class AsyncClient(BaseClient):
     ) -> None:
         await self.close()
 
-    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+    async def wait_until_ready(self, timeout: float = 60.0, *, connect_timeout: float = math.inf) -> None:
         """Wait until the server reports that it is serving. It may still be unreachable or loading the model.
 
         If the target has several addresses, only one is checked.
 
         Raises:
-            DeadlineError: the server was not ready within `timeout` seconds.
+            DeadlineError: the server was not ready within `timeout` seconds, or has not reported its health at all
+                within `connect_timeout` seconds.
         """
         self._check_open()
-        ready = Readiness(SERVICE, timeout)
+        ready = Readiness(SERVICE, timeout, connect_timeout)
         while ready.remaining_seconds:
             try:
                 if await self._is_serving(ready):

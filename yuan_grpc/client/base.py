@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,22 +188,32 @@ class BaseStream:
 class Readiness:
     """The state of waiting for a server to become healthy."""
 
-    def __init__(self, service: str, timeout: float) -> None:
+    def __init__(self, service: str, timeout: float, connect_timeout: float = math.inf) -> None:
         self.request = HealthCheckRequest(service=service)
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._timeouts = min(connect_timeout, timeout), timeout
+        self._started = time.monotonic()
         self._status = ""
         self._error: BaseException | None = None
 
     @property
     def remaining_seconds(self) -> float:
         """The time left until the deadline; 0 after it."""
-        return max(0.0, self._deadline - time.monotonic())
+        return max(0.0, self._started + self._timeout - time.monotonic())
+
+    @property
+    def _timeout(self) -> float:
+        """The timeout that applies: the first one until the server has reported a health status, then the second."""
+        return self._timeouts[self.has_status]
 
     @property
     def poll_delay(self) -> float:
         """The delay before watching the server's health again, in seconds."""
         return min(READY_POLL_SECONDS, self.remaining_seconds)
+
+    @property
+    def has_status(self) -> bool:
+        """Whether the server has reported a health status."""
+        return bool(self._status)
 
     def record_status(self, status: int) -> None:
         """Remember the last health status."""
@@ -219,7 +230,7 @@ class Readiness:
 
     def timeout_error(self) -> DeadlineError:
         """Return the error to raise once the deadline has passed."""
-        status = f"its health was {self._status}" if self._status else "no health status was received"
+        status = f"its health was {self._status}" if self.has_status else "no health status was received"
         error = DeadlineError(
             grpc.StatusCode.DEADLINE_EXCEEDED, f"the server was not ready within {self._timeout:g} s: {status}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator
 from queue import SimpleQueue
@@ -74,16 +75,17 @@ class Client(BaseClient):
     ) -> None:
         self.close()
 
-    def wait_until_ready(self, timeout: float = 60.0) -> None:
+    def wait_until_ready(self, timeout: float = 60.0, *, connect_timeout: float = math.inf) -> None:
         """Wait until the server reports that it is serving. It may still be unreachable or loading the model.
 
         If the target has several addresses, only one is checked.
 
         Raises:
-            DeadlineError: the server was not ready within `timeout` seconds.
+            DeadlineError: the server was not ready within `timeout` seconds, or has not reported its health at all
+                within `connect_timeout` seconds.
         """
         self._check_open()
-        ready = Readiness(SERVICE, timeout)
+        ready = Readiness(SERVICE, timeout, connect_timeout)
         while ready.remaining_seconds:
             try:
                 if self._is_serving(ready):

@@ -109,8 +109,9 @@ def read(path: Path) -> tuple[Run, list[Record]]:
 
     Raises:
         RecordsError: the file is not a run, or is damaged.
-        FileNotFoundError: there is no such file.
     """
+    if not path.exists():
+        raise RecordsError(f"{path.parent} is not a run: it has no {path.name}")
     complete, _, _ = path.read_bytes().rpartition(b"\n")
     if not complete:
         raise RecordsError(f"{path} is not a run: it is empty")

