@@ -241,6 +241,36 @@ def test_without_fcntl_only_humaneval_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "last_line"),
+    [
+        (("genrate", "a"), "yuan-grpc: error: unknown command 'genrate'; did you mean `generate`?"),
+        (("x", "a"), "yuan-grpc: error: unknown command 'x'"),
+        (
+            ("generate", "a", "--max_token=3"),
+            "yuan-grpc generate: error: unrecognized arguments: --max_token=3; did you mean `--max-tokens`?",
+        ),
+        (("bench", "-z"), "yuan-grpc bench: error: unrecognized arguments: -z"),
+        (
+            ("humaneval", "score", "r", "--problem", "x"),
+            "yuan-grpc humaneval score: error: unrecognized arguments: --problem x; did you mean `--problems`?",
+        ),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(arguments: tuple[str, ...], last_line: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == last_line
+
+
+def test_without_arguments_the_help_is_an_error(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+    assert "complete one prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("a", "--file", "b"), "a prompt argument and --file are mutually exclusive"),

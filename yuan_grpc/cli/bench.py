@@ -8,6 +8,7 @@ import random
 import sys
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection, request_fields
 from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UsageError, handle_errors
 from yuan_grpc.cli.common.progress import Progress
@@ -52,7 +53,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure throughput and latency under load",
+        help=SUMMARIES["bench"],
         description="Stream completions of random prompts at several concurrency levels; print throughput and latency.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

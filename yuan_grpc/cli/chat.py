@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection, request_fields
 from yuan_grpc.cli.common.errors import (
     EXIT_FAILURE,
@@ -51,7 +52,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "chat",
-        help="chat with the model",
+        help=SUMMARIES["chat"],
         description="Chat with the model. Each line is a message; the model sees the whole conversation.",
         epilog=f"In the chat:\n{COMMANDS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

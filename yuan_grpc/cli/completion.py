@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.errors import EXIT_FAILURE, handle_errors
 from yuan_grpc.cli.common.terminal import print_error
 
@@ -28,7 +29,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "completion",
-        help="print a shell completion script",
+        help=SUMMARIES["completion"],
         description="Print a script that completes the commands and their options in a shell.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection, prompts, request_fields
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.output import Output
@@ -35,7 +36,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "generate",
-        help="complete one prompt, or every prompt of a file",
+        help=SUMMARIES["generate"],
         description="Complete a prompt and stream the text, or complete every prompt of a file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

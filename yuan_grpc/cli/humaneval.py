@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.connection import ADDRESS, choose_token, positive_seconds
 from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
 from yuan_grpc.cli.common.progress import Progress
@@ -48,11 +49,11 @@ WAIT_NOTICE_SECONDS = 1.0
 """Delay before the command prints that it waits for servers."""
 
 
-def add_commands(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command and its subcommands to the parser."""
     parser = commands.add_parser(
         "humaneval",
-        help="measure a model on HumanEval",
+        help=SUMMARIES["humaneval"],
         description="Measure a served model on HumanEval.",
         allow_abbrev=False,
     )

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from yuan_grpc.cli import generate
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.progress import Progress
@@ -23,7 +24,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "run",
-        help="load a model and complete prompts, without a server",
+        help=SUMMARIES["run"],
         description="Load a model, complete prompts concurrently, and exit. Results equal a server's.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

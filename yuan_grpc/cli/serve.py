@@ -7,13 +7,14 @@ import os
 import sys
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.server import log_queue, settings, signals
 from yuan_grpc.server.engine.vllm import env
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the subparsers. Its options are declared in `settings`."""
-    parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model over gRPC", allow_abbrev=False)
+    parser: argparse.ArgumentParser = commands.add_parser("serve", help=SUMMARIES["serve"], allow_abbrev=False)
     settings.add_options(parser, os.environ)
     parser.set_defaults(run=_run)
 
