@@ -36,7 +36,7 @@ def installed_packages(modules: set[str]) -> set[str]:
 
 def test_help_imports_no_command_and_no_package() -> None:
     modules = imported_by(MAIN, "--help")
-    parts = ("", ".__main__", ".cli", ".cli.commands", ".cli.common", ".cli.common.suggestion")
+    parts = ("", ".__main__", ".cli", ".cli.commands", ".cli.common", ".cli.common.suggestions")
     assert {module for module in modules if module.startswith(OWN)} == {OWN + part for part in parts}
     assert not installed_packages(modules)
     assert not modules & SLOW

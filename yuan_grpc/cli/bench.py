@@ -31,11 +31,13 @@ PROMPT_TOKENS = 128
 SECONDS = 10.0
 
 EPILOG = """\
-TTFT is the time from a call to its first token. ITL is the time between tokens. The server merges tokens for a slow
-reader: a message of k tokens counts as k gaps, each 1/k of the time since the previous message.
+TTFT is the time from a call to its first token. ITL is the time between
+tokens. The server merges tokens for a slow reader: a message of k tokens
+counts as k gaps, each 1/k of the time since the previous message.
 
-One warm-up request is not counted. A level ends when all its requests have ended, and its rates are over that time.
-Requests ignore the end-of-text token, so each generates --max-tokens. A refused request is retried up to --retries
+One warm-up request is not counted. A level ends when all its requests have
+ended, and its rates are over that time. Requests ignore the end-of-text token,
+so each generates --max-tokens. A refused request is retried up to --retries
 times, then counted as an error.
 """
 
@@ -54,7 +56,7 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help=SUMMARIES["bench"],
-        description="Stream completions of random prompts at several concurrency levels; print throughput and latency.",
+        description="Stream completions of random prompts; print throughput and latency.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -19,9 +19,13 @@ FOLDER_METAVARS = ("FOLDER", "PATH_OR_ID")
 EPILOG = """\
 To install it for every new shell:
 
-  bash  yuan-grpc completion bash > ~/.local/share/bash-completion/completions/yuan-grpc
-  zsh   yuan-grpc completion zsh > ~/.zfunc/_yuan-grpc     (with ~/.zfunc in $fpath, before compinit)
-  fish  yuan-grpc completion fish > ~/.config/fish/completions/yuan-grpc.fish
+bash:
+  yuan-grpc completion bash \\
+    > ~/.local/share/bash-completion/completions/yuan-grpc
+zsh, with ~/.zfunc in $fpath before compinit:
+  yuan-grpc completion zsh > ~/.zfunc/_yuan-grpc
+fish:
+  yuan-grpc completion fish > ~/.config/fish/completions/yuan-grpc.fish
 """
 
 

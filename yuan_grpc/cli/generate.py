@@ -25,10 +25,12 @@ MAX_TOKENS = 256
 """Default of `--max-tokens`. The API's default of 16 is too short for reading."""
 
 EPILOG = """\
-Each line of a .jsonl file is an object with `prompt`, `prompt_token_ids` or `messages`, and any other request field.
-Each nonempty line of any other file is a prompt.
+Each line of a .jsonl file is an object with `prompt`, `prompt_token_ids` or
+`messages`, and any other request field. Each nonempty line of any other file
+is a prompt.
 
-Exit status: 0 on success, 1 if a prompt failed, 2 for wrong usage, 130 after Ctrl-C (which cancels on the server too).
+Exit status: 0 on success, 1 if a prompt failed, 2 for wrong usage, 130 after
+Ctrl-C (which cancels on the server too).
 """
 
 
