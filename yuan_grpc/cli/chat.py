@@ -17,8 +17,7 @@ from yuan_grpc.cli.common.errors import (
     EXIT_FAILURE,
     UsageError,
     handle_errors,
-    print_call_error,
-    print_connection_hint,
+    print_failed_call,
 )
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
@@ -53,7 +52,7 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "chat",
         help=SUMMARIES["chat"],
-        description="Chat with the model. Each line is a message; the model sees the whole conversation.",
+        description="Chat with the model, which sees the whole conversation.",
         epilog=f"In the chat:\n{COMMANDS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -75,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         fields["truncate_prompt_tokens"] = -1
     client = connection.connect(options)
     with InterruptibleLoop() as loop:
-        chat = Chat(client, loop, fields, options.system or "", options.address)
+        chat = Chat(client, loop, fields, options)
         for line in _read_lines():
             if not chat.handle_line(line):
                 break
@@ -109,10 +108,14 @@ class Chat:
     """
 
     def __init__(
-        self, client: AsyncClient, loop: InterruptibleLoop, fields: request_fields.Fields, system: str, address: str
+        self,
+        client: AsyncClient,
+        loop: InterruptibleLoop,
+        fields: request_fields.Fields,
+        options: argparse.Namespace,
     ) -> None:
-        self._client, self._loop, self._fields, self._address = client, loop, fields, address
-        self._initial_messages: list[Message] = [_message("system", system)] if system else []
+        self._client, self._loop, self._fields, self._options = client, loop, fields, options
+        self._initial_messages: list[Message] = [_message("system", options.system)] if options.system else []
         self.messages: list[Message] = list(self._initial_messages)
         self.has_failed = False
 
@@ -184,8 +187,7 @@ class Chat:
 
     def _fail_call(self, error: YuanError) -> None:
         self.has_failed = True
-        print_call_error(error)
-        print_connection_hint(error, self._address)
+        print_failed_call(error, self._options)
         if any(one.field == "messages" and "tokens long" in one.description for one in error.violations):
             print_stderr("The conversation is too long; the message was dropped. Use /undo or /reset to shorten it, or")
             print_stderr("/set truncate_prompt_tokens=-1 (or start with --truncate) to drop its beginning.")

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from yuan_grpc.cli.common.suggestion import suggest
+from yuan_grpc.cli.common.suggestions import suggestion
 
 SUMMARIES = {
     "serve": "serve a model over gRPC",
@@ -64,13 +64,14 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if name and name not in SUMMARIES:
-        parser.error(f"unknown command {name!r}{suggest(name, SUMMARIES)}")
+        parser.error(f"unknown command {name!r}{suggestion(name, SUMMARIES)}")
     return parser
 
 
 def reject_unknown(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> None:
-    """Exit with an error that names the unknown arguments, and for each option the most similar one of its command."""
+    """Exit with an error that names the unknown arguments, and the command's option most similar to the first one."""
     while subcommands := [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]:
         parser = subcommands[0].choices[getattr(options, subcommands[0].dest)]
-    hints = "".join(suggest(argument.partition("=")[0], parser._option_string_actions) for argument in unknown)
-    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
+    mistyped = next((argument for argument in unknown if argument.startswith("--")), "")
+    hint = suggestion(mistyped, parser._option_string_actions)
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

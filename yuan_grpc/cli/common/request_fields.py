@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from google.protobuf.json_format import ParseDict, ParseError
 
 from yuan_grpc.cli.common.errors import UsageError
-from yuan_grpc.cli.common.suggestion import suggest
 from yuan_grpc.request.fields import FIELDS, Field
 from yuan_grpc.request.notation import to_proto_json
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -85,7 +85,9 @@ def field_name(name: str) -> str:
         return name
     if name in _FIELDS_BY_JSON_NAME:
         return str(_FIELDS_BY_JSON_NAME[name].name)
-    raise FieldError(f"GenerateRequest has no field `{name}`{suggest(name, _FIELDS_BY_NAME)}")
+    similar = difflib.get_close_matches(name, _FIELDS_BY_NAME, n=1)
+    hint = f"; did you mean `{similar[0]}`?" if similar else ""
+    raise FieldError(f"GenerateRequest has no field `{name}`{hint}")
 
 
 def build_request(fields: Mapping[str, Any]) -> pb.GenerateRequest:
