@@ -1,4 +1,4 @@
-"""What a command reports if no Yuan server answers. The servers are real."""
+"""The errors of commands that reach no Yuan server. The servers of these tests are real."""
 
 import asyncio
 import socket

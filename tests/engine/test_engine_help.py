@@ -1,4 +1,4 @@
-"""The help of vLLM's options. It imports vLLM, but starts no engine."""
+"""The help of the engine's options. It imports vLLM, but starts no engine."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The help of `serve`: its own options on one page, and on request those of vLLM's engine."""
+"""The help of `serve`: its own options on one page, and on request those of the engine."""
 
 from __future__ import annotations
 
