@@ -19,7 +19,7 @@ from fake_engine import INFO, FakeEngine, last, more
 from servers import serve_grpc
 
 from yuan_grpc.__main__ import main
-from yuan_grpc.cli import load_generator
+from yuan_grpc.cli import bench, load_generator
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.signals import InterruptibleLoop
 from yuan_grpc.cli.generate_many import PromptBatch
@@ -500,9 +500,12 @@ async def test_bench_prints_a_row_for_each_level(capsys: Captured) -> None:
     engine = TwoTokenEngine()
     sizes = ("--prompt-tokens", "16", "--max-tokens", "8", "--shared-prefix", "4")
     assert await run(engine, "bench", "--concurrency", "1,4", "--requests", "8", *sizes) == 0
-    head, names, *rows = capsys.readouterr().out.splitlines()
-    assert "16 prompt tokens (4 shared), 8 generated" in head
-    assert names.split()[:5] == ["concurrency", "requests", "errors", "requests/s", "tokens/s"]
+    model, head, groups, names, *rows = capsys.readouterr().out.splitlines()
+    assert model.startswith("fake (")
+    assert head.startswith("16 prompt tokens (4 shared), 8 generated; --prompt-seed ")
+    assert groups.split("  ")[-1].strip() == "ITL (ms)"
+    assert names.split()[:6] == ["conc", "reqs", "errs", "req/s", "tokens/s", "p50"]
+    assert {len(line) for line in (groups, names, *rows)} == {78}
     assert [row.split()[:3] for row in rows] == [["1", "8", "0"], ["4", "8", "0"]]
     assert all(float(cell) > 0 for row in rows for cell in row.split()[3:6])
     assert {len(row.split()) for row in rows} == {11}
@@ -514,6 +517,22 @@ async def test_bench_prints_a_row_for_each_level(capsys: Captured) -> None:
         engine_request.sampling.ignore_eos and engine_request.sampling.max_tokens == 8
         for engine_request in engine.requests
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "  0.00"), (12.345, " 12.35"), (1234.56, "1234.6"), (123456.7, "123457"), (12345678.9, "12345679")],
+)
+def test_a_number_keeps_its_column_while_it_can(value: float, text: str) -> None:
+    assert bench._format_number(value, 6) == text
+
+
+async def test_bench_prints_the_errors_of_a_level_below_its_row(capsys: Captured) -> None:
+    sizes = ("--prompt-tokens", "4", "--max-tokens", "8", "--retries", "0")
+    assert await run(TwoTokenEngine(rejects=True), "bench", "--concurrency", "1", "--requests", "8", *sizes) == 1
+    row, errors = capsys.readouterr().out.splitlines()[-2:]
+    assert row.split()[:3] == ["1", "5", "3"]
+    assert errors == "     errors: 3 RESOURCE_EXHAUSTED"
 
 
 async def test_bench_counts_errors_in_its_json_output(capsys: Captured) -> None:
