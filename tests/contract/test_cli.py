@@ -461,17 +461,64 @@ class TerminalInput(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("key", [KeyboardInterrupt, EOFError])
-def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_a_chat(
-    key: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    def raise_key(prompt: str) -> str:
-        raise key
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """Let `input` return these lines or raise these exceptions, and then end as at Ctrl-D."""
+    rest = iter((*lines, EOFError))
+
+    def read(prompt: str) -> str:
+        line = next(rest)
+        if isinstance(line, str):
+            return line
+        raise line
 
     monkeypatch.setattr(sys, "stdin", TerminalInput())
-    monkeypatch.setattr("builtins.input", raise_key)
-    assert main(["chat"]) == 0
+    monkeypatch.setattr("builtins.input", read)
+
+
+@pytest.mark.parametrize("key", [KeyboardInterrupt, EOFError])
+async def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_a_chat(
+    key: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    type_lines(monkeypatch, key, "not read")
+    assert await run(EchoEngine(), "chat") == 0
     assert capsys.readouterr().out == "\n"
+
+
+async def test_a_chat_names_the_model(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    type_lines(monkeypatch)
+    assert await run(EchoEngine(), "chat") == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"fake at 127\.0\.0\.1:\d+", first)
+    assert "/help" in second
+
+
+def test_a_chat_without_a_server_ends_before_the_first_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    type_lines(monkeypatch, AssertionError)
+    assert main(["chat", "--address", "127.0.0.1:1", "--retries", "0"]) == 1
+    assert "nothing listens on 127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "prompts"),
+    [
+        (['"""a', "", 'b"""', "c"], ["a\n\nb>", "a\n\nb|<a\n\nb|c>"]),
+        (['"""', "/a", '"""'], ["/a>"]),
+        (["a\\", "b\\", "c"], ["a\nb\nc>"]),
+        (['"""a', KeyboardInterrupt, "b"], ["b>"]),
+        (['"""a', EOFError], []),
+        (['"""one line"""'], ["one line>"]),
+    ],
+    ids=["quotes", "slash", "backslash", "ctrl-c", "ctrl-d", "one line"],
+)
+async def test_a_message_can_have_several_lines(
+    lines: list[Any], prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_lines(monkeypatch, *lines)
+    engine = EchoEngine()
+    assert await run(engine, "chat") == 0
+    assert [prompt_of(engine_request) for engine_request in engine.requests] == prompts
 
 
 # bench
