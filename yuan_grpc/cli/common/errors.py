@@ -69,8 +69,8 @@ def find_connection_cause(error: YuanError, options: argparse.Namespace) -> str 
         return None
     if error.code is grpc.StatusCode.UNIMPLEMENTED:
         return f"the gRPC server at {options.address} has no yuan.v1.YuanService: {error.message}"
-    if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return None
+    if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) or "GOAWAY" in error.message:
+        return None  # a server that sends GOAWAY says why
     from yuan_grpc.cli.common.diagnosis import find_cause
 
     cause = find_cause(options.address, options.tls, identity=options.identity, proxy=options.proxy)
