@@ -6,13 +6,16 @@ ARG BASE=python:3.11.16-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2
 
 FROM ${BASE} AS build
 ARG EXTRA=cpu
+# Mirrors of PyPI and of PyTorch's index: --build-arg PIP_INDEX_URL=… --build-arg PYTORCH_INDEX_URL=…
+ARG PIP_INDEX_URL=https://pypi.org/simple
+ARG PYTORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python -m venv /venv && python -m venv /build
 # Install packages before copying the code, so that a code change reuses their layer.
 COPY requirements/install.sh requirements/$EXTRA.txt requirements/build.txt requirements/
 RUN requirements/install.sh /venv/bin/python "$EXTRA" && requirements/install.sh /build/bin/python build
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY yuan_grpc yuan_grpc
 RUN /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . && /venv/bin/pip install --no-deps /dist/*.whl
 

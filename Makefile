@@ -10,13 +10,25 @@ RELEASE_READY := .venv-release/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` runs the tests last
 IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
-.PHONY: help setup serve test test-fast coverage check proto proto-check proto-release lint format lock \
+.PHONY: help setup install serve test test-fast coverage check proto proto-check proto-release lint format lock \
   release-files image-check clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv from the locked packages, once (EXTRA=cuda for NVIDIA GPUs)
+
+# As the Dockerfile does: packages from the lock, and the wheel, built in an environment that is thrown away.
+install: ## install the server without development tools (FOLDER=/opt/yuan-grpc, EXTRA=cuda for NVIDIA GPUs)
+	$(need_python)
+	$(call need,test -n '$(FOLDER)',set FOLDER to the virtual environment to create: make install FOLDER=/opt/yuan-grpc)
+	@$(PYTHON) -m venv $(FOLDER)
+	@requirements/install.sh $(FOLDER)/bin/python $(EXTRA)
+	@build=$$(mktemp -d) && trap 'rm -rf "$$build"' EXIT && $(PYTHON) -m venv "$$build/venv" && \
+	requirements/install.sh "$$build/venv/bin/python" build && \
+	"$$build/venv/bin/pip" wheel --quiet --no-deps --no-build-isolation --wheel-dir "$$build" . && \
+	$(FOLDER)/bin/pip install --quiet --no-deps --force-reinstall "$$build"/*.whl
+	@echo "installed: $(FOLDER)/bin/yuan-grpc serve"
 
 serve: $(READY) ## run the server (ARGS="..." goes to yuan-grpc serve)
 	.venv/bin/yuan-grpc serve $(ARGS)

@@ -1,5 +1,6 @@
 """Fixtures and rules for all layers of the tests."""
 
+import os
 import signal
 import time
 from collections.abc import Generator
@@ -44,6 +45,12 @@ def pytest_timeout_set_timer() -> Generator[None, Any, Any]:
 
     signal.signal(signal.SIGALRM, end)
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the history of chats out of the home of the person who runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")

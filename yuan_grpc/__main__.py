@@ -1,6 +1,5 @@
 """The `yuan-grpc` command."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -9,39 +8,16 @@ if sys.argv[1:2] != ["serve"]:
     # gRPC reads this when it is imported. Its log on stderr has text of servers, with control characters.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from yuan_grpc import __version__
-from yuan_grpc.cli import bench, chat, completion, generate, run, serve
-
-COMMANDS = [
-    serve.add_command,
-    generate.add_command,
-    chat.add_command,
-    bench.add_command,
-    run.add_command,
-    completion.add_command,
-]
-try:
-    from yuan_grpc.cli import humaneval
-except ModuleNotFoundError as error:
-    if error.name not in ("fcntl", "resource"):  # missing on Windows
-        raise
-else:
-    COMMANDS.insert(-2, humaneval.add_commands)
+from yuan_grpc.cli.commands import build_parser, reject_unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the process's exit status."""
-    parser = argparse.ArgumentParser(prog="yuan-grpc", description="Serve and call Yuan 2.0 models over gRPC.")
-    parser.add_argument(
-        "--version", action="version", version=f"yuan-grpc {__version__}", help="show the version and exit"
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in COMMANDS:
-        add_command(commands)
     command_arguments, engine_flags = _split_engine_flags(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser(command_arguments)
     options, unknown = parser.parse_known_args(command_arguments)
     if unknown and options.command != "serve":
-        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        reject_unknown(parser, options, unknown)
     if options.command in ("serve", "run"):
         options.engine_flags = [*unknown, *engine_flags]
     status: int = options.run(options)

@@ -19,7 +19,7 @@ from fake_engine import INFO, FakeEngine, last, more
 from servers import serve_grpc
 
 from yuan_grpc.__main__ import main
-from yuan_grpc.cli import load_generator
+from yuan_grpc.cli import bench, load_generator
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.signals import InterruptibleLoop
 from yuan_grpc.cli.generate_many import PromptBatch
@@ -241,6 +241,36 @@ def test_without_fcntl_only_humaneval_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "last_line"),
+    [
+        (("genrate", "a"), "yuan-grpc: error: unknown command 'genrate': did you mean generate?"),
+        (("x", "a"), "yuan-grpc: error: unknown command 'x'"),
+        (
+            ("generate", "a", "--max_token=3"),
+            "yuan-grpc generate: error: unrecognized arguments: --max_token=3: did you mean --max-tokens?",
+        ),
+        (("bench", "-z"), "yuan-grpc bench: error: unrecognized arguments: -z"),
+        (
+            ("humaneval", "score", "r", "--problem", "x"),
+            "yuan-grpc humaneval score: error: unrecognized arguments: --problem x: did you mean --problems?",
+        ),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(arguments: tuple[str, ...], last_line: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == last_line
+
+
+def test_without_arguments_the_help_is_an_error(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+    assert "complete one prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("a", "--file", "b"), "a prompt argument and --file are mutually exclusive"),
@@ -299,15 +329,16 @@ async def test_generate_does_not_overwrite_the_prompt_file(tmp_path: Path, capsy
 
 def test_an_unreachable_server_gives_a_hint(capsys: Captured) -> None:
     assert main(["generate", "a", "--address", "127.0.0.1:1", "--retries", "0"]) == 1
-    stderr = capsys.readouterr().err
-    assert stderr.startswith("yuan-grpc: UNAVAILABLE: ")
-    assert "No server is reachable at 127.0.0.1:1. Start one with `yuan-grpc serve` or `make serve`" in stderr
+    assert capsys.readouterr().err == (
+        "yuan-grpc: UNAVAILABLE: nothing listens on 127.0.0.1:1: start a server with `yuan-grpc serve`, "
+        "or name another with --address or YUAN_GRPC_ADDRESS\n"
+    )
 
 
 def test_the_address_is_read_from_the_environment(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YUAN_GRPC_ADDRESS", "127.0.0.1:2")
     assert main(["generate", "a", "--retries", "0"]) == 1
-    assert "No server is reachable at 127.0.0.1:2." in capsys.readouterr().err
+    assert "nothing listens on 127.0.0.1:2:" in capsys.readouterr().err
 
 
 async def test_an_error_keeps_the_text_already_printed(capsys: Captured) -> None:
@@ -430,17 +461,64 @@ class TerminalInput(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("key", [KeyboardInterrupt, EOFError])
-def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_a_chat(
-    key: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    def raise_key(prompt: str) -> str:
-        raise key
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """Let `input` return these lines or raise these exceptions, and then end as at Ctrl-D."""
+    rest = iter((*lines, EOFError))
+
+    def read(prompt: str) -> str:
+        line = next(rest)
+        if isinstance(line, str):
+            return line
+        raise line
 
     monkeypatch.setattr(sys, "stdin", TerminalInput())
-    monkeypatch.setattr("builtins.input", raise_key)
-    assert main(["chat"]) == 0
+    monkeypatch.setattr("builtins.input", read)
+
+
+@pytest.mark.parametrize("key", [KeyboardInterrupt, EOFError])
+async def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_a_chat(
+    key: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    type_lines(monkeypatch, key, "not read")
+    assert await run(EchoEngine(), "chat") == 0
     assert capsys.readouterr().out == "\n"
+
+
+async def test_a_chat_names_the_model(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    type_lines(monkeypatch)
+    assert await run(EchoEngine(), "chat") == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"fake at 127\.0\.0\.1:\d+", first)
+    assert "/help" in second
+
+
+def test_a_chat_without_a_server_ends_before_the_first_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    type_lines(monkeypatch, AssertionError)
+    assert main(["chat", "--address", "127.0.0.1:1", "--retries", "0"]) == 1
+    assert "nothing listens on 127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "prompts"),
+    [
+        (['"""a', "", 'b"""', "c"], ["a\n\nb>", "a\n\nb|<a\n\nb|c>"]),
+        (['"""', "/a", '"""'], ["/a>"]),
+        (["a\\", "b\\", "c"], ["a\nb\nc>"]),
+        (['"""a', KeyboardInterrupt, "b"], ["b>"]),
+        (['"""a', EOFError], []),
+        (['"""one line"""'], ["one line>"]),
+    ],
+    ids=["quotes", "slash", "backslash", "ctrl-c", "ctrl-d", "one line"],
+)
+async def test_a_message_can_have_several_lines(
+    lines: list[Any], prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_lines(monkeypatch, *lines)
+    engine = EchoEngine()
+    assert await run(engine, "chat") == 0
+    assert [prompt_of(engine_request) for engine_request in engine.requests] == prompts
 
 
 # bench
@@ -469,9 +547,12 @@ async def test_bench_prints_a_row_for_each_level(capsys: Captured) -> None:
     engine = TwoTokenEngine()
     sizes = ("--prompt-tokens", "16", "--max-tokens", "8", "--shared-prefix", "4")
     assert await run(engine, "bench", "--concurrency", "1,4", "--requests", "8", *sizes) == 0
-    head, names, *rows = capsys.readouterr().out.splitlines()
-    assert "16 prompt tokens (4 shared), 8 generated" in head
-    assert names.split()[:5] == ["concurrency", "requests", "errors", "requests/s", "tokens/s"]
+    model, head, groups, names, *rows = capsys.readouterr().out.splitlines()
+    assert model.startswith("fake (")
+    assert head.startswith("16 prompt tokens (4 shared), 8 generated; --prompt-seed ")
+    assert groups.split("  ")[-1].strip() == "ITL (ms)"
+    assert names.split()[:6] == ["conc", "reqs", "errs", "req/s", "tokens/s", "p50"]
+    assert {len(line) for line in (groups, names, *rows)} == {78}
     assert [row.split()[:3] for row in rows] == [["1", "8", "0"], ["4", "8", "0"]]
     assert all(float(cell) > 0 for row in rows for cell in row.split()[3:6])
     assert {len(row.split()) for row in rows} == {11}
@@ -483,6 +564,22 @@ async def test_bench_prints_a_row_for_each_level(capsys: Captured) -> None:
         engine_request.sampling.ignore_eos and engine_request.sampling.max_tokens == 8
         for engine_request in engine.requests
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "  0.00"), (12.345, " 12.35"), (1234.56, "1234.6"), (123456.7, "123457"), (12345678.9, "12345679")],
+)
+def test_a_number_keeps_its_column_while_it_can(value: float, text: str) -> None:
+    assert bench._format_number(value, 6) == text
+
+
+async def test_bench_prints_the_errors_of_a_level_below_its_row(capsys: Captured) -> None:
+    sizes = ("--prompt-tokens", "4", "--max-tokens", "8", "--retries", "0")
+    assert await run(TwoTokenEngine(rejects=True), "bench", "--concurrency", "1", "--requests", "8", *sizes) == 1
+    row, errors = capsys.readouterr().out.splitlines()[-2:]
+    assert row.split()[:3] == ["1", "5", "3"]
+    assert errors == "     errors: 3 RESOURCE_EXHAUSTED"
 
 
 async def test_bench_counts_errors_in_its_json_output(capsys: Captured) -> None:

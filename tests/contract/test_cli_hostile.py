@@ -111,7 +111,7 @@ def test_the_table_of_bench_has_no_text_of_the_server_that_is_not_visible(capsys
     assert run(server, "bench", "--requests", "1", "--concurrency", "1", "--prompt-tokens", "2") == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{AS_LINE} ({AS_LINE}) at ")
-    assert out.count("\n") == 3
+    assert out.count("\n") == 5
 
 
 @pytest.mark.usefixtures("question")

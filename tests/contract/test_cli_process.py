@@ -302,3 +302,24 @@ async def test_ctrl_c_in_a_chat_stops_the_reply_and_keeps_its_text(start_in_term
         terminal.type("\x04")
         assert await terminal.end() == 0
     assert prompts_of(engine) == ["hang>", "hang|part|你好>"]
+
+
+async def test_a_chat_confirms_its_commands_and_keeps_a_history(start_in_terminal: Any, tmp_path: Path) -> None:
+    saved, history = tmp_path / "saved.json", tmp_path / "state/yuan-grpc/chat_history"
+    async with serve_grpc(FakeEngine(last("yes"))) as address:
+        for lines in (
+            {"你好": "yes", f"/save {saved}": f"[saved 2 messages to {saved}]", "/undo": "[removed: 你好]"},
+            {f"/load {saved}": f"[loaded 2 messages from {saved}]", "/set top_k=3": "[top_k = 3]", "/reset": "[conv"},
+        ):
+            terminal = start_in_terminal(address, "chat", XDG_STATE_HOME=str(tmp_path / "state"), COLUMNS="200")
+            await terminal.wait_for("fake at ")
+            for line, answer in lines.items():
+                await terminal.wait_for("> ")
+                terminal.type(f"{line}\n")
+                await terminal.wait_for(answer)
+            await terminal.wait_for("> ")
+            terminal.type("\x04")
+            assert await terminal.end() == 0
+    assert history.read_text().splitlines()[:2] == ["你好", f"/save {saved}"]
+    assert history.read_text().splitlines()[-1] == "/reset"
+    assert history.stat().st_mode & 0o777 == 0o600

@@ -3,18 +3,17 @@
 import json
 import math
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import grpc
 import pytest
+from certificates import create_certificates, server_credentials
 from client_adapters import CLIENTS
 from fake_service import CODES, FakeService, running
 
@@ -300,27 +299,7 @@ async def test_interceptors_are_called(client_class: Any) -> None:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a CA and the certificates it signed for a server and a client."""
-    if which("openssl") is None:
-        pytest.skip("the openssl command is needed to create certificates")
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
-    for name in ("server", "client"):
-        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signed)
-    return folder
-
-
-def server_credentials(folder: Path, *, mutual: bool = False) -> grpc.ServerCredentials:
-    pair = (folder / "server.key").read_bytes(), (folder / "server.pem").read_bytes()
-    authority = (folder / "ca.pem").read_bytes() if mutual else None
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=mutual)
+    return create_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.mark.parametrize("as_bytes", [False, True], ids=["path", "bytes"])

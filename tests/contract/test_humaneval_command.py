@@ -23,7 +23,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from isolation import skip_without_isolation
 
-from yuan_grpc.cli.humaneval import add_commands
+from yuan_grpc.cli.humaneval import add_command
 from yuan_grpc.humaneval import records, report
 from yuan_grpc.humaneval.dataset import read_problems, read_prompts
 from yuan_grpc.humaneval.records import Record, RecordFile, Run
@@ -131,7 +131,7 @@ def isolation() -> None:
 def call(*arguments: object) -> int:
     """Run `yuan-grpc humaneval …` in this process and return its exit status."""
     parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
+    add_command(parser.add_subparsers())
     options = parser.parse_args(["humaneval", *map(str, arguments)])
     status: int = options.run(options)
     return status
@@ -140,8 +140,8 @@ def call(*arguments: object) -> int:
 def start(*arguments: object, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
     """Start `yuan-grpc humaneval …` in another process, with `variables` added to its environment."""
     code = (
-        "import argparse, sys; from yuan_grpc.cli.humaneval import add_commands; p = argparse.ArgumentParser();"
-        "add_commands(p.add_subparsers()); o = p.parse_args(sys.argv[1:]); sys.exit(o.run(o))"
+        "import argparse, sys; from yuan_grpc.cli.humaneval import add_command; p = argparse.ArgumentParser();"
+        "add_command(p.add_subparsers()); o = p.parse_args(sys.argv[1:]); sys.exit(o.run(o))"
     )
     line = [sys.executable, "-c", code, "humaneval", *map(str, arguments)]
     environment = {**os.environ, **variables}
@@ -410,7 +410,7 @@ def test_the_default_number_of_workers_is_the_number_of_available_processors() -
     os.sched_setaffinity(0, {min(available)})
     try:
         parser = argparse.ArgumentParser()
-        add_commands(parser.add_subparsers())
+        add_command(parser.add_subparsers())
         assert parser.parse_args(["humaneval", "score", "x"]).workers == 1
     finally:
         os.sched_setaffinity(0, available)

@@ -2,12 +2,18 @@
 
 import hashlib
 import os
+import pty
 import re
 import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import tomllib
@@ -70,7 +76,7 @@ def closed_port() -> int:
 
 def write_wheel(folder: Path, name: str, version: str) -> str:
     """Write an empty wheel; return its hash."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     wheel, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -79,16 +85,30 @@ def write_wheel(folder: Path, name: str, version: str) -> str:
     return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
-def install(folder: Path, lock: str, **pip: object) -> subprocess.CompletedProcess[str]:
+@contextmanager
+def serve_files(folder: Path) -> Iterator[str]:
+    """Serve a folder as a package index; yield its address."""
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def install(
+    folder: Path, lock: str, *, pytorch: str = "", stdout: int = subprocess.PIPE, **pip: object
+) -> subprocess.CompletedProcess[str]:
     """Run a copy of install.sh with a lock. pip resolves and downloads, but installs nothing."""
     (folder / "install.sh").write_bytes((REPOSITORY / "requirements/install.sh").read_bytes())
     (folder / "test.txt").write_text(lock)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTORCH_"))}
     options = {"DRY_RUN": 1, "IGNORE_INSTALLED": 1, "RETRIES": 1, "NO_CACHE_DIR": 1} | pip
     environment |= {f"PIP_{name}": str(value) for name, value in options.items()}
-    environment |= {"PIP_CONFIG_FILE": os.devnull, "PYTORCH_INDEX_URL": str(options.get("INDEX_URL", "unused"))}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PYTORCH_INDEX_URL": pytorch or str(options.get("INDEX_URL"))}
     command = ["bash", str(folder / "install.sh"), sys.executable, "test"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def test_indexes_that_cannot_be_reached_are_reported(tmp_path: Path, closed_port: int) -> None:
@@ -99,6 +119,42 @@ def test_indexes_that_cannot_be_reached_are_reported(tmp_path: Path, closed_port
     for attempt in configured, pytorch:
         assert "Connection refused" in attempt
         assert "No matching distribution found for torch==9.0+cpu" in attempt
+    assert completed.stderr.splitlines()[-1] == (
+        f"torch==9.0+cpu is neither on the configured index nor on {index}: "
+        "set PYTORCH_INDEX_URL to a mirror of the latter"
+    )
+
+
+def test_an_index_that_cannot_be_reached_names_the_variable_of_a_mirror(tmp_path: Path, closed_port: int) -> None:
+    index = f"http://127.0.0.1:{closed_port}/simple"
+    completed = install(tmp_path, f"locked==9.0 \\\n    --hash=sha256:{'0' * 64}\n", INDEX_URL=index)
+    assert completed.returncode != 0
+    assert "Connection refused" in completed.stderr
+    assert completed.stderr.splitlines()[-1].endswith("set PIP_INDEX_URL to a mirror of it")
+
+
+def test_a_mirror_of_the_index_of_torch_is_used(tmp_path: Path) -> None:
+    digest = write_wheel(tmp_path / "mirror" / "torch", "torch", "9.0+cpu")
+    lock = f"torch==9.0+cpu \\\n    --hash=sha256:{digest}\n"
+    with serve_files(tmp_path / "mirror") as mirror:
+        completed = install(tmp_path, lock, INDEX_URL="http://127.0.0.1:1/simple", pytorch=mirror)
+    assert f"torch==9.0+cpu: installed from {mirror}\n" in completed.stdout
+
+
+def test_a_terminal_shows_the_number_and_the_name_of_each_package(tmp_path: Path) -> None:
+    digests = {name: write_wheel(tmp_path / "wheels", name, "9.0") for name in ("first", "second")}
+    lock = "".join(f"{name}==9.0 \\\n    --hash=sha256:{digest}\n" for name, digest in digests.items())
+    master, slave = pty.openpty()
+    completed = install(tmp_path, lock, stdout=slave, NO_INDEX=1, FIND_LINKS=tmp_path / "wheels")
+    os.close(slave)
+    assert completed.returncode == 0, completed.stderr
+    shown = os.read(master, 4096).decode()
+    os.close(master)
+    assert shown.startswith("installing 2 packages of ")
+    assert re.findall(r"\[\d/2] \S+", shown) == [
+        "[1/2] first-9.0-py3-none-any.whl",
+        "[2/2] second-9.0-py3-none-any.whl",
+    ]
 
 
 @pytest.mark.parametrize("is_right", [True, False], ids=["right", "wrong"])

@@ -8,6 +8,7 @@ import random
 import sys
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection, request_fields
 from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UsageError, handle_errors
 from yuan_grpc.cli.common.progress import Progress
@@ -30,30 +31,27 @@ PROMPT_TOKENS = 128
 SECONDS = 10.0
 
 EPILOG = """\
-TTFT is the time from a call to its first token. ITL is the time between tokens. The server merges tokens for a slow
-reader: a message of k tokens counts as k gaps, each 1/k of the time since the previous message.
+TTFT is the time from a call to its first token. ITL is the time between
+tokens. The server merges tokens for a slow reader: a message of k tokens
+counts as k gaps, each 1/k of the time since the previous message.
 
-One warm-up request is not counted. A level ends when all its requests have ended, and its rates are over that time.
-Requests ignore the end-of-text token, so each generates --max-tokens. A refused request is retried up to --retries
+One warm-up request is not counted. A level ends when all its requests have
+ended, and its rates are over that time. Requests ignore the end-of-text token,
+so each generates --max-tokens. A refused request is retried up to --retries
 times, then counted as an error.
 """
 
-_COLUMNS = (
-    ("concurrency", 11),
-    ("requests", 8),
-    ("errors", 6),
-    ("requests/s", 10),
-    ("tokens/s", 9),
-    *((f"{name} p{round(fraction * 100)}", 9) for name in ("TTFT", "ITL") for fraction in QUANTILES),
-)
+_COUNTS = (("conc", 4), ("reqs", 6), ("errs", 4), ("req/s", 7), ("tokens/s", 8))
+_TIMES = (("TTFT (ms)", 7), ("ITL (ms)", 6))
+"""Titles and widths of the columns. A time has a column for each of QUANTILES. A row has 78 characters."""
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure throughput and latency under load",
-        description="Stream completions of random prompts at several concurrency levels; print throughput and latency.",
+        help=SUMMARIES["bench"],
+        description="Stream completions of random prompts; print throughput and latency.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -159,27 +157,44 @@ def _build_workload(options: argparse.Namespace, model: Model) -> Workload:
 
 
 def _print_header(options: argparse.Namespace, model: Model, workload: Workload) -> None:
-    served = sanitize_line(f"{model.name} ({model.dtype or 'unknown dtype'})")
+    print(sanitize_line(f"{model.name} ({model.dtype or 'unknown dtype'}) at {options.address}"))
     print(
-        f"{served} at {options.address}: {workload.prompt_tokens} prompt tokens "
-        f"({workload.shared_prefix} shared), {workload.template.max_tokens} generated; "
-        f"--prompt-seed {workload.seed}; times in ms"
+        f"{workload.prompt_tokens} prompt tokens ({workload.shared_prefix} shared), "
+        f"{workload.template.max_tokens} generated; --prompt-seed {workload.seed}"
     )
-    print(colorize("  ".join(name.rjust(width) for name, width in _COLUMNS), BOLD, sys.stdout), flush=True)
+    for line in _format_titles():
+        print(colorize(line, BOLD, sys.stdout), flush=True)
+
+
+def _format_titles() -> tuple[str, str]:
+    groups = [" " * (sum(width + 1 for _, width in _COUNTS) - 1)]
+    names = [name.rjust(width) for name, width in _COUNTS]
+    for title, width in _TIMES:
+        groups.append(title.rjust(len(QUANTILES) * (width + 1) - 1))
+        names += [f"p{round(fraction * 100)}".rjust(width) for fraction in QUANTILES]
+    return " ".join(groups), " ".join(names)
 
 
 def _format_row(level: Measurement) -> str:
-    cells = [str(level.concurrency), str(level.completed), str(sum(level.errors.values()))]
-    cells += [f"{level.requests_per_second:.2f}", f"{level.tokens_per_second:.1f}"]
-    for values in (level.ttfts, level.itls):
-        cells += [_format_milliseconds(quantile(values, fraction)) for fraction in QUANTILES]
-    row = "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+    """Return the row of a level, and a line with its errors."""
+    values = (level.concurrency, level.completed, sum(level.errors.values()))
+    cells = [str(value).rjust(width) for value, (_, width) in zip(values, _COUNTS, strict=False)]
+    rates = (level.requests_per_second, level.tokens_per_second)
+    cells += [_format_number(rate, width) for rate, (_, width) in zip(rates, _COUNTS[3:], strict=True)]
+    for times, (_, width) in zip((level.ttfts, level.itls), _TIMES, strict=True):
+        cells += [_format_milliseconds(quantile(times, fraction), width) for fraction in QUANTILES]
     errors = ", ".join(f"{count} {code}" for code, count in level.errors.most_common())
-    return f"{row}  {errors}".rstrip()
+    return " ".join(cells) + (f"\n     errors: {errors}" if errors else "")
 
 
-def _format_milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f}"
+def _format_milliseconds(seconds: float | None, width: int) -> str:
+    return "-".rjust(width) if seconds is None else _format_number(seconds * 1000, width)
+
+
+def _format_number(value: float, width: int) -> str:
+    """Return the number with as many of two decimals as fit the width."""
+    texts = (f"{value:.{digits}f}" for digits in (2, 1, 0))
+    return next((text for text in texts if len(text) <= width), f"{value:.0f}").rjust(width)
 
 
 def _to_json(options: argparse.Namespace, model: Model, levels: list[Measurement]) -> dict[str, Any]:

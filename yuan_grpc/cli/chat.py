@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -11,17 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection, request_fields
 from yuan_grpc.cli.common.errors import (
     EXIT_FAILURE,
     UsageError,
     handle_errors,
-    print_call_error,
-    print_connection_hint,
+    print_failed_call,
 )
+from yuan_grpc.cli.common.message_prompt import read_messages
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
-from yuan_grpc.cli.common.terminal import DIM, is_terminal, print_error, print_stderr, sanitize
+from yuan_grpc.cli.common.terminal import DIM, is_terminal, print_error, print_stderr, sanitize, sanitize_line
 from yuan_grpc.cli.generate import format_summary
 from yuan_grpc.client import AsyncClient, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -29,7 +29,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 MAX_TOKENS = 512
 ROLES = ("system", "user", "assistant")
 
-COMMANDS = """\
+COMMANDS = '''\
 /reset              clear the conversation
 /undo               remove the last message and its reply
 /save FILE          save the conversation as JSON
@@ -40,8 +40,10 @@ COMMANDS = """\
 /help               show this list
 /quit               leave (or Ctrl-D)
 //TEXT              send a message that begins with /
+"""                 begin or end a message of several lines
+\\                   at the end of a line: continue on the next
 Ctrl-C              stop the reply and keep the text received so far\
-"""
+'''
 
 Message = dict[str, str]
 """A message's role and content."""
@@ -51,8 +53,8 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "chat",
-        help="chat with the model",
-        description="Chat with the model. Each line is a message; the model sees the whole conversation.",
+        help=SUMMARIES["chat"],
+        description="Chat with the model, which sees the whole conversation.",
         epilog=f"In the chat:\n{COMMANDS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -74,7 +76,9 @@ def _run(options: argparse.Namespace) -> int:
         fields["truncate_prompt_tokens"] = -1
     client = connection.connect(options)
     with InterruptibleLoop() as loop:
-        chat = Chat(client, loop, fields, options.system or "", options.address)
+        if is_terminal(sys.stdin):
+            loop.run(_print_greeting(client, options))
+        chat = Chat(client, loop, fields, options)
         for line in _read_lines():
             if not chat.handle_line(line):
                 break
@@ -83,20 +87,18 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _read_lines() -> Iterator[str]:
-    """Yield lines from stdin. At a terminal, prompt for each and end at Ctrl-C or Ctrl-D."""
-    if not is_terminal(sys.stdin):
+    """Yield messages and commands: from a terminal, or one for each line of stdin."""
+    if is_terminal(sys.stdin):
+        yield from read_messages()
+    else:
         yield from (line.rstrip("\r\n") for line in sys.stdin or ())
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` history and line editing
-    print_stderr("Type /help for commands, Ctrl-D to leave.", DIM)
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        yield line
+
+
+async def _print_greeting(client: AsyncClient, options: argparse.Namespace) -> None:
+    model = await client.model()
+    name = f"{options.model} on {model.name}" if options.model else model.name
+    print_stderr(sanitize_line(f"{name} at {options.address}"))
+    print_stderr('Type /help for commands, """ to begin and end a message of several lines, Ctrl-D to leave.', DIM)
 
 
 class Chat:
@@ -108,10 +110,14 @@ class Chat:
     """
 
     def __init__(
-        self, client: AsyncClient, loop: InterruptibleLoop, fields: request_fields.Fields, system: str, address: str
+        self,
+        client: AsyncClient,
+        loop: InterruptibleLoop,
+        fields: request_fields.Fields,
+        options: argparse.Namespace,
     ) -> None:
-        self._client, self._loop, self._fields, self._address = client, loop, fields, address
-        self._initial_messages: list[Message] = [_message("system", system)] if system else []
+        self._client, self._loop, self._fields, self._options = client, loop, fields, options
+        self._initial_messages: list[Message] = [_message("system", options.system)] if options.system else []
         self.messages: list[Message] = list(self._initial_messages)
         self.has_failed = False
 
@@ -183,8 +189,7 @@ class Chat:
 
     def _fail_call(self, error: YuanError) -> None:
         self.has_failed = True
-        print_call_error(error)
-        print_connection_hint(error, self._address)
+        print_failed_call(error, self._options)
         if any(one.field == "messages" and "tokens long" in one.description for one in error.violations):
             print_stderr("The conversation is too long; the message was dropped. Use /undo or /reset to shorten it, or")
             print_stderr("/set truncate_prompt_tokens=-1 (or start with --truncate) to drop its beginning.")
@@ -195,11 +200,14 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self.messages = list(self._initial_messages)
+        _confirm("conversation cleared")
 
     def _undo(self, _: str) -> None:
         user_indices = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
         if user_indices:
+            text = self.messages[user_indices[-1]]["content"]
             del self.messages[user_indices[-1] :]
+            _confirm(f"removed: {text[:60]}")
         else:
             print_error("there is no message to undo")
 
@@ -207,12 +215,14 @@ class Chat:
         try:
             text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
             Path(path).write_text(text + "\n", encoding="utf-8")
+            _confirm(f"saved {len(self.messages)} messages to {path}")
         except OSError as error:
             self._fail(f"{path or 'a file without a name'} cannot be written: {error.strerror}")
 
     def _load(self, path: str) -> None:
         try:
             self.messages = _parse_messages(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
+            _confirm(f"loaded {len(self.messages)} messages from {path}")
         except OSError as error:
             self._fail(f"{path or 'a file without a name'} cannot be read: {error.strerror}")
         except (ValueError, RecursionError) as error:
@@ -226,12 +236,20 @@ class Chat:
                 if field in (*request_fields.PROMPT_FIELDS, "n"):
                     raise argparse.ArgumentTypeError(f"`{field}` cannot be set in a chat")
                 self._fields[field] = value
+                _confirm(f"{field} = {json.dumps(value, ensure_ascii=False)}")
             elif name:
                 self._fields.pop(request_fields.field_name(name), None)
+                _confirm(f"{request_fields.field_name(name)} is unset")
             else:
                 print_stderr(json.dumps(self._fields, ensure_ascii=False))
         except (argparse.ArgumentTypeError, request_fields.FieldError) as error:
             self._fail(str(error))
+
+
+def _confirm(text: str) -> None:
+    """Print at a terminal what a command has done."""
+    if is_terminal(sys.stderr):
+        print_stderr(sanitize_line(f"[{text}]"), DIM)
 
 
 def _message(role: str, content: str) -> Message:

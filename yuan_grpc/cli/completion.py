@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.errors import EXIT_FAILURE, handle_errors
 from yuan_grpc.cli.common.terminal import print_error
 
@@ -18,9 +19,13 @@ FOLDER_METAVARS = ("FOLDER", "PATH_OR_ID")
 EPILOG = """\
 To install it for every new shell:
 
-  bash  yuan-grpc completion bash > ~/.local/share/bash-completion/completions/yuan-grpc
-  zsh   yuan-grpc completion zsh > ~/.zfunc/_yuan-grpc     (with ~/.zfunc in $fpath, before compinit)
-  fish  yuan-grpc completion fish > ~/.config/fish/completions/yuan-grpc.fish
+bash:
+  yuan-grpc completion bash \\
+    > ~/.local/share/bash-completion/completions/yuan-grpc
+zsh, with ~/.zfunc in $fpath before compinit:
+  yuan-grpc completion zsh > ~/.zfunc/_yuan-grpc
+fish:
+  yuan-grpc completion fish > ~/.config/fish/completions/yuan-grpc.fish
 """
 
 
@@ -28,7 +33,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "completion",
-        help="print a shell completion script",
+        help=SUMMARIES["completion"],
         description="Print a script that completes the commands and their options in a shell.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

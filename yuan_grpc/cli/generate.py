@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection, prompts, request_fields
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.output import Output
@@ -24,10 +25,12 @@ MAX_TOKENS = 256
 """Default of `--max-tokens`. The API's default of 16 is too short for reading."""
 
 EPILOG = """\
-Each line of a .jsonl file is an object with `prompt`, `prompt_token_ids` or `messages`, and any other request field.
-Each nonempty line of any other file is a prompt.
+Each line of a .jsonl file is an object with `prompt`, `prompt_token_ids` or
+`messages`, and any other request field. Each nonempty line of any other file
+is a prompt.
 
-Exit status: 0 on success, 1 if a prompt failed, 2 for wrong usage, 130 after Ctrl-C (which cancels on the server too).
+Exit status: 0 on success, 1 if a prompt failed, 2 for wrong usage, 130 after
+Ctrl-C (which cancels on the server too).
 """
 
 
@@ -35,7 +38,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "generate",
-        help="complete one prompt, or every prompt of a file",
+        help=SUMMARIES["generate"],
         description="Complete a prompt and stream the text, or complete every prompt of a file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,7 +12,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, print_call_error, print_connection_hint
+from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, find_connection_cause, print_call_error
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
@@ -108,8 +108,8 @@ class PromptBatch:
         total = len(self._requests)
         if self._failed and total > 1:
             print_error(f"{self._failed} of {total} prompts failed")
-        if self._last_error:
-            print_connection_hint(self._last_error, self._options.address)
+        if self._last_error and (cause := find_connection_cause(self._last_error, self._options)):
+            print_error(cause)
         if is_terminal(sys.stderr):
             rate = self._tokens / max(seconds, 1e-9)
             print_stderr(f"[{total - self._failed} completed, {self._tokens} tokens, {rate:.1f} tokens/s]", DIM)

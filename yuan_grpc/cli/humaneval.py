@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.connection import ADDRESS, choose_token, positive_seconds
 from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
 from yuan_grpc.cli.common.progress import Progress
@@ -53,11 +54,11 @@ class NotReadyError(RuntimeError):
     """A server that does not answer or is not ready in time; the message names it."""
 
 
-def add_commands(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command and its subcommands to the parser."""
     parser = commands.add_parser(
         "humaneval",
-        help="measure a model on HumanEval",
+        help=SUMMARIES["humaneval"],
         description="Measure a served model on HumanEval.",
         allow_abbrev=False,
     )

@@ -8,14 +8,16 @@ from contextlib import ExitStack
 from typing import Any
 
 from yuan_grpc.cli import generate
+from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
+from yuan_grpc.cli.common.install import missing_package
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.server import settings
 
 EPILOG = """\
-Options after -- are passed to vLLM unchanged:
-  yuan-grpc run "..." --model /models/Yuan2-2B -- --dtype bfloat16 --max-model-len 4096
+Options after -- are passed to vLLM; `yuan-grpc serve --help=all` lists them:
+  yuan-grpc run "..." --model /models/Yuan2-2B -- --max-model-len 4096
 """
 
 
@@ -23,7 +25,7 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "run",
-        help="load a model and complete prompts, without a server",
+        help=SUMMARIES["run"],
         description="Load a model, complete prompts concurrently, and exit. Results equal a server's.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
                 engine = offline.serve_model(model, *options.engine_flags, lora_folder=options.lora_folder)
                 options.address = stack.enter_context(engine)
             except ModuleNotFoundError as error:
-                raise UsageError(f"{error.name} is required: install yuan-grpc[cuda] or yuan-grpc[cpu]") from None
+                raise UsageError(missing_package(error)) from None
             except ValueError as error:
                 raise UsageError(f"{model} cannot be loaded: {error}") from None
         return generate.run_requests(requests, options)

@@ -7,13 +7,19 @@ import os
 import sys
 from typing import Any
 
+from yuan_grpc.cli.commands import SUMMARIES
+from yuan_grpc.cli.common.engine_help import add_help_option
+from yuan_grpc.cli.common.install import missing_package
 from yuan_grpc.server import log_queue, settings, signals
 from yuan_grpc.server.engine.vllm import env
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the subparsers. Its options are declared in `settings`."""
-    parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model over gRPC", allow_abbrev=False)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve", help=SUMMARIES["serve"], allow_abbrev=False, add_help=False
+    )
+    add_help_option(parser)
     settings.add_options(parser, os.environ)
     parser.set_defaults(run=_run)
 
@@ -37,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
         from yuan_grpc.server.engine.vllm.args import parse_engine_flags
         from yuan_grpc.server.engine.vllm.engine import VllmEngine
     except ModuleNotFoundError as error:
-        print(f"yuan-grpc: {error.name} is required: install yuan-grpc[cuda] or yuan-grpc[cpu]", file=sys.stderr)
+        print(f"yuan-grpc: {missing_package(error)}", file=sys.stderr)
         return 1
     try:
         flags = parse_engine_flags(config.vllm_flags)

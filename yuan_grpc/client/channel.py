@@ -6,11 +6,10 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
 
-from yuan_grpc import __version__
+import yuan_grpc
 from yuan_grpc.client.metadata import AuthToken, MetadataLike, bearer, is_secret, to_pairs
 from yuan_grpc.client.target import is_local, is_valid, to_uri
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -126,7 +125,7 @@ class Settings:
     def channel_options(self) -> list[tuple[str, object]]:
         """Return the default options overridden by the caller's."""
         options: dict[str, object] = {
-            "grpc.primary_user_agent": f"yuan-grpc/{__version__}",
+            "grpc.primary_user_agent": f"yuan-grpc/{yuan_grpc.__version__}",
             "grpc.service_config": service_config(self.retries),
             "grpc.per_rpc_retry_buffer_size": self._retry_buffer_bytes,
             _RECEIVE_LIMIT: self.max_response_bytes,
@@ -180,4 +179,5 @@ def _read_pem(source: bool | Pem) -> bytes:
         return source
     if isinstance(source, bool):
         raise TypeError("a certificate must be a path or bytes")
-    return Path(source).read_bytes()
+    with open(source, "rb") as file:
+        return file.read()

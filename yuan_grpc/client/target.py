@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 
 _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
@@ -41,6 +40,8 @@ def _is_loopback(address: str) -> bool:
     match = _ADDRESS.fullmatch(address)
     if match is None:
         return False
+    import ipaddress  # together with channel options, not with the client
+
     host = match[1].strip("[]")
     try:
         ip = ipaddress.ip_address(host)

@@ -16,16 +16,15 @@ DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes"
 PREFIX = "YUAN_GRPC_"
 
 EPILOG = """\
-Each option can also be set by an environment variable, such as
-YUAN_GRPC_GRACE_SECONDS for --grace-seconds. Flags take precedence.
+Every other option is passed to vLLM's engine, for example:
+  --max-model-len 4096        limit prompt and output together, in tokens
+  --max-num-queued-reqs 1000  limit running and waiting requests
+  --kv-cache-memory-bytes 4G  size of the KV cache
+  --tensor-parallel-size 2    shard the model over GPUs
+`yuan-grpc serve --help=all` lists them all, by group.
 
-All other options are passed to vLLM's engine, for example:
-  --tensor-parallel-size 2     shard the model over GPUs
-  --max-model-len 4096         limit prompt and output together, in tokens
-  --gpu-memory-utilization 0.9 fraction of GPU memory to use
-  --max-num-queued-reqs 1000   limit running and waiting requests; reject
-                               others with RESOURCE_EXHAUSTED
-Run `vllm serve --help=all` to list all of them.
+Environment variables such as YUAN_GRPC_GRACE_SECONDS set the options above;
+flags take precedence.
 """
 
 
@@ -103,6 +102,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     Environment variables are validated like flags, but only when these options are parsed: other commands ignore them.
     """
     parser.description = "Serve a Yuan 2.0 model over gRPC."
+    parser.usage = "yuan-grpc serve [OPTIONS]"  # not all of them: argparse would also print them with each error
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add_model_options(parser, environment)
@@ -110,8 +110,8 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--host", "127.0.0.1", _non_empty, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     add("--port", "50051", _port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
     add("--http-port", "", _optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
-    _add_http_options(add)
     add("--grace-seconds", "30", _seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
+    _add_http_options(partial(_add, parser.add_argument_group("limits of the HTTP port"), environment))
 
 
 def _add_http_options(add: Callable[..., None]) -> None:
@@ -134,7 +134,7 @@ class _EnvironmentValue(str):
 
 
 def _add(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     environment: Mapping[str, str],
     flag: str,
     default: str,

@@ -27,14 +27,10 @@ def handle_errors(command: Command) -> Command:
     def wrapper(options: argparse.Namespace) -> int:
         use_utf8()
         try:
-            return command(options)
+            return _run_and_report_call(command, options)
         except UsageError as error:
             print_error(str(error))
             return EXIT_USAGE
-        except YuanError as error:
-            print_call_error(error)
-            print_connection_hint(error, options.address)
-            return EXIT_FAILURE
         except KeyboardInterrupt:
             print_error("cancelled")
             return EXIT_INTERRUPTED
@@ -48,6 +44,41 @@ def handle_errors(command: Command) -> Command:
     return wrapper
 
 
+def _run_and_report_call(command: Command, options: argparse.Namespace) -> int:
+    try:
+        return command(options)
+    except YuanError as error:
+        print_failed_call(error, options)
+        return EXIT_FAILURE
+
+
+def print_failed_call(error: YuanError, options: argparse.Namespace) -> None:
+    """Print the error of a call as `print_call_error` does, or the reason why the call reached no server."""
+    if cause := find_connection_cause(error, options):
+        print_error(f"{error.code.name}: {cause}")
+    else:
+        print_call_error(error)
+
+
+def find_connection_cause(error: YuanError, options: argparse.Namespace) -> str | None:
+    """Return why a call reached no Yuan server; None if it reached one, or if the reason is in the error.
+
+    Takes seconds if the server is silent.
+    """
+    if error.reason or options.command == "run":  # only servers give reasons; `run` has its own
+        return None
+    if error.code is grpc.StatusCode.UNIMPLEMENTED:
+        return f"the gRPC server at {options.address} has no yuan.v1.YuanService: {error.message}"
+    if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) or "GOAWAY" in error.message:
+        return None  # a server that sends GOAWAY says why
+    from yuan_grpc.cli.common.diagnosis import find_cause
+
+    cause = find_cause(options.address, options.tls, identity=options.identity, proxy=options.proxy)
+    if cause is None and error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"no response from {options.address} within {options.timeout:g} seconds (--timeout)"
+    return cause
+
+
 def print_call_error(error: YuanError, prefix: str = "") -> None:
     """Print the error of a call to stderr. If several fields are invalid, print one more line for each."""
     # Only the server's log explains an internal error, and it is searched by request id.
@@ -56,10 +87,3 @@ def print_call_error(error: YuanError, prefix: str = "") -> None:
     if len(error.violations) > 1:
         for violation in error.violations:
             print_stderr("  " + sanitize_line(f"{violation.field}: {violation.description}"))
-
-
-def print_connection_hint(error: YuanError, address: str) -> None:
-    """Print how to reach a server if the call reached none. gRPC then reports UNAVAILABLE without a reason."""
-    if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
-        print_stderr(f"No server is reachable at {address}. Start one with `yuan-grpc serve` or `make serve`,")
-        print_stderr("or name another with --address or YUAN_GRPC_ADDRESS.")

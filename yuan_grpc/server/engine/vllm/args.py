@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import vllm
 from pydantic import ValidationError
 from vllm.config import VllmConfig
+from vllm.engine import arg_utils
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -78,6 +80,36 @@ class EngineOptions:
             prefix_caching=bool(self.config.cache_config.enable_prefix_caching),
             lora=lora and LoraInfo(lora.max_loras, lora.max_lora_rank, can_load_loras),
         )
+
+
+def format_help(word: str) -> str:
+    """Return vLLM's help by group: all flags, or those with a word in their name or group.
+
+    Raises:
+        LookupError: no flag has the word.
+    """
+    arg_utils.NEEDS_HELP = True  # else vLLM leaves the descriptions out
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="yuan-grpc serve", add_help=False))
+    formatter = parser._get_formatter()
+    word = word.lower().replace("_", "-")
+    matches = [action for group in parser._action_groups for action in _matches(group, word)]
+    if not matches:
+        titles = ", ".join(group.title for group in parser._action_groups if group._group_actions)
+        raise LookupError(f"no engine option matches {word!r}; the groups are {titles}")
+    for group in parser._action_groups:
+        formatter.start_section(group.title)
+        formatter.add_text(group.description if word == "all" else None)
+        formatter.add_arguments(_matches(group, word))
+        formatter.end_section()
+    formatter.add_text(parser._json_tip)
+    return str(formatter.format_help())
+
+
+def _matches(group: Any, word: str) -> list[Any]:
+    """Return the actions of the group that the word selects."""
+    if word in ("all", group.title.lower()):
+        return list(group._group_actions)
+    return [action for action in group._group_actions if any(word in flag for flag in action.option_strings)]
 
 
 def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:

@@ -1,0 +1,31 @@
+"""The help of the engine's options. It imports vLLM, but starts no engine."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+def test_the_help_lists_the_options_of_the_engine_by_group() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "yuan_grpc", "serve", "--help=all"], capture_output=True, text=True, check=True
+    )
+    groups = dict(re.findall(r"^(\w+):\n(.*?)(?=^\w|\Z)", done.stdout, re.MULTILINE | re.DOTALL))
+    assert "--max-model-len MAX_MODEL_LEN" in groups["ModelConfig"]
+    assert "--kv-cache-memory-bytes" in groups["CacheConfig"]
+    assert "Model context length" in groups["ModelConfig"]
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM and torch warn while they are imported
+def test_a_word_selects_the_options_that_match() -> None:
+    from yuan_grpc.server.engine.vllm.args import format_help
+
+    assert "\n  --max-num-queued-reqs" in format_help("queued")
+    assert "--max-num-seqs" not in format_help("queued")
+    assert "\n  --max-loras" in format_help("LoRAConfig")
+    assert "--dtype" not in format_help("LoRAConfig")
+    with pytest.raises(LookupError, match=r"no engine option matches 'x-y'; .*CacheConfig"):
+        format_help("x_y")
