@@ -27,6 +27,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "AB"}]
+LONG_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"pattern": "a{3000}"}}}
 BODIES: dict[str, dict[str, Any]] = {
     GENERATE: {"prompt": "AB"},
     COMPLETIONS: {"prompt": "AB"},
@@ -429,6 +430,13 @@ async def test_fields_without_effect_are_accepted(path: str) -> None:
         (COMPLETIONS, {"response_format": {"type": "xml"}}, "response_format"),
         (COMPLETIONS, {"response_format": {"type": "json_schema"}}, "response_format"),
         (COMPLETIONS, {"response_format": 5}, "response_format"),
+        (COMPLETIONS, {"response_format": LONG_FORMAT}, "response_format.json_schema.schema"),
+        (CHAT, {"response_format": LONG_FORMAT}, "response_format.json_schema.schema"),
+        (
+            CHAT,
+            {"structured_outputs": {"regex": "a{3000}"}, "response_format": {"type": "text"}},
+            "structured_outputs.regex",
+        ),
         (CHAT, {"tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"audio": {}}, "audio"),
         (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),

@@ -235,6 +235,17 @@ async def test_the_output_follows_a_json_schema(client: openai.AsyncOpenAI) -> N
     assert json.loads(response.choices[0].message.content or "") in ("red", "green")
 
 
+async def test_a_schema_that_cannot_be_enforced_is_rejected_by_name(client: openai.AsyncOpenAI) -> None:
+    schema: dict[str, object] = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    with pytest.raises(openai.BadRequestError, match=r"`not`.*at /properties/a") as raised:
+        await client.chat.completions.create(
+            model="yuan-demo",
+            messages=MESSAGES,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        )
+    assert raised.value.param == "response_format.json_schema.schema"
+
+
 async def test_beam_search_with_the_original_fields(served: Served, port: int) -> None:
     body = {"prompt": PROMPT, "use_beam_search": True, "n": 2, "best_of": 3, "temperature": 0, "max_tokens": 6}
     request = pb.GenerateRequest(prompt=PROMPT, use_beam_search=True, n=2, best_of=3, temperature=0, max_tokens=6)

@@ -11,9 +11,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -164,26 +168,82 @@ def test_detokenizer_vllm_holds_back_the_replacement_character(demo: Path) -> No
     assert text(IncrementalDetokenizer.from_new_request) == "\ufffd"
 
 
-def test_grammar_timeout_vllm_accepts_tokens_of_a_constraint_that_takes_too_long(demo: Path) -> None:
+def test_grammar_timeout_vllm_accepts_tokens_of_a_constraint_that_takes_too_long(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import xgrammar
-    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+    from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
     grammar_timeout.apply()
-    fill_bitmask, accept_tokens = map(inspect.unwrap, (XgrammarGrammar.fill_bitmask, XgrammarGrammar.accept_tokens))
+    monkeypatch.setattr(grammar_timeout, "_slow_constraints", grammar_timeout._slow_constraints.copy())
     tokenizer = YuanTokenizer.from_pretrained(demo)
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer))
-    compiled = xgrammar.GrammarCompiler(info).compile_regex(SLOW_REGEX)
-    grammar = XgrammarGrammar(len(tokenizer), xgrammar.GrammarMatcher(compiled), compiled)
+    backend: Any = SimpleNamespace(
+        compiler=xgrammar.GrammarCompiler(info),
+        disable_any_whitespace=False,
+        num_speculative_tokens=-1,
+        vocab_size=len(tokenizer),
+    )
     bitmask, token_ids = xgrammar.allocate_token_bitmask(1, len(tokenizer)), tokenizer.encode_word("a")[1]
-    seconds = 0.0
-    for _ in range(50):
-        started = time.thread_time()
-        fill_bitmask(grammar, bitmask, 0)
-        seconds = time.thread_time() - started
-        assert accept_tokens(grammar, "request", token_ids)
-        if seconds > grammar_timeout.LIMIT_SECONDS:
-            break
-    assert seconds > grammar_timeout.LIMIT_SECONDS
+
+    def masks_before_the_end(grammar: Any, fill_bitmask: Any, accept_tokens: Any) -> int:
+        for masks in range(25):
+            fill_bitmask(grammar, bitmask, 0)
+            if not accept_tokens(grammar, "request", token_ids):
+                return masks
+        return 25
+
+    patched = (XgrammarGrammar.fill_bitmask, XgrammarGrammar.accept_tokens)
+    compile_grammar = partial(XgrammarBackend.compile_grammar, backend, StructuredOutputOptions.REGEX, SLOW_REGEX)
+    assert (
+        masks_before_the_end(inspect.unwrap(compile_grammar.func)(*compile_grammar.args), *map(inspect.unwrap, patched))
+        == 25
+    )
+    assert masks_before_the_end(compile_grammar(), *patched) < 20
+    with pytest.raises(ValueError, match="too long"):
+        compile_grammar()
+
+
+def test_grammar_timeout_vllm_parses_an_equal_constraint_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import xgrammar
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.v1.structured_output import backend_xgrammar
+
+    grammar_timeout.apply()
+    monkeypatch.setattr(grammar_timeout, "_valid_constraints", OrderedDict())
+    parsed: list[str] = []
+    monkeypatch.setattr(xgrammar.Grammar, "from_regex", parsed.append)
+
+    def validate(validate: Any, pattern: str) -> None:
+        validate(SamplingParams(structured_outputs=StructuredOutputsParams(regex=pattern)))
+
+    for pattern in ("a", "a", "b"):
+        validate(backend_xgrammar.validate_xgrammar_grammar, pattern)
+    assert parsed == ["a", "b"]
+    for pattern in ("a", "a"):
+        validate(inspect.unwrap(backend_xgrammar.validate_xgrammar_grammar), pattern)
+    assert parsed == ["a", "b", "a", "a"]
+
+
+def test_grammar_timeout_vllm_compiles_with_the_priority_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    def priority(manager: Any) -> int:
+        number: int = manager.executor.submit(
+            lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        ).result()
+        return number
+
+    grammar_timeout.apply()
+    executor = ThreadPoolExecutor(1)
+    monkeypatch.setattr(
+        StructuredOutputManager,
+        "__init__",
+        grammar_timeout._with_low_priority(lambda manager: setattr(manager, "executor", executor)),
+    )
+    unpatched = priority(SimpleNamespace(executor=executor))
+    assert priority(StructuredOutputManager()) == unpatched + grammar_timeout.NICE
 
 
 def test_logprob_token_ids_vllm_drops_the_top_tokens_of_other_requests(

@@ -26,6 +26,11 @@ TAG = {
     "format": {"type": "tag", "begin": "<a>", "content": {"type": "regex", "pattern": "[01]{4}"}, "end": "</a>"},
 }
 
+UNENFORCED_TAG = {
+    "type": "structural_tag",
+    "format": {"type": "json_schema", "json_schema": {"type": "array", "contains": {"const": 1}}},
+}
+
 
 async def sample(served: Served, outputs: pb.StructuredOutputs, n: int, max_tokens: int = 120) -> list[pb.Choice]:
     """Sample `n` choices at a high temperature, so that many allowed tokens are tried. No special token is skipped."""
@@ -95,11 +100,28 @@ async def test_special_tokens_are_never_sampled_as_text(served: Served) -> None:
         pb.StructuredOutputs(regex="((a{0,100}){0,100}){0,100}"),
         pb.StructuredOutputs(json="{"),
         pb.StructuredOutputs(json="null"),
+        pb.StructuredOutputs(json='{"type": "array", "contains": {"const": 1}}'),
+        pb.StructuredOutputs(regex="a$b"),
+        pb.StructuredOutputs(grammar="start: /a$b/"),
+        pb.StructuredOutputs(structural_tag=json.dumps(UNENFORCED_TAG)),
         pb.StructuredOutputs(grammar="root ::="),
         pb.StructuredOutputs(grammar="root ::= root"),
         pb.StructuredOutputs(structural_tag='{"type": "structural_tag"}'),
     ],
-    ids=["syntax", "unmatchable", "slow", "no_json", "no_schema", "no_grammar", "recursive", "no_tag"],
+    ids=[
+        "syntax",
+        "unmatchable",
+        "slow",
+        "no_json",
+        "no_schema",
+        "contains",
+        "anchor",
+        "lark_anchor",
+        "contains_in_tag",
+        "no_grammar",
+        "recursive",
+        "no_tag",
+    ],
 )
 async def test_an_invalid_constraint_is_rejected_and_does_not_affect_others(
     served: Served, outputs: pb.StructuredOutputs
@@ -112,6 +134,8 @@ async def test_an_invalid_constraint_is_rejected_and_does_not_affect_others(
     assert isinstance(error, grpc.aio.AioRpcError)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert f"structured_outputs.{outputs.WhichOneof('constraint')}" in (error.details() or "")
+    for part in ("contains", "anchor $"):
+        assert (part in (error.details() or "")) == (part.removeprefix("anchor ") in str(outputs))
     assert isinstance(response, pb.GenerateResponse)
     assert response.choices == expected.choices
     await served.wait_until_empty()

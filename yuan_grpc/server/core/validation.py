@@ -1,13 +1,13 @@
 """Validation of requests. All violations of a generate request are reported together."""
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from yuan_grpc.request.fields import BY_NAME, FIELDS, MAX_CHOICES, Field
+from yuan_grpc.server.core.constraints import constraint_violations
 from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds
 from yuan_grpc.server.core.limits import MAX_MESSAGES, MAX_REQUEST_ID, MAX_TOKENIZE
+from yuan_grpc.server.core.violations import count_violations, string_violations, violation
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.types import ModelInfo
 from yuan_grpc.server.errors import InvalidRequestError, NotEnabledError, Violation
@@ -17,15 +17,9 @@ MAX_SUPPRESSED_IDS = 128
 """Capacity in the V2 runner for tokens suppressed until `min_tokens`: stop tokens and end-of-text tokens."""
 MAX_TOTAL_LOGPROBS = 2**20
 """Log-probabilities over all tokens of a request: about 30 MB of response, and 300 MB of memory to build it."""
-MAX_CHOICE_TEXTS = 1024
-MAX_CHOICE_TEXT_LENGTH = 1024
-MAX_CONSTRAINT_BYTES = 32_768
-"""Size of all texts in a constraint. Much larger ones take minutes to compile; deep nesting crashes the compiler."""
 MAX_PATTERN_SIZE = 1024
 MIN_HEARTBEAT = 0.1
 MAX_HEARTBEAT = 3600
-MAX_REPETITIONS = 2000
-"""Sum of the `{m,n}` counts in a constraint. Tens of thousands take minutes to compile, without a timeout."""
 ROLES = ("system", "user", "assistant")
 
 
@@ -60,7 +54,7 @@ def validate_prompt_size(request: pb.GenerateRequest, info: ModelInfo) -> None:
         InvalidRequestError: there are too many messages, or the text or the token ids exceed the model's context.
     """
     is_truncated, limit = request.truncate_prompt_tokens != 0, info.max_model_len * info.max_token_characters
-    if violations := [*_count_violations("messages", request.messages, MAX_MESSAGES, "turns")]:
+    if violations := [*count_violations("messages", request.messages, MAX_MESSAGES, "turns")]:
         raise InvalidRequestError(violations)
     if (tokens := len(request.prompt_token_ids.ids)) >= info.max_model_len and not is_truncated:
         raise InvalidRequestError([_context_violation("prompt_token_ids", tokens, info)])
@@ -69,7 +63,7 @@ def validate_prompt_size(request: pb.GenerateRequest, info: ModelInfo) -> None:
     if info.max_token_characters and (length := prompt_size(request)) > limit:
         field = "messages" if request.messages else "prompt"
         rule = f"be at most {limit} characters long (the model's context is {info.max_model_len} tokens)"
-        raise InvalidRequestError([_violation(field, rule, length)])
+        raise InvalidRequestError([violation(field, rule, length)])
 
 
 def validate_messages(messages: Sequence[pb.Message]) -> None:
@@ -80,7 +74,7 @@ def validate_messages(messages: Sequence[pb.Message]) -> None:
 
 def validate_detokenize(request: pb.DetokenizeRequest, info: ModelInfo) -> None:
     """Raise InvalidRequestError if there are too many token ids, or an unknown one."""
-    violations = [*_count_violations("token_ids", request.token_ids, MAX_TOKENIZE, "ids")]
+    violations = [*count_violations("token_ids", request.token_ids, MAX_TOKENIZE, "ids")]
     if violations := violations or [*_id_range_violations("token_ids", request.token_ids, info)]:
         raise InvalidRequestError(violations)
 
@@ -89,7 +83,7 @@ def validate_tokenize(request: pb.TokenizeRequest) -> None:
     """Raise InvalidRequestError unless there is exactly one text or conversation, of limited length."""
     if request.HasField("prompt") == bool(request.messages):
         reject("prompt", "exactly one of `prompt` and `messages` must be given")
-    if violations := [*_count_violations("messages", request.messages, MAX_MESSAGES, "turns")]:
+    if violations := [*count_violations("messages", request.messages, MAX_MESSAGES, "turns")]:
         raise InvalidRequestError(violations)
     if (length := prompt_size(request)) > MAX_TOKENIZE:
         reject("prompt", f"the text to tokenize must be at most {MAX_TOKENIZE} characters long, not {length}")
@@ -106,10 +100,6 @@ def reject(field: str, description: str) -> NoReturn:
     raise InvalidRequestError([Violation(field, description)])
 
 
-def _violation(field: str, rule: str, value: object) -> Violation:
-    return Violation(field, f"`{field}` must {rule}, not {value}")
-
-
 _RANGES = tuple(field for field in FIELDS if field.has_range and not field.is_list)
 _MODEL_LIMITED_FIELDS = ("logprobs", "prompt_logprobs")
 """Numbers that the model's `max_logprobs` limits."""
@@ -121,9 +111,9 @@ _ID_LISTS = tuple(field for field in FIELDS if field.is_list and field.type is n
 def _request_id_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request_id = parsed.request.request_id
     if len(request_id) > MAX_REQUEST_ID:
-        yield _violation("request_id", f"be at most {MAX_REQUEST_ID} characters long", len(request_id))
+        yield violation("request_id", f"be at most {MAX_REQUEST_ID} characters long", len(request_id))
     elif not request_id.isprintable():
-        yield _violation("request_id", "have only printable characters", repr(request_id))
+        yield violation("request_id", "have only printable characters", repr(request_id))
 
 
 def _prompt_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
@@ -145,20 +135,20 @@ def _prompt_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Viola
 
 def _context_violation(field: str, tokens: int, info: ModelInfo) -> Violation:
     rule = f"be at most {info.max_model_len - 1} tokens long (the model's context is {info.max_model_len})"
-    return _violation(field, rule, tokens)
+    return violation(field, rule, tokens)
 
 
 def _message_violations(messages: Sequence[pb.Message]) -> Iterator[Violation]:
-    if violations := [*_count_violations("messages", messages, MAX_MESSAGES, "turns")]:
+    if violations := [*count_violations("messages", messages, MAX_MESSAGES, "turns")]:
         yield from violations
         return
     for index, message in enumerate(messages):
         if message.role not in ROLES:
-            yield _violation(f"messages[{index}].role", f"be one of {', '.join(ROLES)}", repr(message.role))
+            yield violation(f"messages[{index}].role", f"be one of {', '.join(ROLES)}", repr(message.role))
         if not message.content:
             yield Violation(f"messages[{index}].content", f"`messages[{index}].content` must not be empty")
     if messages and messages[-1].role in ROLES and messages[-1].role != "user":
-        yield _violation(f"messages[{len(messages) - 1}].role", "be user in the last turn", messages[-1].role)
+        yield violation(f"messages[{len(messages) - 1}].role", "be user in the last turn", messages[-1].role)
 
 
 def _number_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
@@ -166,29 +156,27 @@ def _number_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Viola
     model_ranges = (Field(name, int, 0, info.max_logprobs) for name in _MODEL_LIMITED_FIELDS)
     for field in (*_RANGES, *model_ranges):
         if request.HasField(field.name) and not field.allows(value := getattr(request, field.name)):
-            yield _violation(field.name, field.rule, value)
+            yield violation(field.name, field.rule, value)
     yield from _token_count_violations(parsed, info)
     heartbeat = Field("heartbeat_interval", float, MIN_HEARTBEAT, MAX_HEARTBEAT)
     if (seconds := heartbeat_seconds(request)) is not None and not heartbeat.allows(seconds):
-        yield _violation(heartbeat.name, f"{heartbeat.rule} seconds", seconds)
+        yield violation(heartbeat.name, f"{heartbeat.rule} seconds", seconds)
     if request.HasField("repetition_detection"):
         yield from _repetition_violations(request.repetition_detection)
     if request.truncation_side not in pb.TruncationSide.values():
-        yield _violation("truncation_side", "be 0 (default), 1 (left) or 2 (right)", request.truncation_side)
+        yield violation("truncation_side", "be 0 (default), 1 (left) or 2 (right)", request.truncation_side)
 
 
 def _token_count_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request, max_tokens = parsed.request, parsed.sampling.max_tokens
     if request.truncate_prompt_tokens == -1 and max_tokens >= info.max_model_len:
         rule = f"be below {info.max_model_len}, the model's context, with `truncate_prompt_tokens` -1"
-        yield _violation("max_tokens", rule, max_tokens)
+        yield violation("max_tokens", rule, max_tokens)
     remaining = info.max_model_len - len(parsed.prompt)
     if request.HasField("min_tokens") and request.min_tokens > max_tokens >= 1:
-        yield _violation("min_tokens", f"be at most `max_tokens`, {max_tokens}", request.min_tokens)
+        yield violation("min_tokens", f"be at most `max_tokens`, {max_tokens}", request.min_tokens)
     elif parsed.prompt and 0 < remaining < min(request.min_tokens, max_tokens):
-        yield _violation(
-            "min_tokens", f"be at most {remaining}, the context that the prompt leaves", request.min_tokens
-        )
+        yield violation("min_tokens", f"be at most {remaining}, the context that the prompt leaves", request.min_tokens)
 
 
 def _size_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
@@ -197,7 +185,7 @@ def _size_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violati
     if limit is not None and limit < parsed.sequences <= MAX_CHOICES:
         field = "best_of" if request.HasField("best_of") else "n"
         rule = f"be at most {limit}, the number of choices the server accepts at a time"
-        yield _violation(field, rule, parsed.sequences)
+        yield violation(field, rule, parsed.sequences)
     if (top_logprobs := parsed.top_logprobs) is None:
         return
     tokens = max(0, min(parsed.sampling.max_tokens, info.max_model_len - len(parsed.prompt)))
@@ -216,33 +204,17 @@ def _repetition_violations(detection: pb.RepetitionDetection) -> Iterator[Violat
     )
     for field in fields:
         if not field.allows(value := getattr(detection, field.name)):
-            yield _violation(f"repetition_detection.{field.name}", field.rule, value)
+            yield violation(f"repetition_detection.{field.name}", field.rule, value)
 
 
 def _text_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request = parsed.request
     for field in _TEXT_LISTS:
-        yield from _string_violations(field.name, getattr(request, field.name), field.max_items, field.max_length)
+        yield from string_violations(field.name, getattr(request, field.name), field.max_items, field.max_length)
     if blank := [index for index, word in enumerate(request.bad_words) if word.isspace()]:
         yield Violation(f"bad_words[{blank[0]}]", f"`bad_words[{blank[0]}]` must not be only white space")
     if len(request.cache_salt) > (limit := BY_NAME["cache_salt"].max_length):
-        yield _violation("cache_salt", f"be at most {limit} characters long", len(request.cache_salt))
-
-
-def _string_violations(field: str, texts: Sequence[str], max_count: int, max_length: int) -> Iterator[Violation]:
-    """Yield the first violation only: there may be thousands, and a status must stay small."""
-    if violations := [*_count_violations(field, texts, max_count, "strings")]:
-        yield from violations
-        return
-    for index, text in enumerate(texts):
-        if not 1 <= len(text) <= max_length:
-            yield _violation(f"{field}[{index}]", f"be 1 to {max_length} characters long", len(text))
-            return
-
-
-def _count_violations(field: str, values: Sequence[object], limit: int, noun: str) -> Iterator[Violation]:
-    if len(values) > limit:
-        yield _violation(field, f"have at most {limit} {noun}", len(values))
+        yield violation("cache_salt", f"be at most {limit} characters long", len(request.cache_salt))
 
 
 def _id_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
@@ -251,78 +223,30 @@ def _id_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation
         limit, noun, ids = field.max_items, "ids", list(getattr(request, field.name))
         if field.name == "stop_token_ids" and request.min_tokens:
             limit, noun = MAX_SUPPRESSED_IDS - len(info.end_token_ids), "ids with `min_tokens`"
-        violations = [*_count_violations(field.name, ids, limit, noun)]
+        violations = [*count_violations(field.name, ids, limit, noun)]
         yield from violations or _id_range_violations(field.name, ids, info)
     bias_range = BY_NAME["logit_bias"]
     for token_id, bias in request.logit_bias.items():
         if not bias_range.allows(bias):
-            yield _violation(f"logit_bias[{token_id}]", bias_range.rule, bias)
+            yield violation(f"logit_bias[{token_id}]", bias_range.rule, bias)
             break
     count = len(request.logprob_token_ids)
     if count and request.HasField("logprobs") and request.logprobs != count:
-        yield _violation("logprobs", f"be absent or {count}, the number of `logprob_token_ids`", request.logprobs)
+        yield violation("logprobs", f"be absent or {count}, the number of `logprob_token_ids`", request.logprobs)
 
 
 def _id_range_violations(field: str, ids: Sequence[int], info: ModelInfo) -> Iterator[Violation]:
     """Yield the first violation only: there may be thousands, and a status must stay small."""
     for index, token_id in enumerate(ids):
         if token_id >= info.vocab_size:
-            yield _violation(f"{field}[{index}]", f"be below {info.vocab_size}, the vocabulary size", token_id)
+            yield violation(f"{field}[{index}]", f"be below {info.vocab_size}, the vocabulary size", token_id)
             return
-
-
-def _constraint_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
-    request = parsed.request
-    if not request.HasField("structured_outputs"):
-        return
-    outputs, field = request.structured_outputs, "structured_outputs"
-    kind = outputs.WhichOneof("constraint")
-    if kind is None:
-        yield Violation(field, f"`{field}` must have a constraint")
-    elif kind == "choice":
-        yield from _choice_violations(f"{field}.choice.values", outputs.choice.values)
-    elif kind == "json_object":
-        if not outputs.json_object:
-            yield _violation(f"{field}.json_object", "be true if given", "false")
-    else:
-        yield from _specification_violations(f"{field}.{kind}", kind, getattr(outputs, kind))
-    for other in ("ignore_eos", "min_tokens"):  # either would continue after the constraint is satisfied
-        if getattr(request, other):
-            yield Violation(other, f"`{other}` must not be given with `{field}`")
-
-
-def _choice_violations(field: str, texts: Sequence[str]) -> Iterator[Violation]:
-    if not texts:
-        yield Violation(field, f"`{field}` must have at least one text")
-    yield from _string_violations(field, texts, MAX_CHOICE_TEXTS, MAX_CHOICE_TEXT_LENGTH)
-    if (size := sum(len(text.encode()) for text in texts)) > MAX_CONSTRAINT_BYTES:
-        yield _violation(field, f"be at most {MAX_CONSTRAINT_BYTES} bytes in total", size)
-
-
-_REPETITION = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
-
-
-def _specification_violations(field: str, kind: str, text: str) -> Iterator[Violation]:
-    if not 1 <= len(text.encode()) <= MAX_CONSTRAINT_BYTES:
-        yield _violation(field, f"be 1 to {MAX_CONSTRAINT_BYTES} bytes long", len(text.encode()))
-        return
-    if kind in ("json", "structural_tag"):  # resolves escapes, which could hide a count
-        try:
-            text = json.dumps(json.loads(text), ensure_ascii=False)
-        except (ValueError, RecursionError):
-            yield Violation(field, f"`{field}` must be a JSON document without deep nesting or huge numbers")
-            return
-    counts = [count for match in _REPETITION.findall("".join(text.split())) for count in match if count]
-    is_huge = any(len(count) >= 10 for count in counts)
-    if is_huge or sum(map(int, counts)) > MAX_REPETITIONS:
-        rule = f"have counted repetitions ({{m,n}}) of at most {MAX_REPETITIONS} in total"
-        yield _violation(field, rule, "more" if is_huge else sum(map(int, counts)))
 
 
 def _search_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request, n, best_of, stops_early = parsed.request, parsed.sampling.n, parsed.best_of, early_stopping(parsed.request)
     if 1 <= best_of < n:  # a smaller one has its violation already
-        yield _violation("best_of", f"be at least `n`, {n}", best_of)
+        yield violation("best_of", f"be at least `n`, {n}", best_of)
     if stops_early is None:
         yield Violation("early_stopping", '`early_stopping` must be true, false or "never"')
     if request.use_beam_search:
@@ -331,21 +255,21 @@ def _search_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Viola
     if stops_early:
         yield Violation("early_stopping", "`early_stopping` must be false without `use_beam_search`")
     if request.HasField("length_penalty") and request.length_penalty != 1:
-        yield _violation("length_penalty", "be 1 without `use_beam_search`", request.length_penalty)
+        yield violation("length_penalty", "be 1 without `use_beam_search`", request.length_penalty)
     if best_of > n >= 1 and parsed.sampling.is_greedy:
-        yield _violation("best_of", f"be `n`, {n}, with greedy sampling", best_of)
+        yield violation("best_of", f"be `n`, {n}, with greedy sampling", best_of)
 
 
 def _beam_violations(request: pb.GenerateRequest, width: int) -> Iterator[Violation]:
     if width < 2:
-        yield _violation("best_of", "be at least 2 with `use_beam_search`", width)
+        yield violation("best_of", "be at least 2 with `use_beam_search`", width)
     given = {descriptor.name: value for descriptor, value in request.ListFields()}
     for field in FIELDS:
         if field.name not in given or field.beam_search is None or given[field.name] in field.beam_search:
             continue
         if field.beam_search:
             rule = f"be absent or {field.beam_search[-1]} with `use_beam_search`"
-            yield _violation(field.name, rule, given[field.name])
+            yield violation(field.name, rule, given[field.name])
         else:
             yield Violation(field.name, f"`{field.name}` must not be given with `use_beam_search`")
 
@@ -356,7 +280,7 @@ _CHECKS = (
     _number_violations,
     _text_violations,
     _id_violations,
-    _constraint_violations,
+    constraint_violations,
     _search_violations,
     _size_violations,
 )

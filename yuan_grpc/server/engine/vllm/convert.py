@@ -37,7 +37,7 @@ It rejects the first two. The third ends the engine if a request of the same ste
 nothing.
 """
 
-_SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Prefix of xgrammar's messages, with its own file and line."""
 
 _FINISH_REASONS = {
@@ -134,7 +134,7 @@ def to_invalid_request_error(error: Exception, request: EngineRequest) -> Invali
     field = getattr(error, "parameter", None)
     if field is None and constraint is not None:
         field = f"structured_outputs.{constraint.kind}"
-    reason = _SOURCE_LINE.sub("", str(error.args[0] if error.args else error)).partition("\n")[0]
+    reason = SOURCE_LINE.sub("", str(error.args[0] if error.args else error)).partition("\n")[0]
     description = f"`{field or 'request'}` must be one that vLLM accepts: {reason}"
     return InvalidRequestError([Violation(field or "", description)])
 

@@ -6,12 +6,14 @@ import multiprocessing
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import xgrammar
 from vllm.envs import enable_envs_cache
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMClientError
 from vllm.inputs.engine import tokens_input
@@ -24,6 +26,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelInfo, Sampling, StepOutput
 from yuan_grpc.server.engine.vllm import convert, env
 from yuan_grpc.server.engine.vllm.args import EngineOptions
+from yuan_grpc.server.engine.vllm.constraints.compiler import ConstraintCompiler
 from yuan_grpc.server.engine.vllm.lora import LoraRegistry
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
 
@@ -50,6 +53,7 @@ class VllmEngine:
         lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
         self._adapters = LoraRegistry(lora_folder, lora.max_cpu_loras if lora else 0, name)
         self._temporary_folder: TemporaryDirectory[str] | None = None
+        self._constraints = ConstraintCompiler(self._describe_grammars)
         self._start_thread: Thread | None = None
         self._started: AsyncLLM | None = None
         self._info: ModelInfo | None = None
@@ -86,6 +90,7 @@ class VllmEngine:
     def stop(self) -> None:
         """Stop the engine's processes in any state, including during their start."""
         self._is_warm = False
+        self._constraints.stop()
         if self._started is not None:
             self._started.shutdown(timeout=TERMINATION_SECONDS)
             self._started = None
@@ -105,7 +110,8 @@ class VllmEngine:
             tokenizer = llm.get_tokenizer()
             others = llm.input_processor.generation_config_fields.get("eos_token_id") or []
             end_ids = dict.fromkeys([tokenizer.eos_token_id, *([others] if isinstance(others, int) else others)])
-            self._info = self._options.describe(len(tokenizer), list(end_ids), can_load_loras=self._adapters.can_load)
+            info = self._options.describe(len(tokenizer), list(end_ids), can_load_loras=self._adapters.can_load)
+            self._info = replace(info, max_token_characters=tokenizer.max_chars_per_token)
         return self._info
 
     @property
@@ -165,10 +171,11 @@ class VllmEngine:
     ) -> AsyncGenerator[StepOutput, None]:
         """Run one request; see `Engine.generate`."""
         llm, outputs, is_finished = self._llm, None, False
+        sampling = await self._check_constraint(request.sampling)
         converter = convert.OutputConverter(request, llm.get_tokenizer(), deadline)
         async with self._lora_request(request.lora) as lora:
             try:
-                outputs = await self._add_request(llm, request, lora, stream=stream)
+                outputs = await self._add_request(llm, request, sampling, lora, stream=stream)
                 yield StepOutput()
                 async with _abort_at_deadline(llm, request, outputs, deadline):
                     while not is_finished:
@@ -181,11 +188,24 @@ class VllmEngine:
                 if not is_finished:
                     await _abort(llm, request, outputs)
 
+    async def _check_constraint(self, sampling: Sampling) -> Sampling:
+        """Return the parameters with a constraint that the engine enforces. Errors name the one of the request."""
+        constraint = sampling.structured_outputs
+        return replace(sampling, structured_outputs=constraint and await self._constraints.check(constraint))
+
+    def _describe_grammars(self) -> dict[str, Any]:
+        """Return the tokenizer and the options with which vLLM compiles constraints."""
+        vocab_size = self._options.config.model_config.get_vocab_size()
+        info = xgrammar.TokenizerInfo.from_huggingface(self._llm.get_tokenizer(), vocab_size=vocab_size)
+        is_compact = self._options.config.structured_outputs_config.disable_any_whitespace
+        options = {"any_whitespace": not is_compact, "separators": (",", ":") if is_compact else None}
+        return {"tokenizer": info.serialize_json(), "json_options": options}
+
     async def _add_request(
-        self, llm: AsyncLLM, request: EngineRequest, lora: LoRARequest | None, *, stream: bool
+        self, llm: AsyncLLM, request: EngineRequest, sampling: Sampling, lora: LoRARequest | None, *, stream: bool
     ) -> RequestOutputCollector:
         try:
-            params = convert.to_sampling_params(request.sampling, stream)
+            params = convert.to_sampling_params(sampling, stream)
             if self._options.config.speculative_config:
                 convert.check_drafts(params)
             convert.set_bad_words(request.sampling, params, llm.get_tokenizer())

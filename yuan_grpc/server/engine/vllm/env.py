@@ -22,7 +22,7 @@ DEFAULTS = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # as the server's log; stdout is for generated text
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with gRPC threads can hang
     "VLLM_XGRAMMAR_CACHE_MB": "512",  # without it, each choice of a request compiles its constraint again
-    "VLLM_REGEX_COMPILATION_TIMEOUT_S": "0",  # `constraint_compiler.py` has limited the compilation before
+    "VLLM_REGEX_COMPILATION_TIMEOUT_S": "0",  # the package `constraints` has limited the compilation before
 }
 """Values of variables that vLLM reads at import, unless the operator sets them."""
 

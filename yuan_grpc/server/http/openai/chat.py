@@ -8,7 +8,7 @@ from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.engine.types import Sampling
 from yuan_grpc.server.http.call import HttpCall
 from yuan_grpc.server.http.json_body import pop_bool
-from yuan_grpc.server.http.openai.params import build_request, pop_common_fields
+from yuan_grpc.server.http.openai.params import build_request, constraint_names, pop_common_fields
 from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, finite_logprob, send_response
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -25,13 +25,15 @@ async def handle(call: HttpCall) -> None:
 def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     fields = dict(body)
     stream, include_usage = pop_common_fields(fields)
+    names = _FIELD_NAMES | constraint_names(body)
     for name in ("prompt", "echo"):
         if fields.pop(name, False):
             reject(name, f"`{name}` must not be given here: use /v1/completions")
     messages = _messages(fields.pop("messages", None))
     max_tokens = fields.pop("max_completion_tokens", None)
-    names = _FIELD_NAMES if max_tokens is None else _FIELD_NAMES | {"max_tokens": "max_completion_tokens"}
-    if max_tokens is None:
+    if max_tokens is not None:
+        names |= {"max_tokens": "max_completion_tokens"}
+    else:
         max_tokens = fields.get("max_tokens")
     if max_tokens is None:  # by default the end of the context is the only limit
         max_tokens = call.state.service.engine.info.max_model_len

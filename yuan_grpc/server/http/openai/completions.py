@@ -6,7 +6,7 @@ from typing import Any
 from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.http.call import HttpCall
 from yuan_grpc.server.http.json_body import to_token_ids
-from yuan_grpc.server.http.openai.params import build_request, pop_common_fields
+from yuan_grpc.server.http.openai.params import build_request, constraint_names, pop_common_fields
 from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, finite_logprob, send_response
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -27,8 +27,8 @@ def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     if "messages" in fields:
         reject("messages", "`messages` must not be given here: use /v1/chat/completions")
     prompts = _prompts(fields.pop("prompt", None))
-    common, model = build_request(fields, call, {})
-    names = _FIELD_NAMES
+    common, model = build_request(fields, call, constraint_names(body))
+    names = _FIELD_NAMES | constraint_names(body)
     if common.echo and common.HasField("logprobs"):
         common.prompt_logprobs = common.logprobs
         names = names | {"prompt_logprobs": "logprobs"}

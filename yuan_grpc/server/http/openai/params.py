@@ -32,6 +32,13 @@ _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
 }
 """Fields whose effect is not supported, and the values that request no effect."""
 
+_RESPONSE_FORMAT_NAMES = {
+    "structured_outputs.json_object": "response_format",
+    "structured_outputs.json": "response_format.json_schema.schema",
+    "structured_outputs": "response_format",
+}
+"""The client's names of the constraint, if it is given as `response_format`."""
+
 _NOT_EXPOSED = ("prompt_token_ids", "flat_logprobs", "return_prompt_token_ids")
 """Fields of `GenerateRequest` that have another name in OpenAI's API, or no counterpart in its responses."""
 
@@ -72,6 +79,11 @@ def _pop_include_usage(fields: dict[str, Any], stream: bool) -> bool:
     for name in options:
         reject(f"stream_options.{name:.64}", f"`stream_options.{name:.64}` must not be given: it is unknown")
     return include_usage
+
+
+def constraint_names(body: Mapping[str, Any]) -> dict[str, str]:
+    """Return the client's names of the constraint, by prefix of the names in `GenerateRequest`, for errors."""
+    return _RESPONSE_FORMAT_NAMES if "response_format" in body and "structured_outputs" not in body else {}
 
 
 def _convert_response_format(fields: dict[str, Any]) -> None:

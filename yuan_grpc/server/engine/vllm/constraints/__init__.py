@@ -1,0 +1,1 @@
+"""Checks of constraints before the engine gets them: each is enforced, and compiled within a budget."""
