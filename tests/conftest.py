@@ -12,8 +12,10 @@ WAIT_SECONDS = 60
 """Timeout of a test without an engine, unless it has its own."""
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests without an engine a shorter timeout."""
+    """Give tests without an engine a shorter timeout, and run them last: they fill the time of the other process."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
     for item in items:
         if not item.get_closest_marker("engine") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(WAIT_SECONDS))

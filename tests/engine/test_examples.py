@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "clients" / "examples"
 RPCS = pb.DESCRIPTOR.services_by_name["YuanService"].methods_by_name
 
-Send = Callable[[str], Awaitable[list[Any]]]
+Send = Callable[..., Awaitable[list[Any]]]
 
 
 class CallError(Exception):
@@ -35,11 +35,12 @@ class CallError(Exception):
 
 @pytest.fixture
 def send(served: Served, buf: str) -> Send:
-    """A function that sends the example of an RPC and returns the response messages."""
+    """A function that sends the example of an RPC, or other data, and returns the response messages."""
 
-    async def send_example(rpc: str) -> list[Any]:
+    async def send_example(rpc: str, data: str | None = None) -> list[Any]:
+        data = data or f"@clients/examples/{rpc}.json"
         process = await asyncio.create_subprocess_exec(
-            *(buf, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", f"@clients/examples/{rpc}.json"),
+            *(buf, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", data),
             f"http://{served.address}/yuan.v1.YuanService/{rpc}",
             cwd=ROOT,
             stdout=asyncio.subprocess.PIPE,
@@ -109,14 +110,15 @@ async def test_generate_batch_returns_a_result_for_each_request(send: Send) -> N
     assert poem[0].cumulative_logprob >= poem[1].cumulative_logprob
 
 
-async def test_abort_ends_the_call_with_its_request_id(served: Served, send: Send) -> None:
+async def test_abort_ends_a_call_whose_id_the_server_generated(served: Served, send: Send) -> None:
+    with pytest.raises(CallError, match="must be the id of a running call of this connection") as refused:
+        await send("Abort")
+    assert refused.value.number == grpc.StatusCode.NOT_FOUND.value[0]
     (request,) = example("Abort")
-    endless = pb.GenerateRequest(
-        prompt="写一份年度报告", request_id=request.request_id, n=64, max_tokens=2000, ignore_eos=True
-    )
+    endless = pb.GenerateRequest(prompt="写一份年度报告", n=64, max_tokens=2000, ignore_eos=True)
     messages = aiter(served.stub.GenerateStream(endless))
-    await anext(messages)
-    assert await send("Abort") == [pb.AbortResponse()]
+    request.request_id = (await anext(messages)).request_id
+    assert await send("Abort", json_format.MessageToJson(request)) == [pb.AbortResponse()]
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         async for _ in messages:
             pass

@@ -103,12 +103,3 @@ def test_layers_share_a_table_of_the_served_length() -> None:
     first, second = table[0], table[1]
     assert first.tolist() == pytest.approx([magnitude] * 32 + [0.0] * 32)
     assert (float(second[0]), float(second[32])) == pytest.approx((magnitude * 0.540302306, magnitude * 0.841470985))
-
-
-def test_an_override_of_the_variant_is_rejected() -> None:
-    from yuan_grpc.model.rotary import rotary_embedding
-
-    config = YuanConfig()
-    config.update({"use_yarn": True})
-    with pytest.raises(ValueError, match=r"`use_yarn` must be set in config\.json"):
-        rotary_embedding(config)

@@ -35,6 +35,8 @@ def _run(options: argparse.Namespace) -> int:
         print(f"yuan-grpc: {error}", file=sys.stderr)
         return 1
     try:
+        import uvloop
+
         from yuan_grpc.server import server
 
         print(server.startup_banner(config), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
@@ -49,4 +51,5 @@ def _run(options: argparse.Namespace) -> int:
         print(f"yuan-grpc: {config.model} cannot be served: {error}", file=sys.stderr)
         return 1
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    return asyncio.run(server.serve(config, VllmEngine(flags, config.lora_folder)))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(server.serve(config, VllmEngine(flags, config.lora_folder)))

@@ -25,13 +25,8 @@ def rotary_embedding(config: YuanConfig, positions: int | None = None) -> nn.Mod
 
     Returns:
         One module that is shared by all layers with the same arguments, as in vLLM.
-
-    Raises:
-        ValueError: the rotation type was overridden after the configuration had been read.
     """
     parameters = config.rope_parameters
-    if config.use_yarn != (parameters["rope_type"] == "yarn"):
-        raise ValueError("`use_yarn` must be set in config.json: overrides are applied after the rotation was read")
     if not config.use_yarn:
         return get_rope(config.head_dim, config.max_position_embeddings, is_neox_style=True, rope_parameters=parameters)
     return _shared_yarn(

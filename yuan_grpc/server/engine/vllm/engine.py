@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TypeVar
 
+from vllm.envs import enable_envs_cache
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
@@ -72,6 +73,7 @@ class VllmEngine:
         # The objects that importing vLLM creates are permanent. Scanning them blocked every stream for 0.28 s.
         gc.collect()
         gc.freeze()
+        enable_envs_cache()  # vLLM reads several variables for each token
         self._is_warm = True
 
     async def wait_until_dead(self) -> None:

@@ -1,0 +1,282 @@
+"""Streams over the network compared with the engine alone: tokens per second, TTFT, ITL and processor time per token.
+
+    python benchmarks/serving.py --model MODEL --out serving.jsonl offline yuan yuan-unary vllm-http vllm-http-4
+    python benchmarks/serving.py --scripted --out scripted.jsonl --rounds 3 offline yuan
+
+Servers are measured one after the other with the same engine options, in `--rounds` rounds, so that a change of the
+machine affects all of them. `offline` is vLLM's `LLM.generate` with the same requests, from the first prompt in to the
+last text out. The table has the median of all rounds.
+
+    yuan, yuan-unary   `yuan-grpc serve`, GenerateStream and Generate
+    vllm-http[-N]      vLLM's OpenAI server, with N processes
+    vllm-grpc          `vllm serve --grpc` (needs smg-grpc-servicer); token ids only, no text
+    vllm-rust          vLLM's Rust front end
+
+With `--scripted`, the engine has no model: each step takes STEP_MILLISECONDS (9) and every sequence gets a token. It
+needs no GPU. `µs/token` is the processor time of the server's processes except the engine's.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from stream_client import Load, measure
+
+ENGINE_OPTIONS = ["--max-num-seqs", "256", "--no-enable-log-requests"]
+SCRIPTED = ["--worker-cls", "benchmarks.scripted_worker.ScriptedWorker", "--kv-cache-memory-bytes", "8G"]
+ENGINE_PROCESSES = ("VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator")
+START_SECONDS = 600
+COLUMNS = ("tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "us_per_token")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server to measure.
+
+    Attributes:
+        protocol: a key of `stream_client.PROTOCOLS`.
+        command: the arguments after the interpreter, without engine options.
+        environment: additional environment variables.
+    """
+
+    protocol: str
+    command: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def server_of(name: str, model: str, port: int) -> Server:
+    """Return the server of a name such as `yuan` or `vllm-http-4`.
+
+    Raises:
+        ValueError: there is no such server.
+    """
+    vllm = ("-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port), "--disable-uvicorn-access-log")
+    kind, _, count = name.partition("-http-")
+    if name.startswith("yuan"):
+        protocol, *options = name.split(" ")
+        return Server(protocol, ("-m", "yuan_grpc", "serve", "--model", model, "--port", str(port), *options))
+    if kind == "vllm" and count.isdecimal():
+        return Server("openai", (*vllm, "--api-server-count", count))
+    if name == "vllm-http":
+        return Server("openai", vllm)
+    if name == "vllm-rust":
+        return Server("openai", vllm, (("VLLM_USE_RUST_FRONTEND", "1"),))
+    if name == "vllm-grpc":
+        return Server("vllm-grpc", (*vllm, "--grpc"))
+    raise ValueError(f"no such server: {name}")
+
+
+@contextmanager
+def running(server: Server, options: Sequence[str], port: int, log: Path) -> Iterator[psutil.Process]:
+    """Yield the main process of a server that is ready for requests; end it afterwards.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+    environment = os.environ | dict(server.environment)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *server.command, *options], env=environment, stdout=output, stderr=output
+        )
+    try:
+        _wait_until_ready(server, port, process)
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_until_ready(server: Server, port: int, process: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        if _is_ready(server, port):
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"{' '.join(server.command)} did not start")
+
+
+def _is_ready(server: Server, port: int) -> bool:
+    import urllib.request
+
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    try:
+        if server.protocol == "openai":
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
+                return bool(response.status == 200)
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
+            return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+    except (OSError, grpc.RpcError):
+        return False
+
+
+def server_cpu_seconds(main: psutil.Process) -> float:
+    """Return the processor time so far of a server's processes except the engine's."""
+    total = 0.0
+    for process in (main, *main.children(recursive=True)):
+        try:
+            if not process.cmdline() or not process.cmdline()[0].startswith(ENGINE_PROCESSES):
+                times = process.cpu_times()
+                total += times.user + times.system
+        except psutil.Error:  # it has ended
+            pass
+    return total
+
+
+def measure_server(name: str, arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
+    """Yield a record for each number of streams."""
+    port = _free_port()
+    server = server_of(name, arguments.model, port)
+    with running(server, arguments.engine, port, log) as process:
+        load = load_of(arguments, server.protocol, f"127.0.0.1:{port}")
+        measure(replace(load, streams=min(64, max(arguments.streams)), max_tokens=32))  # warm-up
+        for streams in arguments.streams:
+            cpu = server_cpu_seconds(process)
+            result = measure(replace(load, streams=streams))
+            cpu = server_cpu_seconds(process) - cpu
+            yield {"server": name, **result, "us_per_token": 1e6 * cpu / result["tokens"]}
+
+
+def measure_offline(arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
+    """Yield a record for each number of prompts, from vLLM's offline engine in a process of its own."""
+    job = {key: getattr(arguments, key) for key in ("model", "engine", "streams", "prompt_tokens", "max_tokens")}
+    with log.open("ab") as output:
+        done = subprocess.run(
+            [sys.executable, Path(__file__), "--offline-job", json.dumps(job | {"vocabulary": arguments.vocabulary})],
+            stdout=subprocess.PIPE,
+            stderr=output,
+            check=True,
+        )
+    for line in done.stdout.decode().splitlines():
+        if line.startswith('{"server"'):
+            yield json.loads(line)
+
+
+def run_offline_job(job: dict[str, Any]) -> None:
+    """Print a record for each number of prompts."""
+    import random
+
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    options = [option for option in job["engine"] if option != "--no-enable-log-requests"]
+    args = EngineArgs.from_cli_args(parser.parse_args(["--model", job["model"], *options]))
+    llm = LLM(**{key: value for key, value in vars(args).items() if value is not None})
+    for streams in (min(64, max(job["streams"])), *job["streams"]):
+        prompts: list[Any] = [
+            {"prompt_token_ids": random.choices(range(300, job["vocabulary"]), k=job["prompt_tokens"])}
+            for _ in range(streams)
+        ]
+        start = time.monotonic()
+        params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.monotonic() - start
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        record = {"server": "offline", "streams": streams, "tokens": tokens, "tokens_per_s": tokens / seconds}
+        print(json.dumps(record), flush=True)
+
+
+def load_of(arguments: argparse.Namespace, protocol: str, address: str) -> Load:
+    """Return the load of the arguments, for one stream."""
+    return Load(
+        protocol,
+        (address,),
+        arguments.model,
+        streams=1,
+        processes=arguments.clients,
+        prompt_tokens=arguments.prompt_tokens,
+        max_tokens=arguments.max_tokens,
+        vocabulary=arguments.vocabulary,
+    )
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the medians, with the ratio of each rate to the offline engine's."""
+    medians: dict[tuple[int, str], dict[str, float]] = {}
+    for key in dict.fromkeys((record["streams"], record["server"]) for record in records):
+        rows = [record for record in records if (record["streams"], record["server"]) == key]
+        medians[key] = {
+            name: statistics.median(row[name] for row in rows) for name in COLUMNS if rows[0].get(name) is not None
+        }
+    lines = [
+        "| streams | server | tokens/s | of offline | TTFT p50 / p99, ms | ITL p50 / p99, ms | µs/token |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (streams, server), row in sorted(medians.items(), key=lambda item: item[0][0]):
+        offline = medians.get((streams, "offline"), {}).get("tokens_per_s")
+        ratio = f"{row['tokens_per_s'] / offline:.2f}" if offline else ""
+        ttft, itl = (" / ".join(f"{row.get(f'{name}_p{p}', 0):.1f}" for p in (50, 99)) for name in ("ttft", "itl"))
+        cpu = f"{row['us_per_token']:.0f}" if "us_per_token" in row else ""
+        rate = f"{row['tokens_per_s']:,.0f}"
+        lines.append(f"| {streams} | {server} | {rate} | {ratio} | {ttft} | {itl} | {cpu} |")
+    return "\n".join(lines)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("servers", nargs="*", default=["offline", "yuan"], metavar="SERVER")
+    parser.add_argument("--model", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--scripted", action="store_true", help="replace the model by a script; needs no GPU")
+    parser.add_argument("--engine", default="", metavar="OPTIONS", help="engine options for all servers")
+    parser.add_argument("--out", type=Path, default=Path("serving.jsonl"), metavar="FILE", help="records are appended")
+    parser.add_argument("--streams", default="1,64,256", metavar="N,N", help="numbers of streams (default: 1,64,256)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N")
+    parser.add_argument("--clients", type=int, default=6, metavar="N", help="client processes (default: 6)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--vocabulary", type=int, default=1000, metavar="N", help="prompts have ids from 300 to this")
+    parser.add_argument("--offline-job", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.streams = [int(number) for number in arguments.streams.split(",")]
+    if arguments.model is None:
+        from yuan_grpc.server.settings import DEMO
+
+        arguments.model = str(DEMO)
+    arguments.engine = [*ENGINE_OPTIONS, *(SCRIPTED if arguments.scripted else ()), *arguments.engine.split()]
+    return arguments
+
+
+def main() -> None:
+    """Measure the servers, append the records to a file and print the table."""
+    arguments = _parse_arguments()
+    if arguments.offline_job:
+        run_offline_job(arguments.offline_job)
+        return
+    records: list[dict[str, Any]] = []
+    log = arguments.out.with_suffix(".log")
+    for _ in range(arguments.rounds):
+        for name in arguments.servers:
+            is_offline = name == "offline"
+            for record in measure_offline(arguments, log) if is_offline else measure_server(name, arguments, log):
+                records.append(record)
+                with arguments.out.open("a") as file:
+                    print(json.dumps(record), file=file)
+                print(json.dumps(record), file=sys.stderr, flush=True)
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
