@@ -65,6 +65,15 @@ def test_the_base_of_the_image_is_pinned_by_digest() -> None:
     assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"${BASE}"}
 
 
+def test_the_image_is_built_from_files_that_docker_is_given() -> None:
+    stage = (REPOSITORY / "Dockerfile").read_text().split("\nFROM ")[1]
+    sources = {
+        name.partition("/")[0] for line in re.findall(r"^COPY (.+) \S+$", stage, re.MULTILINE) for name in line.split()
+    }
+    allowed = set(re.findall("^!(.+)$", (REPOSITORY / ".dockerignore").read_text(), re.MULTILINE))
+    assert sources == allowed
+
+
 @pytest.fixture
 def closed_port() -> int:
     """A port of loopback that nothing listens on."""
