@@ -177,6 +177,11 @@ def test_every_prompt_of_a_file_fails_with_one_cause(capsys: Captured, tmp_path:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     arguments = ["--file", str(tmp_path / "prompts.txt"), "--address", "127.0.0.1:1", "--retries", "0"]
     assert main(["generate", *arguments]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-2] == "yuan-grpc: 2 of 2 prompts failed"
-    assert lines[-1].startswith("yuan-grpc: nothing listens on 127.0.0.1:1: ")
+    *prompts, summary, cause = capsys.readouterr().err.splitlines()
+    assert prompts == [f"yuan-grpc: prompt {number}: UNAVAILABLE: no server answered" for number in (1, 2)]
+    assert summary == "yuan-grpc: 2 of 2 prompts failed"
+    assert cause.startswith("yuan-grpc: UNAVAILABLE: nothing listens on 127.0.0.1:1: ")
+
+
+def test_a_request_for_several_choices_fails_with_one_line(capsys: Captured) -> None:
+    assert error_of(capsys, "-n", "2", "--address", "127.0.0.1:1").startswith("yuan-grpc: UNAVAILABLE: nothing listens")

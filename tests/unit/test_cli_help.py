@@ -61,5 +61,5 @@ def test_a_missing_package_is_reported_with_the_commands_that_install_it(
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode in (1, 2)
     last_line = done.stderr.splitlines()[-1]
-    assert f"{module} is not installed: " in last_line
+    assert f"the server is not installed ({module} is missing): " in last_line
     assert all(f"`{line}`" in last_line for line in (PIP_CPU, UV_CPU, PIP_CUDA))

@@ -12,7 +12,13 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, find_connection_cause, print_call_error
+from yuan_grpc.cli.common.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    is_unreachable,
+    print_call_error,
+    print_failed_call,
+)
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
@@ -81,7 +87,14 @@ class PromptBatch:
         elif result.completion:
             self._output.write(self._format_choices(index, result.completion))
         elif result.error:
-            print_call_error(result.error, f"prompt {index + 1}: " if len(self._requests) > 1 else "")
+            self._print_failed_prompt(index, result.error)
+
+    def _print_failed_prompt(self, index: int, error: YuanError) -> None:
+        prefix = f"prompt {index + 1}: " if len(self._requests) > 1 else ""
+        if not is_unreachable(error):
+            print_call_error(error, prefix)
+        elif prefix:  # the summary gives the reason
+            print_error(f"{prefix}UNAVAILABLE: no server answered")
 
     def _to_json(self, index: int, result: Result) -> dict[str, Any]:
         request = self._requests[index]
@@ -108,8 +121,8 @@ class PromptBatch:
         total = len(self._requests)
         if self._failed and total > 1:
             print_error(f"{self._failed} of {total} prompts failed")
-        if self._last_error and (cause := find_connection_cause(self._last_error, self._options)):
-            print_error(cause)
+        if self._last_error and is_unreachable(self._last_error):
+            print_failed_call(self._last_error, self._options)
         if is_terminal(sys.stderr):
             rate = self._tokens / max(seconds, 1e-9)
             print_stderr(f"[{total - self._failed} completed, {self._tokens} tokens, {rate:.1f} tokens/s]", DIM)

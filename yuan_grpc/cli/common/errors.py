@@ -60,6 +60,11 @@ def print_failed_call(error: YuanError, options: argparse.Namespace) -> None:
         print_call_error(error)
 
 
+def is_unreachable(error: YuanError) -> bool:
+    """Return whether gRPC itself reports that a server is not available, in its own words and those of OpenSSL."""
+    return error.code is grpc.StatusCode.UNAVAILABLE and not error.reason
+
+
 def find_connection_cause(error: YuanError, options: argparse.Namespace) -> str | None:
     """Return why a call reached no Yuan server; None if it reached one, or if the reason is in the error.
 

@@ -12,5 +12,6 @@ def missing_package(error: ModuleNotFoundError) -> str:
     """Return the message for a package of the server that is not installed."""
     package = (error.name or "vllm").partition(".")[0]
     return (
-        f"{package} is not installed: for CPUs run `{PIP_CPU}` (with uv: `{UV_CPU}`), for NVIDIA GPUs run `{PIP_CUDA}`"
+        f"the server is not installed ({package} is missing): for CPUs run `{PIP_CPU}` (with uv: `{UV_CPU}`), "
+        f"for NVIDIA GPUs run `{PIP_CUDA}`"
     )
