@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 
@@ -45,6 +46,12 @@ def pytest_timeout_set_timer() -> Generator[None, Any, Any]:
 
     signal.signal(signal.SIGALRM, end)
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def grpc_poller() -> None:
+    """Keep the poller thread of gRPC: when its last user is collected, the collector may wait for it forever."""
+    grpc.aio.init_grpc_aio()
 
 
 @pytest.fixture(scope="session", autouse=True)
