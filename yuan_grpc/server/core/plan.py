@@ -8,8 +8,9 @@ from uuid import uuid4
 
 from yuan_grpc.server.core.beam_search import BeamSearch
 from yuan_grpc.server.core.best_of import best_of, replicate_choices
-from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds
+from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds, is_prompt_only
 from yuan_grpc.server.core.limits import BeamSlots
+from yuan_grpc.server.core.score_prompt import score_prompt
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import BeamSearchParams, EngineRequest, Sampling, StepOutput
@@ -69,6 +70,8 @@ def plan_request(parsed: ParsedRequest, engine: Engine) -> RequestPlan:
 
 def _engine_sampling(parsed: ParsedRequest) -> Sampling:
     sampling = parsed.sampling
+    if is_prompt_only(parsed.request):
+        return replace(sampling, seed=None)
     if parsed.request.use_beam_search:
         return replace(sampling, n=1, temperature=0.0, seed=None)
     if sampling.is_greedy:  # all choices are identical
@@ -107,6 +110,8 @@ def run_plan(
         deadline: see `Engine.generate`.
     """
     request = plan.engine_request
+    if not request.sampling.max_tokens:
+        return score_prompt(engine, request, plan.n, deadline=deadline)
     if plan.beam:
         return BeamSearch(engine, request, plan.beam, beam_slots, stream=stream, deadline=deadline).run()
     if plan.best_of > plan.n:
