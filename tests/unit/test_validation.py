@@ -129,7 +129,7 @@ def test_an_invalid_field_causes_no_violation_of_a_valid_one(fields: dict[str, i
 
 def test_no_tokens_are_valid_with_something_to_return() -> None:
     for fields in ({"echo": True}, {"prompt_logprobs": 0}):
-        validate(pb.GenerateRequest(prompt="AB", max_tokens=0, n=3, **fields))  # type: ignore[arg-type]
+        validate(pb.GenerateRequest(prompt="AB", max_tokens=0, n=3, **fields))
     assert violation_of(max_tokens=0, echo=True, min_tokens=1)[0] == "min_tokens"
 
 

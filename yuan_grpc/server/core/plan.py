@@ -1,7 +1,7 @@
 """The plan of a validated request, and its execution on an engine."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
 from secrets import randbits
 from uuid import uuid4
@@ -42,7 +42,7 @@ class RequestPlan:
     heartbeat_seconds: float | None
 
 
-def plan_request(parsed: ParsedRequest, engine: Engine) -> RequestPlan:
+def plan_request(parsed: ParsedRequest, engine: Engine, trace_headers: Mapping[str, str] | None = None) -> RequestPlan:
     """Return the plan of a validated request. A sampled request without a seed gets one, so that it can be repeated.
 
     Raises:
@@ -56,6 +56,7 @@ def plan_request(parsed: ParsedRequest, engine: Engine) -> RequestPlan:
         priority=request.priority,
         cache_salt=request.cache_salt,
         lora=resolve_lora(request.model, served, engine.loras),
+        trace_headers=trace_headers or {},
     )
     return RequestPlan(
         engine_request,

@@ -61,6 +61,7 @@ class EngineOptions:
             vocab_size=vocab_size,
             max_logprobs=vocab_size if self.max_logprobs == -1 else self.max_logprobs,
             end_token_ids=tuple(end_token_ids),
+            path=model.model,
             revision=model.revision or "",
             vllm_version=vllm.__version__,
             dtype=str(model.dtype).removeprefix("torch."),
