@@ -675,3 +675,13 @@ async def test_an_invalid_message_ends_its_batch_and_running_requests() -> None:
 def test_every_error_reason_of_the_contract_is_used() -> None:
     reasons = {ServiceError.reason, *(error.reason for error in ServiceError.__subclasses__())}
     assert reasons == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
+
+
+async def test_a_batch_larger_than_the_queue_is_fed_through_it() -> None:
+    engine = FakeEngine(more("a"), last("b"))
+    engine.info = replace(INFO, max_num_queued_reqs=3)
+    items = [pb.GenerateBatchRequest(request=pb.GenerateRequest(prompt="A", n=1 + index % 2)) for index in range(20)]
+    async with connect(engine) as channel:
+        results = [result async for result in stub_of(channel).GenerateBatch(iter(items))]
+    assert {result.WhichOneof("result") for result in results} == {"response"}
+    assert sorted(result.index for result in results) == list(range(20))

@@ -119,7 +119,7 @@ async def _create_servers(
     except (OSError, RuntimeError):
         logger.error("cannot listen on %s: the port is in use, or this machine does not have the address", address)
         if http:
-            http.stop_accepting()
+            await http.close()
         return None
 
 
@@ -147,7 +147,7 @@ async def _stop_servers(
     inflight = generation_service.inflight
     inflight.stop_admitting()
     if http:
-        http.stop_accepting()
+        http.start_draining()
     # Wait only for generation calls: health watches never end by themselves.
     await _wait_for_first(inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait())
     inflight.end_all()

@@ -67,6 +67,11 @@ class GenerationService:
             raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
         return self._engine
 
+    @property
+    def queue_limit(self) -> int | None:
+        """Maximum number of running and waiting choices; None for no limit, or before the engine is ready."""
+        return self._engine.info.max_num_queued_reqs if self._engine.is_ready else None
+
     def turn_to_tokenize(self, characters: int) -> AbstractAsyncContextManager[None]:
         """Return a context in which to tokenize a text; long texts wait for each other, and leave cores to others."""
         return self._tokenizing.hold() if characters > MAX_INLINE_CHARACTERS else nullcontext()

@@ -8,6 +8,7 @@ import grpc
 from yuan_grpc import __version__
 from yuan_grpc.server.core import response, tokenization, validation
 from yuan_grpc.server.core.generation_service import TRACE_HEADERS, GenerationService
+from yuan_grpc.server.core.queue_feeder import QueueFeeder
 from yuan_grpc.server.grpc.batch import run_batch
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -51,7 +52,8 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
         trace_headers = _trace_headers(context)
         with self._service.inflight.track_unnamed():
-            await run_batch(items, generate, StreamWriter(context).write)
+            feeder = QueueFeeder(self._service.queue_limit)
+            await run_batch(items, generate, StreamWriter(context).write, feeder)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
         """End a running call of the same connection, or one whose id the server generated, by its request id."""
