@@ -1,4 +1,4 @@
-"""Numbers of OpenAI's log-probabilities: texts, bytes and places of tokens, also of parts of characters."""
+"""Log-probabilities over HTTP: texts, bytes and places of tokens, also of tokens that are parts of characters."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence

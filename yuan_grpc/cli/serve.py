@@ -15,10 +15,13 @@ def add_command(commands: Any) -> None:
     """Add the command to the subparsers. Its options are declared in `settings`."""
     parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model over gRPC", allow_abbrev=False)
     settings.add_options(parser, os.environ)
+    parser.add_argument("--help-engine", action="store_true", help="list vLLM's engine options and exit")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.help_engine:
+        return _print_engine_help()
     config = settings.read(options, options.engine_flags)
     log_queue.install()
     signals.exit_on_stop_signals()
@@ -44,3 +47,11 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return asyncio.run(server.serve(config, VllmEngine(flags, config.lora_folder)))
+
+
+def _print_engine_help() -> int:
+    env.set_defaults()
+    from yuan_grpc.server.engine.vllm.args import engine_help
+
+    print(engine_help())
+    return 0

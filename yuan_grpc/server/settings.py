@@ -25,7 +25,7 @@ All other options are passed to vLLM's engine, for example:
   --gpu-memory-utilization 0.9 fraction of GPU memory to use
   --max-num-queued-reqs 1000   limit running and waiting requests; reject
                                others with RESOURCE_EXHAUSTED
-Run `vllm serve --help=all` to list all of them.
+Run `yuan-grpc serve --help-engine` to list all of them.
 """
 
 

