@@ -369,3 +369,104 @@ async def test_other_encodings_and_large_results_are_refused(
         response = await client.post(GENERATE, content=content, headers={"content-encoding": encoding})
     assert response.status_code == status
     assert response.json()["error"]["message"].startswith(message)
+
+
+USAGE_OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
+SCHEMA = {"properties": {"ok": {"title": "Ok", "type": "boolean"}}, "required": ["ok"], "title": "P", "type": "object"}
+RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lm-eval 0.4.13, score": (
+        COMPLETIONS,
+        {
+            **{"model": "fake", "prompt": [[65, 66, 67], [68, 69]], "temperature": 0, "max_tokens": 1, "logprobs": 1},
+            **{"seed": 1234, "echo": True},
+        },
+    ),
+    "lm-eval 0.4.13, generate": (
+        COMPLETIONS,
+        {
+            **{"prompt": [[65, 66]], "model": "fake", "max_tokens": 8, "temperature": 0, "stop": ["\n", "\0"]},
+            "seed": 1234,
+        },
+    ),
+    "lm-eval 0.4.13, chat": (
+        CHAT,
+        {
+            **{"messages": [USER], "model": "fake", "max_tokens": 8, "temperature": 0, "stop": ["\n"], "seed": 1234},
+        },
+    ),
+    "guidellm 0.8.1, completions": (
+        COMPLETIONS,
+        {"model": "fake", "stream": True, "stream_options": USAGE_OPTIONS, "prompt": "A\n"},
+    ),
+    "guidellm 0.8.1, chat of fixed length": (
+        CHAT,
+        {
+            **{"model": "fake", "stream": True, "stream_options": USAGE_OPTIONS, "ignore_eos": True, "stop": None},
+            **{"max_completion_tokens": 8, "messages": [{"role": "user", "content": [{"type": "text", "text": "A"}]}]},
+        },
+    ),
+    "vllm bench 0.32, completions": (
+        COMPLETIONS,
+        {
+            **{"model": "fake", "prompt": "A", "max_tokens": 8, "stream": True, "ignore_eos": True, "logprobs": None},
+            **{"repetition_penalty": 1.0, "stream_options": {"include_usage": True}, "temperature": 0.0},
+        },
+    ),
+    "vllm bench 0.32, chat": (
+        CHAT,
+        {
+            "model": "fake",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "A"}]}],
+            **{"max_completion_tokens": 8, "stream": True, "stream_options": {"include_usage": True}},
+        },
+    ),
+    "instructor 1.17, JSON_SCHEMA": (
+        CHAT,
+        {
+            **{"messages": [USER], "model": "fake", "max_tokens": 60, "temperature": 0},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "P", "schema": SCHEMA}},
+        },
+    ),
+    "instructor 1.17, JSON": (
+        CHAT,
+        {"messages": [USER], "model": "fake", "max_tokens": 60, "response_format": {"type": "json_object"}},
+    ),
+    "langchain-openai 1.7, structured output": (
+        CHAT,
+        {
+            **{"messages": [USER], "model": "fake", "max_completion_tokens": 30, "stream": False},
+            "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "name": "P", "strict": True}},
+        },
+    ),
+    "langchain-openai 1.7, completions": (
+        COMPLETIONS,
+        {
+            **{"model": "fake", "prompt": ["A", "B"], "frequency_penalty": 0, "max_tokens": 8, "n": 1},
+            **{"presence_penalty": 0, "temperature": 0.7, "top_p": 1},
+        },
+    ),
+    "LlamaIndex 0.14, chat": (
+        CHAT,
+        {"messages": [USER], "model": "fake", "max_tokens": 8, "stream": True, "temperature": 0.1},
+    ),
+    "LiteLLM 1.110, hosted_vllm": (CHAT, {"model": "fake", "messages": [USER], "max_tokens": 8}),
+}
+"""Requests by the client that sent them."""
+
+
+@pytest.mark.parametrize("client", RECORDED)
+async def test_a_recorded_request_is_served(client: str) -> None:
+    path, body = RECORDED[client]
+    response = await post(FakeEngine(last("{}")), path, body)
+    assert response.status_code == 200
+    if body.get("stream"):
+        assert parse_events(response.content)[-1] == "[DONE]"
+    else:
+        assert len(response.json()["choices"]) == (len(body["prompt"]) if path == COMPLETIONS else 1)
+
+
+async def test_tool_modes_are_refused_by_name() -> None:
+    """The default mode of instructor sends this."""
+    choice = {"type": "function", "function": {"name": "f"}}
+    response = await post(FakeEngine(last()), CHAT, {"messages": [USER], "tools": [TOOL], "tool_choice": choice})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
