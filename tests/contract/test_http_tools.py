@@ -16,7 +16,8 @@ from servers import parse_events, post, serve_http, serve_http_client
 from yuan_grpc import __version__
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.errors import OverloadedError
-from yuan_grpc.server.http.call import MAX_BODY
+from yuan_grpc.server.http.call import MAX_BODY, MAX_HEADER_ID
+from yuan_grpc.server.http.tokenization import INLINE_TOKENS
 from yuan_grpc.server.settings import HttpSettings
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
@@ -41,6 +42,24 @@ async def test_the_tokenizer_is_found_by_lm_eval() -> None:
     assert tokens.json() == {"count": 4, "max_model_len": 64, "tokens": [116, 101, 115, 116], "token_strs": None}
     assert text.json() == {"prompt": "te"}
     assert empty.json()["tokens"] == []
+
+
+@pytest.mark.parametrize("length", [INLINE_TOKENS, INLINE_TOKENS + 1])
+async def test_a_long_text_is_tokenized(length: int) -> None:
+    response = await post(FakeEngine(), "/tokenize", {"prompt": "世" * length, "return_token_strs": True})
+    assert response.headers["content-type"] == "application/json"
+    content = response.json()
+    assert content["tokens"] == [ord("世")] * content["count"] == [ord("世")] * length
+    assert content["token_strs"] == ["世"] * length
+
+
+async def test_a_long_request_id_in_a_header_has_space_for_the_prompts() -> None:
+    async with serve_http_client(FakeEngine(last())) as client:
+        for length in (MAX_HEADER_ID, MAX_HEADER_ID + 1):
+            headers = {"x-request-id": "a" * length}
+            response = await client.post(COMPLETIONS, json={"prompt": ["A"] * 1024}, headers=headers)
+            assert response.status_code == 200
+            assert len(response.headers["x-request-id"]) == (length if length == MAX_HEADER_ID else 32)
 
 
 async def test_tokenize_accepts_vllms_fields() -> None:

@@ -35,6 +35,9 @@ SMALL_BODY = 2**16
 MAX_LARGE_BODIES = 2**28
 """Maximum bytes of all bodies that are being read, not counting the first `SMALL_BODY` of each."""
 
+MAX_HEADER_ID = MAX_REQUEST_ID - len("-1023")
+"""Maximum length of a request id in a header: each prompt of a body gets a suffix."""
+
 _LINE_SEPARATORS = re.compile("[\x85\u2028\u2029]")
 """Characters that some clients treat as line ends, although JSON and server-sent events do not."""
 
@@ -101,7 +104,7 @@ NUL_TERMINATED = Framing(None, b"", b"\0", is_ascii=True)
 
 def _is_request_id(header: str) -> bool:
     """Return whether a header can be the id of a call; a proxy may send any other value."""
-    return 0 < len(header) <= MAX_REQUEST_ID and header.isascii() and header.isprintable()
+    return 0 < len(header) <= MAX_HEADER_ID and header.isascii() and header.isprintable()
 
 
 class HttpCall:

@@ -1,15 +1,19 @@
 """`/tokenize`, `/detokenize` and `/tokenizer_info`, in vLLM's format."""
 
+import asyncio
 from typing import Any
 
 from yuan_grpc.server.core import tokenization
 from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.engine.model_names import resolve_alias, resolve_lora
-from yuan_grpc.server.http.call import AppState, HttpCall
+from yuan_grpc.server.http.call import AppState, HttpCall, encode_json
 from yuan_grpc.server.http.errors import naming_fields
 from yuan_grpc.server.http.json_body import pop_bool, to_token_ids
 from yuan_grpc.server.http.openai.conversation import pop_conversation
 from yuan_grpc.v1 import yuan_pb2 as pb
+
+INLINE_TOKENS = 4096
+"""Tokens to convert to JSON on the event loop, a few milliseconds of work; more are converted in a thread."""
 
 _IGNORED = ("request_id", "add_special_tokens", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
 
@@ -29,13 +33,18 @@ async def tokenize(call: HttpCall) -> None:
         request.prompt = _pop_text(fields, "prompt")
     _reject_others(fields)
     response = await tokenization.tokenize(call.state.service, request)
-    content: dict[str, Any] = {
-        "count": response.count,
-        "max_model_len": call.state.service.engine.info.max_model_len,
-        "tokens": [token.id for token in response.tokens],
-        "token_strs": [token.piece for token in response.tokens] if with_pieces else None,
-    }
-    await call.respond(content)
+    limit, is_small = call.state.service.engine.info.max_model_len, response.count <= INLINE_TOKENS
+
+    def encode() -> bytes:
+        content = {
+            "count": response.count,
+            "max_model_len": limit,
+            "tokens": [token.id for token in response.tokens],
+            "token_strs": [token.piece for token in response.tokens] if with_pieces else None,
+        }
+        return encode_json(content, in_loop=is_small).encode()
+
+    await call.respond_encoded(encode() if is_small else await asyncio.to_thread(encode))
 
 
 async def detokenize(call: HttpCall) -> None:
