@@ -109,7 +109,7 @@ async def test_the_root_of_a_model_is_its_folder() -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 async def test_guidellm_gets_the_usage_in_each_chunk(path: str) -> None:
-    """guidellm 0.8 and aiperf send these stream options."""
+    """guidellm 0.8 sends these stream options, and aiperf with `--per-chunk-usage`."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {"stream": True, "stream_options": options, "prompt": "AB", "messages": [USER]}
     body.pop("messages" if path == COMPLETIONS else "prompt")
@@ -438,6 +438,10 @@ RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
             "messages": [{"role": "user", "content": [{"type": "text", "text": "A"}]}],
             **{"max_completion_tokens": 8, "stream": True, "stream_options": {"include_usage": True}},
         },
+    ),
+    "aiperf 0.13, chat": (
+        CHAT,
+        {"messages": [USER | {"name": "user"}], "model": "fake", "stream": True, "stream_options": USAGE_OPTIONS},
     ),
     "instructor 1.17, JSON_SCHEMA": (
         CHAT,

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,14 @@ from servers import serve_grpc
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
-from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
+from yuan_grpc.server.engine.types import (
+    ChoiceDelta,
+    EngineRequest,
+    FinishReason,
+    RankedToken,
+    StepOutput,
+    TokenLogprobs,
+)
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, ServiceError, UnavailableError
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME
@@ -677,8 +684,20 @@ def test_every_error_reason_of_the_contract_is_used() -> None:
     assert reasons == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
 
 
+class PausingEngine(FakeEngine):
+    """An engine that lets other requests start between two outputs."""
+
+    async def generate(
+        self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
+    ) -> AsyncGenerator[StepOutput, None]:
+        async for output in super().generate(request, stream=stream, deadline=deadline):
+            yield output
+            for _ in range(100):
+                await asyncio.sleep(0)
+
+
 async def test_a_batch_larger_than_the_queue_is_fed_through_it() -> None:
-    engine = FakeEngine(more("a"), last("b"))
+    engine = PausingEngine(more("a"), last("b"))
     engine.info = replace(INFO, max_num_queued_reqs=3)
     items = [pb.GenerateBatchRequest(request=pb.GenerateRequest(prompt="A", n=1 + index % 2)) for index in range(20)]
     async with connect(engine) as channel:
