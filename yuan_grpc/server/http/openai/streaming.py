@@ -16,6 +16,8 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 Result = TypeVar("Result")
 
+_NO_PROMPT = Prompt()
+
 INLINE_BYTES = 2**15
 """Size of a message above which it is converted outside the event loop: this many bytes take about 15 ms."""
 
@@ -145,7 +147,7 @@ class _Response:
     def _count_tokens(self, prompt_index: int, message: pb.GenerateStreamResponse) -> None:
         if message.HasField("usage"):
             self._usages[prompt_index] = message.usage
-        else:
+        elif self._options.continuous_usage:
             self._usages[prompt_index].completion_tokens += sum(len(choice.token_ids) for choice in message.choices)
 
     async def _write_choices(self, chunks: "_PromptChunks", message: pb.GenerateStreamResponse) -> None:
@@ -238,7 +240,7 @@ class _PromptChunks:
         for choice in message.choices:
             is_first = choice.index in self._without_text
             self._without_text.discard(choice.index)
-            prompt = self.prompt if is_first else Prompt()
+            prompt = self.prompt if is_first else _NO_PROMPT
             chunk = self._format.delta(self._first_index + choice.index, choice, prompt)
             if self._include_token_ids:
                 chunk |= _token_ids(choice) | ({"prompt_token_ids": prompt.token_ids} if is_first else {})
