@@ -704,3 +704,16 @@ async def test_a_batch_larger_than_the_queue_is_fed_through_it() -> None:
         results = [result async for result in stub_of(channel).GenerateBatch(iter(items))]
     assert {result.WhichOneof("result") for result in results} == {"response"}
     assert sorted(result.index for result in results) == list(range(20))
+
+
+async def test_the_trace_of_the_caller_is_passed_to_the_engine() -> None:
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
+    metadata = [*trace.items(), ("other", "c")]
+    engine = FakeEngine(last("b"))
+    async with connect(engine) as channel:
+        stub = stub_of(channel)
+        await stub.Generate(REQUEST, metadata=metadata)
+        [message async for message in stub.GenerateStream(REQUEST, metadata=metadata)]
+        [result async for result in stub.GenerateBatch(iter(batch_items(REQUEST)), metadata=metadata)]
+        await stub.Generate(REQUEST)
+    assert [request.trace_headers for request in engine.requests] == [trace, trace, trace, {}]
