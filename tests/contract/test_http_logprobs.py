@@ -16,6 +16,7 @@ from yuan_grpc.server.engine.types import (
     StepOutput,
     TokenLogprobs,
 )
+from yuan_grpc.server.http.openai import tokens
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -141,6 +142,12 @@ async def test_a_character_that_the_prompt_begins_is_in_the_choice() -> None:
     echo = await choice_of(engine, prompt=[Y, E4, B8], logprobs=1, echo=True)
     assert echo["text"] == "Y\ufffd世Y"
     assert echo["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
+
+
+async def test_a_long_prompt_is_located(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "INLINE_TOKENS", 1)
+    choice = await choice_of(PieceEngine([AB, Y], [Y]), prompt=[AB, Y], logprobs=1, echo=True)
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("abYY", [0, 2, 3])
 
 
 async def test_tokens_of_a_stop_string_are_at_the_end_of_the_text() -> None:

@@ -1,5 +1,6 @@
 """The texts, bytes and places of tokens, as OpenAI's log-probabilities show them."""
 
+import asyncio
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ MIN_LOGPROB = -9999.0
 PRIMING_TOKENS = 16
 """Number of the prompt's last tokens that can belong to a character which the output completes; three are enough."""
 
+INLINE_TOKENS = 2048
+"""Tokens of a prompt to locate on the event loop, a few milliseconds of work; more are located in a thread."""
+
 _UTF8_DECODER = getincrementaldecoder("utf-8")
 
 
@@ -23,7 +27,7 @@ def finite_logprob(token: pb.TokenLogprob | pb.TopLogprob) -> float:
 
 
 class TokenTexts:
-    """The texts and bytes of tokens.
+    """The texts and bytes of tokens, kept for the next time that a token is shown.
 
     Args:
         engine: the engine whose tokens they are.
@@ -34,10 +38,24 @@ class TokenTexts:
     def __init__(self, engine: Engine, *, as_ids: bool, skip_special_tokens: bool) -> None:
         self._engine = engine
         self._as_ids = as_ids
-        self.skip_special_tokens = skip_special_tokens
+        self._skip_special_tokens = skip_special_tokens
+        self._texts: dict[int, str] = {}
+        self._output_bytes: dict[int, bytes] = {}
 
     def text(self, token_id: int) -> str:
         """Return the text of a token. Bytes that are not a text by themselves are written as in OpenAI's API."""
+        if (text := self._texts.get(token_id)) is None:
+            self._texts[token_id] = text = self._describe(token_id)
+        return text
+
+    def output_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds to the output."""
+        if (raw := self._output_bytes.get(token_id)) is None:
+            raw = self._engine.token_bytes(token_id, skip_special_tokens=self._skip_special_tokens)
+            self._output_bytes[token_id] = raw
+        return raw
+
+    def _describe(self, token_id: int) -> str:
         if self._as_ids:
             return f"token_id:{token_id}"
         raw = self._engine.token_bytes(token_id, skip_special_tokens=False)
@@ -45,10 +63,6 @@ class TokenTexts:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-    def output_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to the output."""
-        return self._engine.token_bytes(token_id, skip_special_tokens=self.skip_special_tokens)
 
 
 class TextPosition:
@@ -67,7 +81,7 @@ class TextPosition:
         self._decoder.decode(raw)
 
     def advance(self, raw: bytes) -> int:
-        """Return the place of a token, and move behind its bytes."""
+        """Return the place of a token, and move to the end of its bytes."""
         if not raw:
             return self._characters
         self._characters += len(self._decoder.decode(raw[:1]))
@@ -108,7 +122,15 @@ async def locate_prompt(prompt: Prompt, request: pb.GenerateRequest, service: Ge
         if [token_id for token_id, *_ in tokens] == prompt.token_ids:
             prompt.places, prompt.echo_length = [start for _, _, start, _ in tokens], len(request.prompt)
             return
-    raws = [engine.token_bytes(token_id, skip_special_tokens=skip) for token_id in prompt.token_ids]
-    prompt.echo_length = len(engine.detokenize(prompt.token_ids, skip_special_tokens=skip))
+    if len(prompt.token_ids) <= INLINE_TOKENS:
+        _locate_tokens(prompt, engine, skip)
+    else:
+        await asyncio.to_thread(_locate_tokens, prompt, engine, skip)
+
+
+def _locate_tokens(prompt: Prompt, engine: Engine, skip_special_tokens: bool) -> None:
+    """Set the places of the tokens of a prompt in the text that they have together."""
+    raws = [engine.token_bytes(token_id, skip_special_tokens=skip_special_tokens) for token_id in prompt.token_ids]
+    prompt.echo_length = len(engine.detokenize(prompt.token_ids, skip_special_tokens=skip_special_tokens))
     position, leading = TextPosition(), int(b"".join(raws).startswith(b" "))  # a text begins without the first space
     prompt.places = [min(max(position.advance(raw) - leading, 0), prompt.echo_length) for raw in raws]
