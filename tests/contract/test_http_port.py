@@ -238,14 +238,11 @@ class RunningServer:
     def send_sigterm(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    async def wait_until_not_accepting(self) -> None:
-        """Return when the HTTP port is closed."""
-        while True:
-            try:
-                connect_socket(self.http_port).close()
-            except ConnectionRefusedError:
-                return
-            await asyncio.sleep(0)
+    async def wait_until_draining(self) -> None:
+        """Return when the HTTP port refuses calls."""
+        async with http_client(self.http_port) as client:
+            while (await client.get("/health")).status_code != 503:
+                pass
 
     async def wait_for_exit(self) -> int:
         await self.client.aclose()
@@ -290,7 +287,7 @@ async def test_calls_that_finish_within_the_grace_period_get_their_responses(set
     while engine.running < 20:  # noqa: ASYNC110 - the fake engine has no event for it
         await asyncio.sleep(0)
     server.send_sigterm()
-    await server.wait_until_not_accepting()
+    await server.wait_until_draining()
     assert not engine.stopped
     engine.may_finish.set()
     for body, response in zip(bodies, await asyncio.gather(*calls), strict=True):
@@ -324,7 +321,7 @@ async def test_a_second_signal_stops_the_server_without_waiting(settings: Settin
         await asyncio.get_running_loop().sock_recv(connection, 1)
         await send(other, encode_post("/generate", BODY)[:-1])
         server.send_sigterm()
-        await server.wait_until_not_accepting()
+        await server.wait_until_draining()
         server.send_sigterm()
         assert await server.wait_for_exit() == 0
     assert engine.freed.is_set()

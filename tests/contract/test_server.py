@@ -286,3 +286,29 @@ async def test_the_banner_names_the_model_the_address_and_a_command(settings: Se
     assert f"http://127.0.0.1:{settings.port}/yuan.v1.YuanService/Generate" in banner
     assert "any free port" in startup_banner(replace(settings, port=0))
     assert "http://[::1]:1/" in startup_banner(replace(settings, host="::1", port=1))
+
+
+async def test_pings_of_an_idle_client_each_second_are_answered() -> None:
+    """grpcio's client has a minimum interval of its own, so this one writes HTTP/2 frames."""
+    goaway, ping, settings, acknowledgement = 7, 6, 4, 1
+    async with serve_grpc(FakeEngine()) as address:
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(settings, b""))
+        for number in range(5):
+            writer.write(http2_frame(ping, payload := number.to_bytes(8, "big")))
+            while (frame := await read_http2_frame(reader)) != (ping, acknowledgement, payload):
+                assert frame[0] != goaway, frame
+            await asyncio.sleep(0.8)  # the client's interval; by default grpcio answers two that are this close
+        writer.close()
+
+
+def http2_frame(kind: int, payload: bytes) -> bytes:
+    """Return an HTTP/2 frame of the connection, without flags."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, 0]) + bytes(4) + payload
+
+
+async def read_http2_frame(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
+    """Return the kind, the flags and the payload of the next HTTP/2 frame."""
+    head = await reader.readexactly(9)
+    return head[3], head[4], await reader.readexactly(int.from_bytes(head[:3], "big"))

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,14 @@ from servers import serve_grpc
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
-from yuan_grpc.server.engine.types import ChoiceDelta, FinishReason, RankedToken, StepOutput, TokenLogprobs
+from yuan_grpc.server.engine.types import (
+    ChoiceDelta,
+    EngineRequest,
+    FinishReason,
+    RankedToken,
+    StepOutput,
+    TokenLogprobs,
+)
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, ServiceError, UnavailableError
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME
@@ -675,3 +682,38 @@ async def test_an_invalid_message_ends_its_batch_and_running_requests() -> None:
 def test_every_error_reason_of_the_contract_is_used() -> None:
     reasons = {ServiceError.reason, *(error.reason for error in ServiceError.__subclasses__())}
     assert reasons == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
+
+
+class PausingEngine(FakeEngine):
+    """An engine that lets other requests start between two outputs."""
+
+    async def generate(
+        self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
+    ) -> AsyncGenerator[StepOutput, None]:
+        async for output in super().generate(request, stream=stream, deadline=deadline):
+            yield output
+            for _ in range(100):
+                await asyncio.sleep(0)
+
+
+async def test_a_batch_larger_than_the_queue_is_fed_through_it() -> None:
+    engine = PausingEngine(more("a"), last("b"))
+    engine.info = replace(INFO, max_num_queued_reqs=3)
+    items = [pb.GenerateBatchRequest(request=pb.GenerateRequest(prompt="A", n=1 + index % 2)) for index in range(20)]
+    async with connect(engine) as channel:
+        results = [result async for result in stub_of(channel).GenerateBatch(iter(items))]
+    assert {result.WhichOneof("result") for result in results} == {"response"}
+    assert sorted(result.index for result in results) == list(range(20))
+
+
+async def test_the_trace_of_the_caller_is_passed_to_the_engine() -> None:
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
+    metadata = [*trace.items(), ("other", "c")]
+    engine = FakeEngine(last("b"))
+    async with connect(engine) as channel:
+        stub = stub_of(channel)
+        await stub.Generate(REQUEST, metadata=metadata)
+        [message async for message in stub.GenerateStream(REQUEST, metadata=metadata)]
+        [result async for result in stub.GenerateBatch(iter(batch_items(REQUEST)), metadata=metadata)]
+        await stub.Generate(REQUEST)
+    assert [request.trace_headers for request in engine.requests] == [trace, trace, trace, {}]

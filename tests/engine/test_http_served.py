@@ -213,6 +213,61 @@ async def test_an_echo_has_the_logprobs_of_the_prompt(client: openai.AsyncOpenAI
     assert token_logprobs[-1] == max(top[-1].values())
 
 
+async def score(client: openai.AsyncOpenAI, ids: list[int], **fields: Any) -> Any:
+    """Return the log-probabilities of an echoed prompt."""
+    prompt: Any = ids
+    response = await client.completions.create(
+        model="yuan-demo", prompt=prompt, temperature=0, logprobs=1, echo=True, **fields
+    )
+    return response.choices[0].logprobs
+
+
+async def test_the_scores_of_a_prompt_are_those_of_grpc(served: Served, client: openai.AsyncOpenAI) -> None:
+    ids = [654, 109, 1061, 236]  # the last two are parts of characters, and so are the most likely tokens there
+    request = pb.GenerateRequest(
+        prompt_token_ids=pb.TokenIds(ids=ids), max_tokens=0, echo=True, prompt_logprobs=1, return_prompt_token_ids=True
+    )
+    expected = await served.generate(request)
+    choice = expected.choices[0]
+    assert (list(choice.token_ids), expected.usage.completion_tokens) == ([], 0)
+    assert choice.text == served.tokenizer.decode(ids)
+    for fields in ({"max_tokens": 0}, {"max_tokens": 1}):
+        logprobs = await score(client, ids, **fields)
+        assert logprobs.token_logprobs[0] is None
+        for index in range(1, len(ids)):
+            token = expected.prompt_logprobs[index]
+            assert logprobs.token_logprobs[index] == pytest.approx(token.logprob, abs=1e-4)
+            assert max(logprobs.top_logprobs[index].values()) == pytest.approx(token.top[0].logprob, abs=1e-4)
+
+
+async def test_the_tokenizer_over_http_is_that_of_grpc(served: Served, port: int) -> None:
+    async with http_client(port) as http:
+        info = (await http.get("/tokenizer_info")).json()
+        tokens = (await http.post("/tokenize", json={"prompt": PROMPT})).json()["tokens"]
+        text = (await http.post("/detokenize", json={"tokens": tokens})).json()["prompt"]
+        models = (await http.get("/v1/models")).json()["data"]
+    assert info["eos_token"] == "<eod>"
+    assert tokens == [token.id for token in (await served.stub.Tokenize(pb.TokenizeRequest(prompt=PROMPT))).tokens]
+    assert text == PROMPT
+    assert models[0]["root"] == str(served.demo)
+
+
+async def test_an_interrupted_answer_is_continued(served: Served, client: openai.AsyncOpenAI) -> None:
+    fields: Any = {"model": "yuan-demo", "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = await client.chat.completions.create(messages=MESSAGES, max_tokens=12, **fields)
+    text = whole.choices[0].message.content or ""
+    request = pb.GenerateRequest(
+        messages=[pb.Message(**turn) for turn in MESSAGES], max_tokens=12, ignore_eos=True, temperature=0
+    )
+    assert text == (await served.generate(request)).choices[0].text
+    fields["extra_body"] |= {"continue_final_message": True}
+    interrupted: Any = [*MESSAGES, {"role": "assistant", "content": "珠穆"}]
+    rest = await client.chat.completions.create(messages=interrupted, max_tokens=12, **fields)
+    prompt = f"{served.tokenizer.apply_chat_template(MESSAGES)}珠穆"
+    expected = await greedy_text(served, prompt=prompt, max_tokens=12, ignore_eos=True)
+    assert rest.choices[0].message.content == expected
+
+
 async def test_chat_has_logprobs(client: openai.AsyncOpenAI) -> None:
     response = await client.chat.completions.create(
         model="yuan-demo", messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3

@@ -1,8 +1,9 @@
 """A scripted engine, for behaviour that a real one cannot produce on demand."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from yuan_grpc.server.engine.types import ChoiceDelta, EngineRequest, FinishReason, LoraInfo, ModelInfo, StepOutput
 from yuan_grpc.server.errors import ModelNotFoundError
@@ -13,6 +14,7 @@ INFO = ModelInfo(
     vocab_size=0x110000,
     max_logprobs=20,
     end_token_ids=(0,),
+    path="/models/fake",
     lora=LoraInfo(1, 16, can_load=True),
 )
 
@@ -84,6 +86,13 @@ class FakeEngine:
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(map(chr, token_ids))
+
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool) -> bytes:
+        return b"" if skip_special_tokens and token_id in self.info.end_token_ids else chr(token_id).encode()
+
+    @property
+    def tokenizer_info(self) -> Mapping[str, Any]:
+        return {"tokenizer_class": "FakeTokenizer", "eos_token": "\0"}
 
     def apply_chat_template(self, turns: Sequence[str]) -> str:
         return "|".join(turns) + ">"

@@ -4,6 +4,7 @@ import json
 from itertools import groupby
 from pathlib import Path
 
+import jinja2
 import pytest
 import xgrammar
 from hypothesis import given
@@ -157,6 +158,18 @@ def test_a_conversation_is_formatted_as_in_training() -> None:
         {"role": "user", "content": "再问"},
     ]
     assert DEMO_TOKENIZER.apply_chat_template(turns) == "问<n>答<n>再问<sep>"
+
+
+def test_the_template_in_jinja_formats_a_conversation_equally() -> None:
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    info = DEMO_TOKENIZER.describe()
+    template = jinja2.Template(info["chat_template"])
+    expected = DEMO_TOKENIZER.apply_chat_template(messages)
+    assert (
+        template.render(messages=messages) == template.render(messages=messages, add_generation_prompt=True) == expected
+    )
+    assert template.render(messages=messages, add_generation_prompt=False) == "问<n>答"
+    assert DEMO_TOKENIZER.encode(info["eos_token"]) == [DEMO_TOKENIZER.eos_token_id]
 
 
 def test_the_tokenizer_of_another_model_is_rejected(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def violation_of(info: ModelInfo = INFO, /, **fields: object) -> tuple[str, str]
     [
         ("n", 0, "`n` must be between 1 and 128, not 0"),
         ("n", 129, "`n` must be between 1 and 128, not 129"),
-        ("max_tokens", 0, "`max_tokens` must be at least 1, not 0"),
+        ("max_tokens", -1, "`max_tokens` must be at least 0, not -1"),
+        ("max_tokens", 0, "`max_tokens` must be at least 1 without `echo` or `prompt_logprobs`, not 0"),
         ("temperature", -1.0, "`temperature` must be between 0 and 2, not -1.0"),
         ("temperature", math.nan, "`temperature` must be between 0 and 2, not nan"),
         ("top_p", 1.5, "`top_p` must be between 0 and 1, not 1.5"),
@@ -124,6 +125,12 @@ def test_all_violations_are_reported_together() -> None:
 @pytest.mark.parametrize("fields", [{"max_tokens": -1}, {"n": -3, "best_of": 2, "top_k": 1}], ids=str)
 def test_an_invalid_field_causes_no_violation_of_a_valid_one(fields: dict[str, int]) -> None:
     assert violation_of(**fields)[0] == next(iter(fields))
+
+
+def test_no_tokens_are_valid_with_something_to_return() -> None:
+    for fields in ({"echo": True}, {"prompt_logprobs": 0}):
+        validate(pb.GenerateRequest(prompt="AB", max_tokens=0, n=3, **fields))
+    assert violation_of(max_tokens=0, echo=True, min_tokens=1)[0] == "min_tokens"
 
 
 def test_more_choices_than_the_queue_can_hold_are_invalid() -> None:

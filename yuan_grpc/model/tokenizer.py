@@ -47,6 +47,12 @@ HIDDEN = (END_OF_DOCUMENT, PADDING, "<s>", "</s>", "<unk>")
 UNMERGED, UNMERGED_PIECE = "\n", "<0x0A>"
 """A byte that appears in no multi-character piece, so text after it is encoded as mid-text."""
 
+CHAT_TEMPLATE = (
+    f"{{{{ messages | map(attribute='content') | join('{TURN_SEPARATOR}') }}}}"
+    f"{{% if add_generation_prompt is not defined or add_generation_prompt %}}{ANSWER_SEPARATOR}{{% endif %}}"
+)
+"""`YuanTokenizer.apply_chat_template` in Jinja, for programs that format conversations themselves."""
+
 _NOT_TEXT = frozenset((*SPECIAL, *HIDDEN))
 
 
@@ -231,6 +237,19 @@ class YuanTokenizer:
         turns = kwargs.get("conversation", messages)
         text = TURN_SEPARATOR.join(turn["content"] for turn in turns) + ANSWER_SEPARATOR
         return self.encode(text) if tokenize else text
+
+    def describe(self) -> dict[str, Any]:
+        """Return the special tokens and the chat template, under the names of `tokenizer_config.json`."""
+        return {
+            "tokenizer_class": type(self).__name__,
+            "bos_token": END_OF_DOCUMENT,
+            "eos_token": END_OF_DOCUMENT,
+            "pad_token": PADDING,
+            "unk_token": "<unk>",
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
 
     def get_vocab(self) -> dict[str, int]:
         """Return the ids of all pieces that represent text.

@@ -72,7 +72,7 @@ class Field:
 
 FIELDS = (
     Field("n", int, 1, MAX_CHOICES, help="number of choices (default: 1)"),
-    Field("max_tokens", int, 1, help="maximum number of generated tokens"),
+    Field("max_tokens", int, 0, help="maximum number of generated tokens"),
     Field("min_tokens", int, 0, help="minimum number of generated tokens"),
     Field("temperature", float, 0, 2, beam_search=(0,), help="sampling temperature, 0 to 2; 0 is greedy (default: 1)"),
     Field(

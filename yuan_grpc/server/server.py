@@ -8,7 +8,6 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
-from grpc_reflection.v1alpha import reflection
 
 from yuan_grpc import __version__
 from yuan_grpc.server import log_queue
@@ -16,7 +15,7 @@ from yuan_grpc.server.core import access_log
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.protocol import Engine
-from yuan_grpc.server.grpc import sockets, unknown_methods
+from yuan_grpc.server.grpc import reflection, sockets, unknown_methods
 from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.interceptor import StatusInterceptor
@@ -49,7 +48,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),  # clients may ping each second
     ("grpc.keepalive_permit_without_calls", 1),
     # By default grpcio cancels calls at random, and those that wait for 30 s, before the server sees them.
     ("grpc.server.max_pending_requests", 100_000),
@@ -120,7 +119,7 @@ async def _create_servers(
     except (OSError, RuntimeError):
         logger.error("cannot listen on %s: the port is in use, or this machine does not have the address", address)
         if http:
-            http.stop_accepting()
+            await http.close()
         return None
 
 
@@ -148,7 +147,7 @@ async def _stop_servers(
     inflight = generation_service.inflight
     inflight.stop_admitting()
     if http:
-        http.stop_accepting()
+        http.start_draining()
     # Wait only for generation calls: health watches never end by themselves.
     await _wait_for_first(inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait())
     inflight.end_all()
@@ -192,7 +191,7 @@ async def create_server(service: YuanService, health: Health, address: str) -> t
     server = unknown_methods.create_server([StatusInterceptor(NAME)], CHANNEL_OPTIONS)
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
-    reflection.enable_server_reflection((NAME, HEALTH_NAME, reflection.SERVICE_NAME), server)
+    reflection.attach(server, (NAME, HEALTH_NAME))
     return server, server.add_insecure_port(address)
 
 

@@ -39,7 +39,7 @@ class ParsedRequest:
 
     @property
     def sequences(self) -> int:
-        """Number of sequences the engine starts with: one for a beam search, and one for identical greedy choices."""
+        """Number of sequences the engine starts with: one for a beam search, and one for identical choices."""
         return num_sequences(self.request)
 
     @property
@@ -125,15 +125,22 @@ def num_candidates(request: pb.GenerateRequest) -> int:
     return request.best_of if request.HasField("best_of") else num_choices(request)
 
 
+def is_prompt_only(request: pb.GenerateRequest) -> bool:
+    """Return whether no token is to be generated."""
+    return request.HasField("max_tokens") and request.max_tokens == 0
+
+
 def num_sequences(request: pb.GenerateRequest) -> int:
-    """Return the number of sequences the engine starts with: one for a beam search or for identical greedy choices."""
+    """Return the number of sequences the engine starts with: one for a beam search or for identical choices."""
     candidates = num_candidates(request)
-    return 1 if candidates > 1 and (request.use_beam_search or _is_greedy(request)) else candidates
+    are_identical = request.use_beam_search or is_prompt_only(request) or _is_greedy(request)
+    return 1 if candidates > 1 and are_identical else candidates
 
 
 def num_parallel(request: pb.GenerateRequest) -> int:
     """Return the number of sequences that the engine computes at a time for a request, counting beams."""
-    return num_candidates(request) if request.use_beam_search else num_sequences(request)
+    has_beams = request.use_beam_search and not is_prompt_only(request)
+    return num_candidates(request) if has_beams else num_sequences(request)
 
 
 def _is_greedy(request: pb.GenerateRequest) -> bool:

@@ -1,7 +1,7 @@
 """Generation for gRPC and HTTP: parse, validate, plan and run a request, and build its response."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from uuid import uuid4
@@ -19,6 +19,10 @@ from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, StepOutput
 from yuan_grpc.server.errors import UnavailableError
 from yuan_grpc.v1 import yuan_pb2 as pb
+
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""Headers of the W3C trace context, which the engine's spans continue."""
+_NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,21 @@ class GenerationService:
             raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
         return self._engine
 
+    @property
+    def queue_limit(self) -> int | None:
+        """Maximum number of running and waiting choices; None for no limit, or before the engine is ready."""
+        return self._engine.info.max_num_queued_reqs if self._engine.is_ready else None
+
     def turn_to_tokenize(self, characters: int) -> AbstractAsyncContextManager[None]:
         """Return a context in which to tokenize a text; long texts wait for each other, and leave cores to others."""
         return self._tokenizing.hold() if characters > MAX_INLINE_CHARACTERS else nullcontext()
 
     async def generate(
-        self, request: pb.GenerateRequest, remaining: float | None = None, connection: str | None = None
+        self,
+        request: pb.GenerateRequest,
+        remaining: float | None = None,
+        connection: str | None = None,
+        trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> pb.GenerateResponse:
         """Return the response once all choices have finished. Cancellation frees the engine request.
 
@@ -76,9 +89,10 @@ class GenerationService:
             request: gets a `request_id` if it has none.
             remaining: seconds until the caller's deadline, used with `partial_on_deadline`; None without one.
             connection: the caller's connection, on which its request id is valid; None if it is valid nowhere.
+            trace_headers: those of `TRACE_HEADERS` that the caller sent.
         """
         with self._track(request, remaining, connection) as deadline:
-            plan = await self._plan(request)
+            plan = await self._plan(request, trace_headers)
             output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n)
             builder = _response_builder(request, plan)
             if output.num_entries > INLINE_ENTRIES:
@@ -87,11 +101,15 @@ class GenerationService:
 
     @asynccontextmanager
     async def stream(
-        self, request: pb.GenerateRequest, remaining: float | None = None, connection: str | None = None
+        self,
+        request: pb.GenerateRequest,
+        remaining: float | None = None,
+        connection: str | None = None,
+        trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> AsyncGenerator[ResponseStream, None]:
         """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
         with self._track(request, remaining, connection) as deadline:
-            plan = await self._plan(request)
+            plan = await self._plan(request, trace_headers)
             outputs = self._run(plan, stream=True, deadline=deadline)
             messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
             async with aclosing(messages):
@@ -112,13 +130,13 @@ class GenerationService:
         ):
             yield deadline
 
-    async def _plan(self, request: pb.GenerateRequest) -> RequestPlan:
+    async def _plan(self, request: pb.GenerateRequest, trace_headers: Mapping[str, str]) -> RequestPlan:
         engine = self.engine
         validate_prompt_size(request, engine.info)
         async with self.turn_to_tokenize(prompt_size(request)):
             parsed = await parse_request(request, engine)
         validate_generate(parsed, engine.info, engine.loras)
-        return plan_request(parsed, engine)
+        return plan_request(parsed, engine, trace_headers)
 
     def _run(
         self, plan: RequestPlan, *, stream: bool, deadline: asyncio.Event | None

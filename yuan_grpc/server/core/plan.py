@@ -1,15 +1,16 @@
 """The plan of a validated request, and its execution on an engine."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
 from secrets import randbits
 from uuid import uuid4
 
 from yuan_grpc.server.core.beam_search import BeamSearch
 from yuan_grpc.server.core.best_of import best_of, replicate_choices
-from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds
+from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds, is_prompt_only
 from yuan_grpc.server.core.limits import BeamSlots
+from yuan_grpc.server.core.score_prompt import score_prompt
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import BeamSearchParams, EngineRequest, Sampling, StepOutput
@@ -41,7 +42,7 @@ class RequestPlan:
     heartbeat_seconds: float | None
 
 
-def plan_request(parsed: ParsedRequest, engine: Engine) -> RequestPlan:
+def plan_request(parsed: ParsedRequest, engine: Engine, trace_headers: Mapping[str, str] | None = None) -> RequestPlan:
     """Return the plan of a validated request. A sampled request without a seed gets one, so that it can be repeated.
 
     Raises:
@@ -55,6 +56,7 @@ def plan_request(parsed: ParsedRequest, engine: Engine) -> RequestPlan:
         priority=request.priority,
         cache_salt=request.cache_salt,
         lora=resolve_lora(request.model, served, engine.loras),
+        trace_headers=trace_headers or {},
     )
     return RequestPlan(
         engine_request,
@@ -69,6 +71,8 @@ def plan_request(parsed: ParsedRequest, engine: Engine) -> RequestPlan:
 
 def _engine_sampling(parsed: ParsedRequest) -> Sampling:
     sampling = parsed.sampling
+    if is_prompt_only(parsed.request):
+        return replace(sampling, seed=None)
     if parsed.request.use_beam_search:
         return replace(sampling, n=1, temperature=0.0, seed=None)
     if sampling.is_greedy:  # all choices are identical
@@ -107,6 +111,8 @@ def run_plan(
         deadline: see `Engine.generate`.
     """
     request = plan.engine_request
+    if not request.sampling.max_tokens:
+        return score_prompt(engine, request, plan.n, deadline=deadline)
     if plan.beam:
         return BeamSearch(engine, request, plan.beam, beam_slots, stream=stream, deadline=deadline).run()
     if plan.best_of > plan.n:

@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from yuan_grpc.request.fields import BY_NAME, FIELDS, MAX_CHOICES, Field
 from yuan_grpc.server.core.constraints import constraint_violations
-from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds
+from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds, is_prompt_only
 from yuan_grpc.server.core.limits import MAX_MESSAGES, MAX_REQUEST_ID, MAX_TOKENIZE
 from yuan_grpc.server.core.violations import count_violations, string_violations, violation
 from yuan_grpc.server.engine.model_names import resolve_lora
@@ -172,8 +172,10 @@ def _token_count_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[
     if request.truncate_prompt_tokens == -1 and max_tokens >= info.max_model_len:
         rule = f"be below {info.max_model_len}, the model's context, with `truncate_prompt_tokens` -1"
         yield violation("max_tokens", rule, max_tokens)
+    if is_prompt_only(request) and not (request.echo or request.HasField("prompt_logprobs")):
+        yield violation("max_tokens", "be at least 1 without `echo` or `prompt_logprobs`", 0)
     remaining = info.max_model_len - len(parsed.prompt)
-    if request.HasField("min_tokens") and request.min_tokens > max_tokens >= 1:
+    if request.HasField("min_tokens") and request.min_tokens > max_tokens >= 0:
         yield violation("min_tokens", f"be at most `max_tokens`, {max_tokens}", request.min_tokens)
     elif parsed.prompt and 0 < remaining < min(request.min_tokens, max_tokens):
         yield violation("min_tokens", f"be at most {remaining}, the context that the prompt leaves", request.min_tokens)

@@ -9,9 +9,10 @@ def resolve_alias(name: str, aliases: Collection[str], served: str = "") -> str:
     """Return `served` for an alias of the served model, and any other name unchanged.
 
     Args:
+        aliases: names without a slash at the end. A folder is an alias with and without it.
         served: the served model's name, or the empty name, which also selects it.
     """
-    return served if name in aliases else name
+    return served if (name.rstrip("/") or name) in aliases else name
 
 
 def resolve_lora(name: str, served: str, loras: Collection[str]) -> str:

@@ -1,9 +1,9 @@
 """The interface of every engine."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from yuan_grpc.server.engine.types import EngineRequest, ModelInfo, StepOutput
 
@@ -40,6 +40,13 @@ class Engine(Protocol):
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Return the text of token ids."""
+
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool) -> bytes:
+        """Return the bytes that a token adds to a text; none for a token that is skipped."""
+
+    @property
+    def tokenizer_info(self) -> Mapping[str, Any]:
+        """The tokenizer's special tokens and chat template, under the names of `tokenizer_config.json`."""
 
     def apply_chat_template(self, turns: Sequence[str]) -> str:
         """Return a conversation in the model's format, up to the point where its answer begins."""

@@ -32,6 +32,7 @@ class ModelInfo:
         max_logprobs: maximum number of log-probabilities per position.
         end_token_ids: the tokens that end a text by themselves, `<eod>` first.
         max_token_characters: characters of the longest token; 0 if unknown.
+        path: the folder of the model, or its id on the hub.
         revision: the revision of a model from the hub; empty for a folder.
         vllm_version, dtype, quantization: as vLLM names them; an empty quantization is none.
         layers, hidden, heads, intermediate: the model's sizes.
@@ -48,6 +49,7 @@ class ModelInfo:
     max_logprobs: int
     end_token_ids: tuple[int, ...]
     max_token_characters: int = 0
+    path: str = ""
     revision: str = ""
     vllm_version: str = ""
     dtype: str = ""
@@ -130,6 +132,7 @@ class EngineRequest:
         priority: lower values are scheduled first, if the engine schedules by priority.
         cache_salt: cached prefixes are shared only between requests with the same salt; empty for none.
         lora: the name of a loaded adapter; empty for none.
+        trace_headers: the caller's `traceparent` and `tracestate`, for the engine's spans.
     """
 
     request_id: str
@@ -138,6 +141,7 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str = ""
     lora: str = ""
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

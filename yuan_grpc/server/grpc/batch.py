@@ -7,7 +7,7 @@ from grpc import StatusCode
 
 from yuan_grpc.server.core.access_log import log_call, log_error
 from yuan_grpc.server.core.convert import num_parallel
-from yuan_grpc.server.core.limits import MAX_IN_FLIGHT, Slots
+from yuan_grpc.server.core.queue_feeder import QueueFeeder
 from yuan_grpc.server.errors import AnswerTooLargeError, to_status
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -17,19 +17,21 @@ Generate = Callable[[pb.GenerateRequest], Awaitable[pb.GenerateResponse]]
 Write = Callable[[pb.GenerateBatchResponse], Awaitable[None]]
 
 
-async def run_batch(items: AsyncIterator[pb.GenerateBatchRequest], generate: Generate, write: Write) -> None:
+async def run_batch(
+    items: AsyncIterator[pb.GenerateBatchRequest], generate: Generate, write: Write, feeder: QueueFeeder
+) -> None:
     """Run the requests concurrently and write each result when it is finished.
 
     A request counts as many times as it has choices or beams, so that a batch takes no more of the engine than
-    `MAX_IN_FLIGHT` requests with one choice.
+    `MAX_IN_FLIGHT` requests with one choice, and no more than the queue can hold.
     A failed request is reported in its own result and does not affect the others. Returns after the last result. If the
     call is cancelled, or the items cannot be read, all running requests are cancelled.
     """
-    slots, writing = Slots(MAX_IN_FLIGHT), asyncio.Lock()
+    slots, writing = feeder.slots, asyncio.Lock()
 
     async def run(index: int, request: pb.GenerateRequest, weight: int) -> None:
         try:
-            result = await _run_one(index, request, generate)
+            result = await _run_one(index, request, lambda request: feeder.run(lambda: generate(request)))
             async with writing:  # the slot stays taken until the client has read the result, so none pile up here
                 await write(result)
         finally:

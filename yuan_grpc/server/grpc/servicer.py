@@ -1,14 +1,14 @@
 """The servicer of `yuan.v1.YuanService`, with one short method per RPC."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from yuan_grpc import __version__
-from yuan_grpc.server.core import response, validation
-from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.core import response, tokenization, validation
+from yuan_grpc.server.core.generation_service import TRACE_HEADERS, GenerationService
+from yuan_grpc.server.core.queue_feeder import QueueFeeder
 from yuan_grpc.server.grpc.batch import run_batch
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -30,7 +30,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Return one response when all choices are finished."""
-        return await self._service.generate(request, context.time_remaining(), context.peer())
+        return await self._service.generate(request, context.time_remaining(), context.peer(), _trace_headers(context))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Write the response incrementally.
@@ -38,7 +38,9 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         Messages are written, not yielded, so that a cancelled write raises in this method and frees the request.
         """
         writer = StreamWriter(context)
-        async with self._service.stream(request, context.time_remaining(), context.peer()) as messages:
+        async with self._service.stream(
+            request, context.time_remaining(), context.peer(), _trace_headers(context)
+        ) as messages:
             async for message in messages:
                 await writer.write(message)
 
@@ -46,10 +48,12 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Write the result of each request of the batch when it is finished."""
 
         async def generate(request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._service.generate(request, context.time_remaining(), context.peer())
+            return await self._service.generate(request, context.time_remaining(), context.peer(), trace_headers)
 
+        trace_headers = _trace_headers(context)
         with self._service.inflight.track_unnamed():
-            await run_batch(items, generate, StreamWriter(context).write)
+            feeder = QueueFeeder(self._service.queue_limit)
+            await run_batch(items, generate, StreamWriter(context).write, feeder)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
         """End a running call of the same connection, or one whose id the server generated, by its request id."""
@@ -59,22 +63,11 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: "Context") -> pb.TokenizeResponse:
         """Tokenize a text or a conversation."""
-        validation.validate_tokenize(request)
-        engine = self._service.engine
-        text = request.prompt
-        if request.messages:
-            validation.validate_messages(request.messages)
-            text = engine.apply_chat_template([message.content for message in request.messages])
-        async with self._service.turn_to_tokenize(len(text)):
-            tokens = await engine.tokenize_with_offsets(text)
-            return await asyncio.to_thread(response.tokenize_response, text, tokens)
+        return await tokenization.tokenize(self._service, request)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: "Context") -> pb.DetokenizeResponse:
         """Convert token ids to text."""
-        engine = self._service.engine
-        validation.validate_detokenize(request, engine.info)
-        skip, ids = request.skip_special_tokens, request.token_ids
-        return pb.DetokenizeResponse(text=await asyncio.to_thread(engine.detokenize, ids, skip_special_tokens=skip))
+        return await tokenization.detokenize(self._service, request)
 
     async def GetModel(self, request: pb.GetModelRequest, context: "Context") -> pb.GetModelResponse:
         """Describe the served model and its limits."""
@@ -95,3 +88,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Unload an adapter by name."""
         await self._service.engine.unload_lora(request.name)
         return pb.UnloadLoraResponse()
+
+
+def _trace_headers(context: "Context") -> dict[str, str]:
+    return {key: str(value) for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}

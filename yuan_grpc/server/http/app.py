@@ -1,6 +1,6 @@
 """The HTTP application: its routes, error handling and access log."""
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -11,21 +11,35 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from yuan_grpc import __version__
 from yuan_grpc.server.core.access_log import log_call, log_error
-from yuan_grpc.server.engine.model_names import model_not_found
 from yuan_grpc.server.errors import ServiceError, to_status
-from yuan_grpc.server.http import generate
+from yuan_grpc.server.http import generate, tokenization
 from yuan_grpc.server.http.call import AppState, ClientDisconnectedError, HttpCall
 from yuan_grpc.server.http.errors import StoppingError, error_object, error_response
 from yuan_grpc.server.http.guard import Guard
 from yuan_grpc.server.http.metrics import public_metrics
+from yuan_grpc.server.http.models import find_model, list_models
 from yuan_grpc.server.http.openai import chat, completions
 
 Handler = Callable[[HttpCall], Awaitable[None]]
+
+HANDLERS: Mapping[str, Handler] = {
+    "/generate": generate.handle,
+    "/tokenize": tokenization.tokenize,
+    "/detokenize": tokenization.detokenize,
+    "/v1/completions": completions.handle,
+    "/v1/chat/completions": chat.handle,
+}
+"""Handlers of POST by path."""
+
+_DOCS = ("yuan-grpc serves these routes. docs/http.md describes them.", "")
+_EXPOSED_HEADERS = ("x-request-id", "retry-after")
+"""Headers that pages may read."""
 
 
 class _Endpoint:
@@ -69,33 +83,49 @@ def create_app(state: AppState, hosts: Collection[str], origins: Collection[str]
     async def metrics(request: Request) -> Response:
         return Response(public_metrics(), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    async def models(request: Request) -> Response:
-        return _respond(lambda: {"object": "list", "data": _models(state)})
-
     async def model(request: Request) -> Response:
-        return _respond(lambda: _model(state, request.path_params["name"]))
+        return _respond(lambda: find_model(state, request.path_params["name"]))
 
-    handlers = {
-        "/generate": generate.handle,
-        "/v1/completions": completions.handle,
-        "/v1/chat/completions": chat.handle,
-    }
+    def describe(content: Callable[[AppState], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return _respond(lambda: content(state))
+
+        return endpoint
+
     routes = [
         *(
             Route(path, _Endpoint(state, f"POST {path}", handler), methods=["POST"], name=path)
-            for path, handler in handlers.items()
+            for path, handler in HANDLERS.items()
         ),
         Route("/health", health),
+        Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
         Route("/metrics", metrics),
-        Route("/v1/models", models),
+        Route("/version", describe(lambda _: {"version": __version__})),
+        Route("/tokenizer_info", describe(tokenization.describe_tokenizer)),
+        Route("/v1/models", describe(list_models)),
         Route("/v1/models/{name:path}", model),
     ]
-    middleware = [Middleware(Guard, hosts, origins)]
+    paths = [f"{'|'.join(sorted(route.methods or ()))} {route.path}" for route in routes]
+    routes.append(Route("/docs", lambda _: PlainTextResponse("\n".join([*_DOCS, *paths, ""]))))
+    middleware = [Middleware(Guard, hosts, origins), Middleware(_WithoutSlash)]
     if origins:
-        middleware.append(Middleware(CORSMiddleware, origins, allow_methods=["GET", "POST"], allow_headers=["*"]))
+        methods = ("GET", "POST")
+        cors = Middleware(CORSMiddleware, origins, methods, allow_headers=["*"], expose_headers=_EXPOSED_HEADERS)
+        middleware.append(cors)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _reject_route})
     app.router.redirect_slashes = False
     return app
+
+
+class _WithoutSlash:
+    """An application that serves a path with a slash at its end like the one without it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        await self._app({**scope, "path": path.rstrip("/") or "/"} if path.endswith("/") else scope, receive, send)
 
 
 def _is_ready(state: AppState) -> bool:
@@ -103,24 +133,6 @@ def _is_ready(state: AppState) -> bool:
         return state.service.engine.is_ready
     except ServiceError:
         return False
-
-
-def _models(state: AppState) -> list[dict[str, Any]]:
-    """Return OpenAI model objects: the served model, then the loaded adapters."""
-    engine = state.service.engine
-    info = engine.info
-    common = {"object": "model", "created": state.created, "owned_by": "yuan-grpc", "max_model_len": info.max_model_len}
-    adapters = [{"id": name, **common, "root": info.name, "parent": info.name} for name in engine.loras]
-    return [{"id": info.name, **common, "root": info.name, "parent": None}, *adapters]
-
-
-def _model(state: AppState, name: str) -> dict[str, Any]:
-    """Return a model by its name. Aliases are unknown here: they would confirm the folder of the model."""
-    models = _models(state)
-    for model in models:
-        if model["id"] == name:
-            return model
-    raise model_not_found(name, models[0]["id"])
 
 
 def _respond(content: Callable[[], dict[str, Any]]) -> Response:

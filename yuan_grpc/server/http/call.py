@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -12,13 +13,15 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from yuan_grpc.server.core.generation_service import GenerationService
+from yuan_grpc.server.core.generation_service import TRACE_HEADERS, GenerationService, ResponseStream
 from yuan_grpc.server.core.inflight import ANY_CONNECTION
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.errors import OverloadedError
+from yuan_grpc.server.http.content_encoding import decode_body
 from yuan_grpc.server.http.errors import StoppingError, TooLargeError, TooSlowError, error_response
 from yuan_grpc.server.http.json_body import parse_body
 from yuan_grpc.server.settings import HttpSettings
+from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_BODY = 4 * 2**20
 """Maximum body size in bytes, the same as gRPC's default for a message."""
@@ -31,6 +34,9 @@ SMALL_BODY = 2**16
 
 MAX_LARGE_BODIES = 2**28
 """Maximum bytes of all bodies that are being read, not counting the first `SMALL_BODY` of each."""
+
+MAX_HEADER_ID = MAX_REQUEST_ID - len("-1023")
+"""Maximum length of a request id in a header: each prompt of a body gets a suffix."""
 
 _LINE_SEPARATORS = re.compile("[\x85\u2028\u2029]")
 """Characters that some clients treat as line ends, although JSON and server-sent events do not."""
@@ -96,19 +102,28 @@ NUL_TERMINATED = Framing(None, b"", b"\0", is_ascii=True)
 """The framing of `/generate`: no content type, and ASCII only, so that no packet splits a character."""
 
 
+def _is_request_id(header: str) -> bool:
+    """Return whether a header can be the id of a call; a proxy may send any other value."""
+    return 0 < len(header) <= MAX_HEADER_ID and header.isascii() and header.isprintable()
+
+
 class HttpCall:
     """An HTTP call with one JSON response, or with a stream of chunks.
 
     Attributes:
         state: the state shared by all calls.
-        request_id: the request id, used in the log and in `x-request-id`: that of the body once it has been read.
+        request_id: the request id, used in the log and in `x-request-id`: that of the body once it has been read, or
+            of the header.
         connection: the connection on which `Abort` finds the request: any if the server generated its id, else none.
     """
 
     def __init__(self, state: AppState, scope: Scope, receive: Receive, send: Send) -> None:
         self.state = state
-        self.request_id = uuid4().hex
         self.connection: str | None = ANY_CONNECTION
+        self.request_id = uuid4().hex
+        self._header_fields = Headers(scope=scope)
+        if _is_request_id(header := self._header_fields.get("x-request-id", "")):
+            self._set_chosen_id(header)
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -122,15 +137,35 @@ class HttpCall:
             OverloadedError: too many large bodies are being read.
             ClientDisconnectedError: the client disconnected before the end of the body.
         """
-        body = parse_body(await self._read_body())
+        body = parse_body(
+            decode_body(await self._read_body(), self._header_fields.get("content-encoding", ""), MAX_BODY)
+        )
         if not body.get("request_id"):
             return body | {"request_id": self.request_id}
-        self.connection = None  # an id that a client chose is not a secret
-        self.request_id = str(body["request_id"])[:MAX_REQUEST_ID]  # validation rejects longer ones later
+        self._set_chosen_id(str(body["request_id"])[:MAX_REQUEST_ID])  # validation rejects longer ones later
         return body
 
+    def _set_chosen_id(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.connection = None  # an id that a client chose is not a secret, so `Abort` does not find it
+
+    @property
+    def trace_headers(self) -> dict[str, str]:
+        """The headers of the caller's trace."""
+        return {name: self._header_fields[name] for name in TRACE_HEADERS if name in self._header_fields}
+
+    async def generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
+        """Return the response to a request of this call."""
+        service = self.state.service
+        return await service.generate(request, connection=self.connection, trace_headers=self.trace_headers)
+
+    def stream(self, request: pb.GenerateRequest) -> AbstractAsyncContextManager[ResponseStream]:
+        """Return the streamed response to a request of this call."""
+        service = self.state.service
+        return service.stream(request, connection=self.connection, trace_headers=self.trace_headers)
+
     async def _read_body(self) -> bytes:
-        length = Headers(scope=self._scope).get("content-length", "")
+        length = self._header_fields.get("content-length", "")
         if length.isdigit() and int(length) > MAX_BODY:
             raise TooLargeError(MAX_BODY)
         body, seconds = bytearray(), self.state.body_timeout

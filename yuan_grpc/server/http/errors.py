@@ -1,6 +1,7 @@
 """The mapping of errors to HTTP statuses and OpenAI error objects."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from grpc import StatusCode
@@ -45,6 +46,24 @@ class TooLargeError(BodyError):
         super().__init__(f"the body must be at most {limit} bytes long")
 
 
+class UnsupportedEncodingError(BodyError):
+    """The request body has an encoding that the server cannot decode."""
+
+    status = 415
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"`Content-Encoding` must be absent, gzip or deflate, not {encoding:.64}")
+
+
+class BadEncodingError(BodyError):
+    """The request body is not what its encoding says."""
+
+    status = 400
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"the body must be complete and encoded as `Content-Encoding` says: {encoding}")
+
+
 class TooSlowError(BodyError):
     """The client takes too long to send the request body."""
 
@@ -80,19 +99,29 @@ def error_object(status: int, message: str, code: str, request_id: str, field: s
     return {"error": {"message": message, "type": error_type, "param": field, "code": code, "request_id": request_id}}
 
 
+@contextmanager
+def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise errors of the block with the field names that the client used; see `rename_fields`."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise rename_fields(error, names) from error.__cause__
+
+
 def rename_fields(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
     """Return the error with the field names that the client used.
 
     Args:
         error: an error with the field names of `GenerateRequest`.
-        names: the client's field names, by prefix of the names in `GenerateRequest`.
+        names: the client's field names, by names in `GenerateRequest`, with those of their parts. The first one counts.
     """
-    violations = error.violations
-    for ours, theirs in names.items():
-        violations = [
-            Violation(theirs + v.field.removeprefix(ours), v.description.replace(f"`{ours}", f"`{theirs}"))
-            if v.field.startswith(ours)
-            else v
-            for v in violations
-        ]
+    violations = [_rename(violation, names) for violation in error.violations]
     return InvalidRequestError(list(dict.fromkeys(violations)))  # several fields may have the same name for the client
+
+
+def _rename(violation: Violation, names: Mapping[str, str]) -> Violation:
+    for ours, theirs in names.items():
+        if violation.field == ours or violation.field.startswith((f"{ours}.", f"{ours}[")):
+            field = theirs + violation.field.removeprefix(ours)
+            return Violation(field, violation.description.replace(f"`{ours}", f"`{theirs}"))
+    return violation

@@ -34,12 +34,12 @@ def _parse(body: dict[str, Any], call: HttpCall) -> pb.GenerateRequest:
 
 
 async def _send(call: HttpCall, request: pb.GenerateRequest) -> None:
-    response = await call.state.service.generate(request, connection=call.connection)
+    response = await call.generate(request)
     await call.respond({"text": [choice.text for choice in response.choices]})
 
 
 async def _stream(call: HttpCall, request: pb.GenerateRequest) -> None:
-    async with call.state.service.stream(request, connection=call.connection) as stream:
+    async with call.stream(request) as stream:
         texts: dict[int, str] = {}
         with_output: set[int] = set()
         async for message in stream:

@@ -176,9 +176,9 @@ def to_token_ids(field: str, values: Sequence[Any]) -> pb.TokenIds:
     return pb.TokenIds(ids=values)
 
 
-def pop_bool(fields: dict[str, Any], name: str) -> bool:
-    """Remove a boolean field and return it; return False if it is absent."""
-    value = fields.pop(name, False)
+def pop_bool(fields: dict[str, Any], name: str, *, default: bool = False) -> bool:
+    """Remove a boolean field and return it; return `default` if it is absent."""
+    value = fields.pop(name, default)
     if not isinstance(value, bool):
         reject(name, f"`{name}` must be true or false")
     return value

@@ -65,7 +65,9 @@ class Listener:
         settings: HttpSettings = _DEFAULTS,
     ) -> None:
         self._socket = _bind_socket(host, port)
-        self._state = AppState(service, frozenset(aliases), int(time.time()), settings.body_timeout)
+        self._state = AppState(
+            service, frozenset(alias.rstrip("/") or alias for alias in aliases), int(time.time()), settings.body_timeout
+        )
         hosts = settings.allowed_hosts or _default_hosts(host, self._socket.getsockname()[0])
         config = uvicorn.Config(
             create_app(self._state, hosts, settings.allowed_origins),
@@ -93,23 +95,17 @@ class Listener:
         """Start accepting calls."""
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
 
-    def stop_accepting(self) -> None:
-        """Stop accepting calls and close idle connections. Running calls continue."""
+    def start_draining(self) -> None:
+        """Refuse new calls with 503, also on new connections. Running calls continue."""
         self._state.stopping = True
-        self._server.should_exit = True
-        if self._serving is None:
-            self._socket.close()
-
-    async def wait_closed(self) -> None:
-        """Return when, after `stop_accepting`, all responses are sent and all connections are closed."""
-        if self._serving is not None:
-            await asyncio.wait([self._serving])
 
     async def close(self) -> None:
         """End running calls with an error; return when all connections are closed and the engine requests freed."""
-        self.stop_accepting()
+        self.start_draining()
+        self._server.should_exit = True
         self._state.shutdown.set()
         if self._serving is None:
+            self._socket.close()
             return
         await asyncio.wait([self._serving], timeout=FLUSH_SECONDS)
         self._server.force_exit = True

@@ -63,6 +63,7 @@ class EngineOptions:
             vocab_size=vocab_size,
             max_logprobs=vocab_size if self.max_logprobs == -1 else self.max_logprobs,
             end_token_ids=tuple(end_token_ids),
+            path=model.model,
             revision=model.revision or "",
             vllm_version=vllm.__version__,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -119,11 +120,7 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
         SystemExit: unknown flag or malformed value; argparse has printed which.
         ValueError, OSError: values that do not fit each other or the model, or a missing model.
     """
-    parser = FlexibleArgumentParser(
-        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
-    )
-    AsyncEngineArgs.add_cli_args(parser)
-    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
+    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(_create_parser().parse_args(list(flags)))
     if arguments.skip_tokenizer_init:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
     try:
@@ -135,3 +132,11 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
     max_logprobs = config.model_config.max_logprobs
     config.model_config.max_logprobs = max(max_logprobs, BEAM_SEARCH_LOGPROBS) if max_logprobs >= 0 else max_logprobs
     return EngineOptions(config, arguments, max_logprobs)
+
+
+def _create_parser() -> FlexibleArgumentParser:
+    parser = FlexibleArgumentParser(
+        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
+    )
+    AsyncEngineArgs.add_cli_args(parser)
+    return parser

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import multiprocessing
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
@@ -137,6 +137,17 @@ class VllmEngine:
         """Return the text of token ids."""
         return self._llm.get_tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool) -> bytes:
+        """Return the bytes that a token adds to a text."""
+        raw: bytes = self._llm.get_tokenizer().token_bytes(token_id, skip_special_tokens)
+        return raw
+
+    @property
+    def tokenizer_info(self) -> Mapping[str, Any]:
+        """The tokenizer's special tokens and chat template."""
+        info: Mapping[str, Any] = self._llm.get_tokenizer().describe()
+        return info
+
     def apply_chat_template(self, turns: Sequence[str]) -> str:
         """Return a conversation in the model's format."""
         text: str = self._llm.get_tokenizer().apply_chat_template([{"content": turn} for turn in turns])
@@ -214,6 +225,7 @@ class VllmEngine:
                 tokens_input(list(request.prompt), cache_salt=request.cache_salt or None),
                 params,
                 lora_request=lora,
+                trace_headers=request.trace_headers or None,
                 priority=request.priority,
             )
         except QueueOverflowError as error:

@@ -1,37 +1,39 @@
 """`/v1/completions`: OpenAI's completions API, for one or more prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from yuan_grpc.server.core.validation import reject
 from yuan_grpc.server.http.call import HttpCall
 from yuan_grpc.server.http.json_body import to_token_ids
-from yuan_grpc.server.http.openai.params import build_request, constraint_names, pop_common_fields
-from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, finite_logprob, send_response
+from yuan_grpc.server.http.openai.params import build_request, pop_options
+from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, send_response
+from yuan_grpc.server.http.openai.tokens import PRIMING_TOKENS, Prompt, TextPosition, TokenTexts, finite_logprob
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_PROMPTS = 1024
 MAX_COPIED_BYTES = 2**26
 """Maximum size of the parameters, over the copies for each prompt."""
-_FIELD_NAMES = {"prompt_token_ids.ids": "prompt", "prompt_token_ids": "prompt"}
 
 
 async def handle(call: HttpCall) -> None:
     """Respond with the choices of each prompt, in the order of the prompts."""
-    await send_response(call, _parse(await call.read_json(), call), _CompletionFormat())
+    await send_response(call, _parse(await call.read_json(), call), _CompletionFormat)
 
 
 def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     fields = dict(body)
-    stream, include_usage = pop_common_fields(fields)
+    options = pop_options(fields)
     if "messages" in fields:
         reject("messages", "`messages` must not be given here: use /v1/chat/completions")
     prompts = _prompts(fields.pop("prompt", None))
-    common, model = build_request(fields, call, constraint_names(body))
-    names = _FIELD_NAMES | constraint_names(body)
-    if common.echo and common.HasField("logprobs"):
-        common.prompt_logprobs = common.logprobs
-        names = names | {"prompt_logprobs": "logprobs"}
+    common, model = build_request(fields, call, options.field_names)
+    names = dict(options.field_names)
+    if common.HasField("logprobs"):
+        common.return_prompt_token_ids = True  # to find the places of tokens in the text
+        if common.echo:
+            common.prompt_logprobs = common.logprobs
+            names["prompt_logprobs"] = "logprobs"
     if (size := common.ByteSize()) * len(prompts) > MAX_COPIED_BYTES:
         reject("prompt", f"`prompt` must have fewer entries than {len(prompts)} with parameters of {size} bytes")
     requests = []
@@ -44,7 +46,12 @@ def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
             request.prompt = prompt
         else:
             request.prompt_token_ids.CopyFrom(prompt)
-    return OpenAIRequest(requests, model, stream, include_usage, names)
+    prompt_fields = [f"prompt[{index}]" for index in range(len(prompts))] if len(prompts) > 1 else ["prompt"]
+    return OpenAIRequest(requests, model, options, [_with_prompt_names(names, field) for field in prompt_fields])
+
+
+def _with_prompt_names(names: Mapping[str, str], field: str) -> Mapping[str, str]:
+    return {**names, **dict.fromkeys(("prompt_token_ids.ids", "prompt_token_ids", "prompt"), field)}
 
 
 def _prompts(prompts: Any) -> Sequence[str | pb.TokenIds]:
@@ -66,46 +73,59 @@ def _prompt(field: str, prompt: Any) -> str | pb.TokenIds:
 
 
 class _CompletionFormat:
-    """Choices as texts. Keeps the length of each text for its tokens' offsets."""
+    """Choices as texts. Keeps the place in each text."""
 
     object_type = chunk_object_type = "text_completion"
     id_prefix = "cmpl-"
 
-    def __init__(self) -> None:
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        self._positions: dict[int, TextPosition] = {}
         self._lengths: dict[int, int] = {}
 
     def opening(self, index: int) -> None:
         """Return nothing: completions have no chunk before the first text."""
 
-    def full(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
+    def full(self, index: int, choice: pb.Choice, prompt: Prompt) -> dict[str, Any]:
         return self.delta(index, choice, prompt)
 
-    def delta(self, index: int, choice: pb.Choice, prompt: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
-        tokens = [*prompt, *choice.logprobs]
+    def delta(self, index: int, choice: pb.Choice, prompt: Prompt) -> dict[str, Any]:
+        self._lengths[index] = self._lengths.get(index, 0) + len(choice.text)
+        tokens = [*prompt.logprobs, *choice.logprobs]
         return {
             "index": index,
             "text": choice.text,
-            "logprobs": self._logprobs(index, tokens) if tokens else None,
+            "logprobs": self._logprobs(tokens, self._places(index, choice, prompt)) if tokens else None,
             "finish_reason": finish_reason(choice),
         }
 
-    def _logprobs(self, index: int, tokens: Sequence[pb.TokenLogprob]) -> dict[str, Any]:
-        offsets = []
-        for token in tokens:
-            offsets.append(self._lengths.get(index, 0))
-            self._lengths[index] = offsets[-1] + len(token.token)
+    def _places(self, index: int, choice: pb.Choice, prompt: Prompt) -> list[int]:
+        """Return the places of the prompt's tokens and of the new ones in the text of a choice.
+
+        Tokens after the end, such as those of a stop string, have the length of the text as their place.
+        """
+        if (position := self._positions.get(index)) is None:
+            self._positions[index] = position = TextPosition(prompt.echo_length)
+            position.prime(b"".join(map(self._texts.output_bytes, prompt.token_ids[-PRIMING_TOKENS:])))
+        places = [position.advance(self._texts.output_bytes(token.token_id)) for token in choice.logprobs]
+        if choice.finish_reason:
+            places = [min(place, self._lengths[index]) for place in places]
+        return [*prompt.places, *places]
+
+    def _logprobs(self, tokens: Sequence[pb.TokenLogprob], places: Sequence[int]) -> dict[str, Any]:
         with_logprob = [token if token.rank or token.top else None for token in tokens]  # a prompt's first has none
         return {
-            "text_offset": offsets,
+            "text_offset": places,
             "token_logprobs": [token and finite_logprob(token) for token in with_logprob],
-            "tokens": [token.token for token in tokens],
-            "top_logprobs": [token and _top_logprobs(token) for token in with_logprob],
+            "tokens": [self._texts.text(token.token_id) for token in tokens],
+            "top_logprobs": [token and self._top_logprobs(token) for token in with_logprob],
         }
 
-
-def _top_logprobs(token: pb.TokenLogprob) -> dict[str, float]:
-    """Return log-probabilities by text. Of tokens with equal text, keep the sampled or else the most likely one."""
-    logprobs = {token.token: finite_logprob(token)}
-    for top in token.top:
-        logprobs.setdefault(top.token, finite_logprob(top))
-    return logprobs
+    def _top_logprobs(self, token: pb.TokenLogprob) -> dict[str, float]:
+        """Return log-probabilities by text. Of tokens with equal text, keep the most likely one."""
+        logprobs: dict[str, float] = {}
+        entries: Sequence[pb.TokenLogprob | pb.TopLogprob] = [token, *token.top]
+        for entry in entries:
+            text, logprob = self._texts.text(entry.token_id), finite_logprob(entry)
+            logprobs[text] = max(logprob, logprobs.get(text, logprob))
+        return logprobs

@@ -1,0 +1,59 @@
+"""Feeding the requests of one call through the engine's queue."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from random import uniform
+from typing import TypeVar
+
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT, Slots
+from yuan_grpc.server.errors import OverloadedError
+
+RETRY_SECONDS = 0.05
+"""Delay before retrying a request that the queue rejected, in seconds."""
+MAX_RETRY_SECONDS = 2
+"""Limit on that delay, which doubles with each rejection."""
+
+Result = TypeVar("Result")
+
+
+class QueueFeeder:
+    """Runs the requests of one call, no more at a time than a call may have and the queue can hold.
+
+    Other calls may fill the queue. Once a request of this call was accepted, the others wait for their turn. Otherwise
+    the call is refused like any other.
+
+    Args:
+        queue_limit: maximum number of running and waiting choices of the engine; None for no limit.
+
+    Attributes:
+        slots: a slot for each choice or beam that may run.
+    """
+
+    def __init__(self, queue_limit: int | None) -> None:
+        self.slots = Slots(MAX_IN_FLIGHT if queue_limit is None else min(MAX_IN_FLIGHT, queue_limit))
+        self._num_running = 0
+        self._has_finished = False
+
+    async def run(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        """Return the result of a request that has its slots.
+
+        Args:
+            call: sends the request to the engine. It raises OverloadedError only before the engine has accepted it.
+
+        Raises:
+            OverloadedError: the queue is full, and no request of this call has been accepted.
+        """
+        delay = RETRY_SECONDS
+        while True:
+            self._num_running += 1
+            try:
+                result = await call()
+                self._has_finished = True
+                return result
+            except OverloadedError:
+                if not self._has_finished and self._num_running == 1:
+                    raise
+            finally:
+                self._num_running -= 1
+            await asyncio.sleep(uniform(delay / 2, delay))
+            delay = min(2 * delay, MAX_RETRY_SECONDS)
