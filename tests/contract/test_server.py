@@ -19,6 +19,7 @@ from health_client import health_stub
 from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
+from yuan_grpc.server.errors import StartError
 from yuan_grpc.server.server import serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -250,7 +251,8 @@ async def test_the_server_stops_if_the_engine_fails_to_start(
 ) -> None:
     engine = FakeEngine()
     engine.start_error = RuntimeError("no such weights")
-    assert await serve(settings, engine) == 1
+    with pytest.raises(StartError, match="RuntimeError: no such weights"):
+        await serve(settings, engine)
     assert engine.stopped
     assert "no such weights" in caplog.text
 
@@ -267,14 +269,12 @@ async def test_the_server_stops_if_the_engine_dies(settings: Settings) -> None:
     assert engine.stopped
 
 
-async def test_a_port_in_use_is_logged_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_port_that_was_taken_after_the_checks_is_named(settings: Settings) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", settings.port))
         other.listen()
-        assert await serve(settings, FakeEngine()) == 1
-    assert caplog.messages == [
-        f"cannot listen on 127.0.0.1:{settings.port}: the port is in use, or this machine does not have the address"
-    ]
+        with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1:{settings.port}: the port is in use"):
+            await serve(settings, FakeEngine())
 
 
 async def test_the_banner_names_the_model_the_address_and_a_command(settings: Settings) -> None:

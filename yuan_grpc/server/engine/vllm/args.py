@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import vllm
 from pydantic import ValidationError
@@ -16,6 +17,9 @@ from yuan_grpc.server.engine.vllm import env
 
 BEAM_SEARCH_LOGPROBS = 2048
 """Log-probabilities per position. Beam search may request this many, regardless of the callers' limit."""
+
+MAX_MESSAGE = 300
+"""Length above which a message about a configuration has more than its cause, in characters."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +84,36 @@ class EngineOptions:
         )
 
 
+def _shorten(message: str) -> str:
+    """Return a message of pydantic without its prefix; of a long one, the first sentence."""
+    message = message.removeprefix("Value error, ")
+    return message if len(message) <= MAX_MESSAGE else message.partition(". ")[0]
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, which raises an exception instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
     """Parse vLLM's command-line flags and check them against the model's files.
 
     Raises:
-        SystemExit: unknown flag or malformed value; argparse has printed which.
-        ValueError, OSError: values that do not fit each other or the model, or a missing model.
+        ValueError, OSError: an unknown flag, a malformed value, values that do not fit each other or the model, or a
+            missing model.
     """
-    parser = FlexibleArgumentParser(
-        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
-    )
+    parser = _Parser(add_help=False)
     AsyncEngineArgs.add_cli_args(parser)
+    parser.set_defaults(use_tqdm_on_load=False)  # `engine_log` reports progress
     arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
     if arguments.skip_tokenizer_init:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
     try:
         config = arguments.create_engine_config()
     except ValidationError as error:  # its own text is a page long
-        raise ValueError("; ".join(one["msg"] for one in error.errors())) from error
+        raise ValueError("; ".join(_shorten(one["msg"]) for one in error.errors())) from error
     except KeyError as error:  # an object in the overrides replaces the one in config.json
         raise ValueError(f"an object in `--hf-overrides` must be complete, and {error} is missing") from error
     max_logprobs = config.model_config.max_logprobs
