@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,7 +22,7 @@ from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.errors import StartError
-from yuan_grpc.server.server import serve, startup_banner
+from yuan_grpc.server.server import seconds_since_command, serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -275,6 +277,11 @@ async def test_a_port_that_was_taken_after_the_checks_is_named(settings: Setting
         other.listen()
         with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1:{settings.port}: the port is in use"):
             await serve(settings, FakeEngine())
+
+
+def test_the_time_to_ready_counts_from_the_command() -> None:
+    age = time.time() - psutil.Process().create_time()
+    assert abs(seconds_since_command() - age) < 5
 
 
 async def test_the_banner_names_the_model_the_address_and_a_command(settings: Settings) -> None:

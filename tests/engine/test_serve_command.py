@@ -44,6 +44,7 @@ class ServerProcess:
             assert line, log
             log += line
         assert log.startswith("yuan-grpc ")
+        self.start_log = log
         self.channel = grpc.insecure_channel(f"127.0.0.1:{found[1]}")
         self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
 
@@ -113,6 +114,8 @@ def test_the_server_finishes_running_calls_and_leaves_no_process_and_no_temporar
     status, log = server.wait_for_exit()
     assert status == 0, log
     assert "Traceback" not in log
+    assert "WARNING" not in log  # as when a process has to be killed
+    assert len((server.start_log + log).splitlines()) == 12  # nine of the start, one of the call, two of the stop
     assert engine_processes
     assert have_exited(engine_processes)
     assert [path.name for path in folder.iterdir()] == ["cache"]
