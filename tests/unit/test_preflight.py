@@ -1,5 +1,6 @@
 """The checks before vLLM is imported, where `newcomer` cannot play the fault."""
 
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -61,12 +62,21 @@ def test_cache_and_weights_must_fit_together(
 
 
 def test_the_headers_of_python_are_needed_to_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(StartError, match=r"Python\.h is missing, .* apt-get install python3-dev"):
-        machine._check_compiler("g++", "CXX", "the model is compiled")
+        machine._check_headers("")
     (tmp_path / "Python.h").touch()
-    machine._check_compiler("g++", "CXX", "the model is compiled")
+    machine._check_headers("")
+
+
+@pytest.mark.parametrize(("variable", "default"), [("CC", "gcc"), ("CXX", "g++")])
+def test_a_compiler_that_a_variable_names_must_exist(
+    monkeypatch: pytest.MonkeyPatch, variable: str, default: str
+) -> None:
+    monkeypatch.setenv(variable, "/opt/no-such-compiler -O2")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(StartError, match=rf"/opt/no-such-compiler is missing, .* install {re.escape(default)}"):
+        machine._check_compiler(default, variable, "it is needed")
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,13 @@ def check(flags: Mapping[str, str], weight_bytes: int) -> None:
     """
     if not is_cpu_build():
         if is_gpu_build():
-            _check_compiler("gcc", "CC", "Triton compiles its kernels")
+            _check_compiler("gcc", "CC", "Triton compiles kernels with it")
         return
     _check_numa()
     if _compiles(flags):
-        _check_compiler("g++", "CXX", "the model is compiled", ", or set --enforce-eager, which is slower")
+        alternative = ", or set --enforce-eager, which is slower"
+        _check_compiler("g++", "CXX", "the model is compiled", alternative)
+        _check_headers(alternative)
     _check_memory(flags, weight_bytes)
 
 
@@ -85,9 +87,12 @@ def _check_compiler(default: str, variable: str, reason: str, alternative: str =
     if not (shutil.which(compiler) or (variable == "CC" and shutil.which("clang"))):
         install = f"install {default} (on Debian: apt-get install {default} python3-dev)"
         raise StartError(f"the compiler {compiler} is missing, and {reason}: {install}{alternative}")
+
+
+def _check_headers(alternative: str) -> None:
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         install = "install the headers of Python (on Debian: apt-get install python3-dev)"
-        raise StartError(f"Python.h is missing, and {reason}: {install}{alternative}")
+        raise StartError(f"Python.h is missing, and the model is compiled with it: {install}{alternative}")
 
 
 @dataclass(frozen=True)
