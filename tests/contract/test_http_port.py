@@ -23,10 +23,11 @@ from servers import connect_socket, encode_post, http_client, parse_events, serv
 
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
-from yuan_grpc.server.errors import RequestNotFoundError, StartError
+from yuan_grpc.server.errors import RequestNotFoundError
 from yuan_grpc.server.http import Listener
 from yuan_grpc.server.server import serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 

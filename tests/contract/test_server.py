@@ -21,9 +21,9 @@ from health_client import health_stub
 from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
-from yuan_grpc.server.errors import StartError
 from yuan_grpc.server.server import seconds_since_command, serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 

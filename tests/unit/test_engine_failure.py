@@ -33,6 +33,16 @@ WRAPPER = ("Exception", "WorkerProc initialization failed due to an exception in
             [("OSError", "[Errno 28] No space left on device")],
             "the disk or /dev/shm is full: free some space, or enlarge /dev/shm (docker run --shm-size=2g)",
         ),
+        (
+            [
+                (
+                    "ValueError",
+                    "it is larger than the available KV cache. The estimated maximum model length is 512.",
+                )
+            ],
+            "the KV cache is too small for one request of the model's length: set a larger --kv-cache-memory-bytes, "
+            "or --max-model-len 512",
+        ),
         ([], str(LOST)),
     ],
 )

@@ -2,14 +2,17 @@
 
 import re
 import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from yuan_grpc import preflight
 from yuan_grpc.preflight import checkpoint, flags, hub, machine
-from yuan_grpc.server.errors import StartError
-from yuan_grpc.server.settings import DEMO
+from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.start_error import StartError
 
 GIB = 1 << 30
 
@@ -164,3 +167,16 @@ def test_the_hub_is_not_asked_if_it_is_offline(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(StartError, match="neither a folder nor in the hub's cache"):
         hub.local_folder("nobody/nothing", {})
+
+
+def test_a_missing_vllm_is_reported_before_anything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        preflight.check_engine(Settings(str(tmp_path), "127.0.0.1", 0, 0, ()))
+    assert raised.value.name == "vllm"
+
+
+def test_the_command_needs_only_the_client_until_it_serves() -> None:
+    blocked = ("google.rpc", "vllm", "torch", "huggingface_hub", "sentencepiece", "numpy", "starlette", "grpc_health")
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport yuan_grpc.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)

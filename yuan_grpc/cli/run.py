@@ -7,17 +7,15 @@ import os
 from contextlib import ExitStack
 from typing import Any
 
-from yuan_grpc import preflight
 from yuan_grpc.cli import generate
 from yuan_grpc.cli.common import connection
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.terminal import print_stderr
-from yuan_grpc.preflight import machine
 from yuan_grpc.server import settings
 from yuan_grpc.server.engine.vllm import env, openmp
-from yuan_grpc.server.errors import StartError
 from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.start_error import StartError
 
 EPILOG = """\
 Options after -- are passed to vLLM unchanged:
@@ -43,6 +41,9 @@ def add_command(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from yuan_grpc import preflight
+    from yuan_grpc.preflight import machine
+
     if machine.is_cpu_build():
         openmp.restart_with_library("run")
     model, options.model = options.model, None

@@ -7,13 +7,11 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from yuan_grpc import preflight
 from yuan_grpc.cli.common.suggestions import suggestion
-from yuan_grpc.preflight import flags, machine
 from yuan_grpc.server import log_queue, settings, signals
 from yuan_grpc.server.engine.vllm import engine_log, env, openmp
-from yuan_grpc.server.errors import StartError
 from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.start_error import StartError
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +36,16 @@ def add_command(commands: Any) -> None:
 
 def _check_flags(parser: argparse.ArgumentParser, engine_flags: list[str]) -> None:
     """Report a flag that neither the server nor vLLM has."""
+    from yuan_grpc.preflight import flags
+
     known = {*flags.vllm_flags(), *parser._option_string_actions}
     for flag in flags.unknown_flags(engine_flags):
         parser.error(f"unrecognized option {flag}{suggestion(flag, known)}")
 
 
 def _run(options: argparse.Namespace) -> int:
+    from yuan_grpc.preflight import machine
+
     signals.exit_on_stop_signals()
     options.check_flags(options.engine_flags)
     if machine.is_cpu_build():
@@ -67,6 +69,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _serve(config: Settings) -> int:
+    from yuan_grpc import preflight
+
     env.set_defaults(config.log_level)
     preflight.check(config)
     from yuan_grpc.server import server

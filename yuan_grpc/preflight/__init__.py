@@ -1,5 +1,7 @@
 """Checks of a start that take milliseconds, made before vLLM is imported, which takes seconds."""
 
+from importlib.util import find_spec
+
 from yuan_grpc.preflight import addresses, checkpoint, flags, hub, machine
 from yuan_grpc.server.settings import Settings
 
@@ -19,7 +21,10 @@ def check_engine(settings: Settings) -> None:
 
     Raises:
         StartError: as for `check`.
+        ModuleNotFoundError: vLLM is not installed.
     """
+    if find_spec("vllm") is None:
+        raise ModuleNotFoundError("vLLM is not installed", name="vllm")
     values = flags.parse(settings.vllm_flags)
     flags.check(values)
     folder = hub.local_folder(settings.model, values)

@@ -3,8 +3,8 @@
 import errno
 import socket
 
-from yuan_grpc.server.errors import StartError
 from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.start_error import StartError
 
 
 def check(settings: Settings) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from yuan_grpc.model.checkpoint.layout import DERIVED, HEAD, published_shapes
 from yuan_grpc.preflight.safetensors import Header, read_header
-from yuan_grpc.server.errors import StartError
+from yuan_grpc.server.start_error import StartError
 
 ARCHITECTURE = "YuanForCausalLM"
 MODEL_TYPES = ("yuan", "yuan2")

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from yuan_grpc.server.errors import StartError
+from yuan_grpc.server.start_error import StartError
 
 _NAME = re.compile(r'"(--[a-z][a-z0-9-]*)"')
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kmgt]?)", re.IGNORECASE)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from yuan_grpc.server.errors import StartError
+from yuan_grpc.server.start_error import StartError
 
 TIMEOUT_SECONDS = 5
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from yuan_grpc.preflight.flags import parse_size
-from yuan_grpc.server.errors import StartError
+from yuan_grpc.server.start_error import StartError
 
 MEMORY_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization, which on CPUs is a fraction of the memory."""

@@ -33,10 +33,6 @@ class Violation:
     description: str
 
 
-class StartError(Exception):
-    """The cause that keeps a server from starting, in one line, with what to do."""
-
-
 class ServiceError(Exception):
     """An error reported to the client, with its text as the status message."""
 

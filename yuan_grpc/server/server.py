@@ -17,7 +17,6 @@ from yuan_grpc.server.core import access_log
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.protocol import Engine
-from yuan_grpc.server.errors import StartError
 from yuan_grpc.server.grpc import sockets, unknown_methods
 from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
@@ -25,6 +24,7 @@ from yuan_grpc.server.grpc.interceptor import StatusInterceptor
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.signals import stop_signals
+from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 if TYPE_CHECKING:

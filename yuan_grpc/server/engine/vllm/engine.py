@@ -25,7 +25,8 @@ from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelIn
 from yuan_grpc.server.engine.vllm import convert, engine_log, env, failure
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.lora import LoraRegistry
-from yuan_grpc.server.errors import OverloadedError, StartError, UnavailableError
+from yuan_grpc.server.errors import OverloadedError, UnavailableError
+from yuan_grpc.server.start_error import StartError
 
 INLINE_CHARACTERS = 16_384
 """Length of the longest text to tokenize on the event loop. Longer ones would block every stream, and are tokenized in

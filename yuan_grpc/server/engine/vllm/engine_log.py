@@ -56,7 +56,9 @@ HARMLESS_WARNINGS = (r"`torch.distributed.reduce_op` is deprecated",)
 
 @cache
 def hide_harmless() -> None:
-    """Hide the harmless messages that do not pass through vLLM's loggers, once."""
+    """Hide the harmless messages that do not pass through vLLM's loggers, once, unless the level is debug."""
+    if os.environ.get(LEVEL_VARIABLE) == "debug":
+        return
     for pattern in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("torch._library.triton").addFilter(lambda record: False)  # it notes that Triton is missing
@@ -76,8 +78,7 @@ class EngineLogHandler(logging.Handler):
         self._level = os.environ.get(LEVEL_VARIABLE, "warning").upper()
         self._shows_all = self._level == "DEBUG" or "VLLM_LOGGING_LEVEL" in os.environ
         self._last_progress = ""
-        if self._level != "DEBUG":
-            hide_harmless()
+        hide_harmless()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, if it is of interest."""

@@ -20,7 +20,11 @@ SIGNALS = {
     "SIGBUS": "probably because /dev/shm is full: enlarge it (docker run --shm-size=2g)",
 }
 
+TOO_SMALL = "the KV cache is too small for one request of the model's length: set a larger --kv-cache-memory-bytes"
+
 ADVICE = (
+    (r"larger than the available KV cache.* model length is (\d+)", rf"{TOO_SMALL}, or --max-model-len \1", ""),
+    (r"larger than the available KV cache", TOO_SMALL, ""),
     (r"can't allocate memory|Cannot allocate memory|std::bad_alloc|^MemoryError", "the memory ran out", "KV"),
     (r"CUDA out of memory|OutOfMemoryError", "the GPU's memory ran out", "GPU"),
     (r"No space left on device", "the disk or /dev/shm is full", "SPACE"),
@@ -28,7 +32,7 @@ ADVICE = (
     (r"InvalidCxxCompiler|No working C\+\+", "a C++ compiler is missing: install g++, or set --enforce-eager", ""),
     (r"Failed to find C compiler", "a C compiler is missing: install gcc", ""),
 )
-"""Patterns of causes, with the sentence to say instead or before."""
+"""Patterns of causes, with the sentence to say instead, and the name of what helps unless the sentence has it."""
 
 REMEDIES = {
     "KV": "set a smaller --kv-cache-memory-bytes or --max-model-len, or stop other programs",
@@ -56,8 +60,9 @@ def describe(error: BaseException, failures: Sequence[tuple[str, str]]) -> str:
 def _explain(kind: str, message: str) -> str:
     if match := _KILLED.search(message):
         return f"{message}, {SIGNALS.get(match[1], 'see --log-level debug')}"
-    for pattern, cause, remedy in ADVICE:
-        if re.search(pattern, f"{kind}: {message}"):
+    for pattern, sentence, remedy in ADVICE:
+        if match := re.search(pattern, f"{kind}: {message}", re.DOTALL):
+            cause = match.expand(sentence)
             return f"{cause}: {REMEDIES[remedy]}" if remedy else cause
     line = " ".join(message.split()) or kind
     prefix = "" if kind in ("ValueError", "RuntimeError", "OSError", "Exception") else f"{kind}: "
