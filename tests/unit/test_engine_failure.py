@@ -1,6 +1,8 @@
 """The cause of a failed start, from what vLLM's processes report; and the lines of their log."""
 
+import json
 import logging
+import logging.config
 import os
 from pathlib import Path
 
@@ -113,3 +115,17 @@ def test_an_error_of_a_start_goes_to_the_file_and_a_later_one_to_the_log(
     assert not file.exists()
     record(logging.ERROR, "EngineCore encountered a fatal error.", error=ValueError("too large"))
     assert "ValueError: too large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("level", "expected"), [(None, logging.INFO), ("debug", logging.DEBUG)])
+def test_the_configuration_is_loaded_with_the_level_of_that_moment(
+    monkeypatch: pytest.MonkeyPatch, level: str | None, expected: int
+) -> None:
+    if level:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+    config = json.loads(Path(engine_log.CONFIG_FILE).read_text())
+    config["loggers"] = {"vllm_test_level": config["loggers"]["vllm"]}
+    logging.config.dictConfig(config)
+    logger = logging.getLogger("vllm_test_level")
+    assert logger.level == expected
+    assert [type(handler) for handler in logger.handlers] == [engine_log.EngineLogHandler]

@@ -22,9 +22,6 @@ LEVEL_VARIABLE = "YUAN_GRPC_LOG_LEVEL"
 FAILURES_VARIABLE = "YUAN_GRPC_ENGINE_FAILURES"
 """Names the file that the engine's processes write failures to. It exists while they start."""
 
-VLLM_LEVEL = os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper()
-"""Level of the `vllm` loggers. They log progress as INFO."""
-
 PROGRESS = {
     "Starting to load model": "loading weights",
     "Warming up model for the compilation": "compiling the model; the next start is faster",
@@ -64,6 +61,13 @@ def hide_harmless() -> None:
     logging.getLogger("torch._library.triton").addFilter(lambda record: False)  # it notes that Triton is missing
     # The tracker of shared memory removes what a failed engine leaves. It is started with these options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+
+
+def __getattr__(name: str) -> str:
+    """Return `VLLM_LEVEL`, the level of the `vllm` loggers, when `engine_log.json` is loaded. Progress has INFO."""
+    if name == "VLLM_LEVEL":
+        return os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper()
+    raise AttributeError(name)
 
 
 class EngineLogHandler(logging.Handler):
