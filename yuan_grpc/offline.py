@@ -42,7 +42,7 @@ def load(model: str = DEMO, *engine_flags: str, lora_folder: Path | None = None)
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
-        ValueError, OSError: the model cannot be served, or a flag is invalid.
+        ValueError, OSError, StartError: the model cannot be served, or a flag is invalid.
     """
     with serve_model(model, *engine_flags, lora_folder=lora_folder) as target, Client(target) as client:
         yield client

@@ -27,6 +27,7 @@ from yuan_grpc.server.errors import RequestNotFoundError
 from yuan_grpc.server.http import Listener
 from yuan_grpc.server.server import serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -348,22 +349,17 @@ async def test_a_call_to_a_stopping_server_is_unavailable() -> None:
 
 
 @pytest.mark.parametrize("field", ["port", "http_port"])
-async def test_a_port_in_use_is_logged_in_one_line(
-    settings: Settings, field: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_port_that_was_taken_after_the_checks_is_named(settings: Settings, field: str) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", getattr(settings, field)))
         other.listen()
-        assert await serve(settings, FakeEngine()) == 1
-    address = f"127.0.0.1:{getattr(settings, field)}"
-    assert caplog.messages == [
-        f"cannot listen on {address}: the port is in use, or this machine does not have the address"
-    ]
+        with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1:{getattr(settings, field)}: the port is in"):
+            await serve(settings, FakeEngine())
 
 
-async def test_an_invalid_host_is_logged_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    assert await serve(replace(settings, host="256.0.0.1"), FakeEngine()) == 1
-    assert caplog.messages[0].startswith("cannot listen on 256.0.0.1:")
+async def test_an_invalid_host_is_named(settings: Settings) -> None:
+    with pytest.raises(StartError, match=r"cannot listen on 256\.0\.0\.1:"):
+        await serve(replace(settings, host="256.0.0.1"), FakeEngine())
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1", "::", "0.0.0.0"])

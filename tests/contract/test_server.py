@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,8 +21,9 @@ from health_client import health_stub
 from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
-from yuan_grpc.server.server import serve, startup_banner
+from yuan_grpc.server.server import seconds_since_command, serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -252,7 +255,8 @@ async def test_the_server_stops_if_the_engine_fails_to_start(
 ) -> None:
     engine = FakeEngine()
     engine.start_error = RuntimeError("no such weights")
-    assert await serve(settings, engine) == 1
+    with pytest.raises(StartError, match="RuntimeError: no such weights"):
+        await serve(settings, engine)
     assert engine.stopped
     assert "no such weights" in caplog.text
 
@@ -269,14 +273,17 @@ async def test_the_server_stops_if_the_engine_dies(settings: Settings) -> None:
     assert engine.stopped
 
 
-async def test_a_port_in_use_is_logged_in_one_line(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_port_that_was_taken_after_the_checks_is_named(settings: Settings) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", settings.port))
         other.listen()
-        assert await serve(settings, FakeEngine()) == 1
-    assert caplog.messages == [
-        f"cannot listen on 127.0.0.1:{settings.port}: the port is in use, or this machine does not have the address"
-    ]
+        with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1:{settings.port}: the port is in use"):
+            await serve(settings, FakeEngine())
+
+
+def test_the_time_to_ready_counts_from_the_command() -> None:
+    age = time.time() - psutil.Process().create_time()
+    assert abs(seconds_since_command() - age) < 5
 
 
 async def test_the_banner_names_the_model_the_address_and_a_command(settings: Settings) -> None:

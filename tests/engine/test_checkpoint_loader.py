@@ -26,3 +26,19 @@ def test_every_rank_gets_the_queries_and_keys_of_its_heads(ranks: int) -> None:
         queries, keys = param.data.view(2, -1, HEAD_DIM, HIDDEN)
         assert torch.equal(queries, expected[:, 0])
         assert torch.equal(keys, expected[:, 1])
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0, 17), (3600, 0)])
+def test_progress_is_logged_every_few_seconds(monkeypatch: pytest.MonkeyPatch, seconds: int, lines: int) -> None:
+    from yuan_grpc.model.checkpoint import progress
+    from yuan_grpc.model.checkpoint.layout import published_shapes
+
+    sizes: Any = SimpleNamespace(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1)
+    weights = [(name, torch.zeros(shape)) for name, shape in published_shapes(sizes).items()]
+    shares: list[int] = []
+    monkeypatch.setattr(progress.logger, "info", lambda message, share: shares.append(share))
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", seconds)
+    assert list(progress.report_progress(weights, sizes)) == weights
+    assert len(shares) == lines
+    assert shares == sorted(shares)
+    assert shares[-1:] in ([], [100])

@@ -6,6 +6,7 @@ no longer be needed: see the head of its module. Other tests show that the patch
 
 import inspect
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -36,6 +37,7 @@ from yuan_grpc.model.patches import (
     grammar_timeout,
     logprob_token_ids,
     lora_classes,
+    worker_death,
 )
 from yuan_grpc.model.tokenizer import YuanTokenizer
 
@@ -99,6 +101,40 @@ def test_cpu_lora_slots_vllm_applies_the_last_adapter_to_requests_without_one() 
     assert output.tolist() == [[1, 1]]
     cpu_lora_slots.apply()
     assert inspect.unwrap(worker_manager.create_lora_manager) is not worker_manager.create_lora_manager
+
+
+@on_a_cpu
+def test_cpu_logprob_ranks_vllm_compiles_the_ranks_even_if_nothing_else_is_compiled() -> None:
+    from vllm.v1.sample.ops import logprobs
+
+    compiled = inspect.getsource(logprobs)
+    assert "@torch.compile(backend=current_platform.simple_compile_backend)\ndef batched_count" in compiled
+
+
+@on_a_cpu
+def test_cpu_model_info_vllm_inspects_the_class_in_another_process() -> None:
+    from vllm.model_executor.models import registry
+
+    assert "_run_in_subprocess(" in inspect.getsource(registry._LazyRegisteredModel.inspect_model_cls)
+
+
+def test_worker_death_vllm_does_not_name_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle, WorkerProc
+
+    def killed_worker() -> Any:
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=signal.raise_signal, args=(signal.SIGKILL,))
+        process.start()
+        writer.close()
+        return UnreadyWorkerProcHandle(process, 0, reader)
+
+    original = getattr(WorkerProc.wait_for_ready, "__wrapped__", WorkerProc.wait_for_ready)
+    with pytest.raises(Exception, match=r"See stack trace for root cause\.$"):
+        original([killed_worker()])
+    monkeypatch.setattr(WorkerProc, "wait_for_ready", staticmethod(original))
+    worker_death.apply()
+    with pytest.raises(RuntimeError, match=r"^a worker was killed by SIGKILL$"):
+        WorkerProc.wait_for_ready([killed_worker()])
 
 
 @on_a_cpu

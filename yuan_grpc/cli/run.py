@@ -13,7 +13,11 @@ from yuan_grpc.cli.common import connection
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.install import missing_package
 from yuan_grpc.cli.common.progress import Progress
+from yuan_grpc.cli.common.terminal import print_stderr
 from yuan_grpc.server import settings
+from yuan_grpc.server.engine.vllm import env, openmp
+from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.start_error import StartError
 
 EPILOG = """\
 Options after -- are passed to vLLM; `yuan-grpc serve --help=all` lists them:
@@ -39,17 +43,27 @@ def add_command(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from yuan_grpc import preflight
+    from yuan_grpc.preflight import machine
+
+    if machine.is_cpu_build():
+        openmp.restart_with_library("run")
     model, options.model = options.model, None
     requests = generate.read_requests(options.prompt, options)
     with ExitStack() as stack:
-        with Progress("loading the model"):
-            try:
-                from yuan_grpc import offline
+        try:
+            env.set_defaults()
+            preflight.check_engine(Settings(model, "", 0, 0, tuple(options.engine_flags)))
+            print_stderr("importing vLLM")
+            from yuan_grpc import offline
+            from yuan_grpc.server.engine.vllm import warm_fork
 
+            warm_fork.start()  # before the progress bar starts a thread
+            with Progress("loading the model"):
                 engine = offline.serve_model(model, *options.engine_flags, lora_folder=options.lora_folder)
                 options.address = stack.enter_context(engine)
-            except ModuleNotFoundError as error:
-                raise UsageError(missing_package(error)) from None
-            except ValueError as error:
-                raise UsageError(f"{model} cannot be loaded: {error}") from None
+        except ModuleNotFoundError as error:
+            raise UsageError(missing_package(error)) from None
+        except (ValueError, StartError) as error:
+            raise UsageError(f"{model} cannot be loaded: {error}") from None
         return generate.run_requests(requests, options)

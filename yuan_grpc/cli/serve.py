@@ -5,13 +5,28 @@ import asyncio
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.engine_help import add_help_option
 from yuan_grpc.cli.common.install import missing_package
+from yuan_grpc.cli.common.suggestions import suggestion
 from yuan_grpc.server import log_queue, settings, signals
-from yuan_grpc.server.engine.vllm import env
+from yuan_grpc.server.engine.vllm import engine_log, env, openmp
+from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.start_error import StartError
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILURE, EXIT_USAGE = 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, like any other cause that keeps the server from starting."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = "" if message.endswith("?") else "; see yuan-grpc serve --help"
+        self.exit(EXIT_USAGE, f"yuan-grpc: cannot start: {message}{hint}\n")
 
 
 def add_command(commands: Any) -> None:
@@ -19,37 +34,62 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve", help=SUMMARIES["serve"], allow_abbrev=False, add_help=False
     )
+    parser.__class__ = _Parser
     add_help_option(parser)
     settings.add_options(parser, os.environ)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, check_flags=lambda engine_flags: _check_flags(parser, engine_flags))
+
+
+def _check_flags(parser: argparse.ArgumentParser, engine_flags: list[str]) -> None:
+    """Report a flag that neither the server nor vLLM has."""
+    from yuan_grpc.preflight import flags
+
+    known = {*flags.vllm_flags(), *parser._option_string_actions}
+    for flag in flags.unknown_flags(engine_flags):
+        parser.error(f"unrecognized option {flag}{suggestion(flag, known)}")
 
 
 def _run(options: argparse.Namespace) -> int:
+    from yuan_grpc.preflight import machine
+
+    signals.exit_on_stop_signals()
+    options.check_flags(options.engine_flags)
+    if machine.is_cpu_build():
+        openmp.restart_with_library("serve")
     config = settings.read(options, options.engine_flags)
     log_queue.install()
-    signals.exit_on_stop_signals()
+    logging.basicConfig(level=config.log_level.upper(), format=engine_log.FORMAT)
+    if config.log_level != "debug":
+        logging.getLogger("vllm").setLevel(logging.WARNING)  # until vLLM has read `engine_log.json`
     os.umask(env.OWN_UMASK)
     try:
-        env.set_defaults()
-    except OSError as error:
-        print(f"yuan-grpc: {error}", file=sys.stderr)
-        return 1
-    try:
-        import uvloop
-
-        from yuan_grpc.server import server
-
-        print(server.startup_banner(config), file=sys.stderr, flush=True)  # before vLLM, which takes seconds to import
-        from yuan_grpc.server.engine.vllm.args import parse_engine_flags
-        from yuan_grpc.server.engine.vllm.engine import VllmEngine
+        return _serve(config)
+    except StartError as error:
+        cause = str(error)
     except ModuleNotFoundError as error:
-        print(f"yuan-grpc: {missing_package(error)}", file=sys.stderr)
-        return 1
-    try:
-        flags = parse_engine_flags(config.vllm_flags)
-    except (ValueError, OSError) as error:
-        print(f"yuan-grpc: {config.model} cannot be served: {error}", file=sys.stderr)
-        return 1
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        cause = missing_package(error)
+    except (OSError, ValueError) as error:
+        cause = str(error)
+    print(f"yuan-grpc: cannot start: {cause}", file=sys.stderr)
+    return EXIT_FAILURE
+
+
+def _serve(config: Settings) -> int:
+    from yuan_grpc import preflight
+
+    env.set_defaults(config.log_level)
+    preflight.check(config)
+    import uvloop
+
+    from yuan_grpc.server import server
+
+    print(server.startup_banner(config), end="", file=sys.stderr, flush=True)
+    logger.info("importing vLLM")
+    from yuan_grpc.server.engine.vllm import warm_fork
+    from yuan_grpc.server.engine.vllm.args import parse_engine_flags
+    from yuan_grpc.server.engine.vllm.engine import VllmEngine
+
+    warm_fork.start()
+    engine = VllmEngine(parse_engine_flags(config.vllm_flags), config.lora_folder)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(server.serve(config, VllmEngine(flags, config.lora_folder)))
+        return runner.run(server.serve(config, engine))

@@ -19,11 +19,14 @@ def register() -> None:
     from yuan_grpc.model.patches import (
         cpu_amx,
         cpu_busy_wait,
+        cpu_logprob_ranks,
+        cpu_model_info,
         cpu_spec_decode,
         detokenizer,
         grammar_timeout,
         logprob_token_ids,
         priority_preemption,
+        worker_death,
         worker_process,
     )
     from yuan_grpc.model.vllm_config import YuanModelConfig
@@ -43,11 +46,14 @@ def register() -> None:
     patches = (
         cpu_amx,
         cpu_busy_wait,
+        cpu_logprob_ranks,
+        cpu_model_info,
         cpu_spec_decode,
         detokenizer,
         grammar_timeout,
         logprob_token_ids,
         priority_preemption,
+        worker_death,
         worker_process,
     )
     for patch in patches:

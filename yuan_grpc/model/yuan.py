@@ -32,6 +32,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from yuan_grpc.model.attention.backend import attention_backend
 from yuan_grpc.model.checkpoint.loader import Placement, load_checkpoint
 from yuan_grpc.model.checkpoint.mapping import parameter_of
+from yuan_grpc.model.checkpoint.progress import report_progress
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa.layer import LocalizedFiltering
 from yuan_grpc.model.lfa.ops import new_plan
@@ -253,7 +254,7 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
         # vLLM would read a `.bin` file completely into memory; Linux can reclaim the pages of a mapped file.
         with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
-            stored_head = load_checkpoint(weights, self.config, placement)
+            stored_head = load_checkpoint(report_progress(weights, self.config), self.config, placement)
         if stored_head is not None and get_pp_group().is_last_rank:
             self._load_head(stored_head)
         return loaded

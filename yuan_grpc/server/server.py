@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -22,6 +23,7 @@ from yuan_grpc.server.grpc.interceptor import StatusInterceptor
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.signals import stop_signals
+from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 if TYPE_CHECKING:
@@ -79,13 +81,13 @@ async def serve(settings: Settings, engine: Engine) -> int:
     """Serve until a stop signal.
 
     Returns:
-        The exit status of the process: 0 after a stop signal, 1 if the server could not start or lost its engine.
+        The exit status of the process: 0 after a stop signal, 1 if the server lost its engine.
+
+    Raises:
+        StartError: an address cannot be bound, or the engine cannot be started.
     """
     health, generation_service = Health(NAME), GenerationService(engine)
-    servers = await _create_servers(settings, generation_service, health)
-    if servers is None:
-        return 1
-    server, port, http = servers
+    server, port, http = await _create_servers(settings, generation_service, health)
     stop_requested, force_stop_requested = _handle_stop_signals()
     await server.start()
     logger.info("gRPC listening on port %d; health is NOT_SERVING until the engine is ready", port)
@@ -99,28 +101,44 @@ async def serve(settings: Settings, engine: Engine) -> int:
         if grpc_failure.done():
             _exit_now(engine)
         grpc_failure.cancel()
-        logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
+        if was_serving := engine.is_ready:
+            logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
         await health.set_stopping()
+        engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
         await _stop_servers(server, port, http, generation_service, settings.grace_seconds, force_stop_requested)
-        engine.stop()
+        await engine_stop
         access_log.flush()
-        logger.info("stopped")
+        if was_serving:
+            logger.info("stopped")
+
+
+async def _stop_when_idle(engine: Engine, inflight: InflightRequests) -> None:
+    """Stop the engine once no call runs, while the last responses are being sent."""
+    inflight.stop_admitting()
+    await inflight.wait_idle()
+    await asyncio.to_thread(engine.stop)
 
 
 async def _create_servers(
     settings: Settings, generation_service: GenerationService, health: Health
-) -> "tuple[grpc.aio.Server, int, Listener | None] | None":
-    """Return the gRPC server, its port, and the HTTP listener if enabled; None if an address cannot be bound."""
+) -> "tuple[grpc.aio.Server, int, Listener | None]":
+    """Return the gRPC server, its port, and the HTTP listener if enabled.
+
+    Raises:
+        StartError: an address cannot be bound.
+    """
     http, address = None, settings.address_of(settings.http_port or 0)
     try:
         http = _create_http_listener(settings, generation_service)
         address = settings.address
         return *await create_server(YuanService(generation_service), health, address), http
     except (OSError, RuntimeError):
-        logger.error("cannot listen on %s: the port is in use, or this machine does not have the address", address)
         if http:
             await http.close()
-        return None
+        raise StartError(
+            f"cannot listen on {address}: the port is in use, or this machine does not have the address; "
+            "choose others with --host, --port and --http-port"
+        ) from None
 
 
 def _create_http_listener(settings: Settings, generation_service: GenerationService) -> "Listener | None":
@@ -145,7 +163,6 @@ async def _stop_servers(
     The gRPC server accepts calls to the end: those that it has not accepted when it stops would be cancelled.
     """
     inflight = generation_service.inflight
-    inflight.stop_admitting()
     if http:
         http.start_draining()
     # Wait only for generation calls: health watches never end by themselves.
@@ -198,17 +215,22 @@ async def create_server(service: YuanService, health: Health, address: str) -> t
 async def _run_engine(
     engine: Engine, health: Health, stop_requested: asyncio.Event, grpc_failure: asyncio.Future[None]
 ) -> int:
-    """Start the engine and wait for a stop signal or a failure; return the exit status."""
-    start_time = time.monotonic()
+    """Start the engine and wait for a stop signal or a failure; return the exit status.
+
+    Raises:
+        StartError: the engine cannot be started.
+    """
     starting = asyncio.ensure_future(engine.start())
     if starting in await _wait_for_first(starting, stop_requested.wait(), asyncio.shield(grpc_failure)):
         try:
             await starting
-        except Exception:
+        except StartError:
+            raise
+        except Exception as error:
             logger.exception("the engine failed to start")
-            return 1
+            raise StartError(f"{type(error).__name__}: {error}") from error
         await health.set_serving()
-        logger.info("ready after %.1f s", time.monotonic() - start_time)
+        logger.info("ready after %.1f s", seconds_since_command())
         engine_death = asyncio.ensure_future(engine.wait_until_dead())
         if engine_death in await _wait_for_first(engine_death, stop_requested.wait(), asyncio.shield(grpc_failure)):
             logger.error("the engine was lost")
@@ -217,6 +239,12 @@ async def _run_engine(
         logger.error("the gRPC server stopped unexpectedly; its calls hang until the process exits")
         return 1
     return 0
+
+
+def seconds_since_command() -> float:
+    """Return the age of this process in seconds. It includes the imports."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:

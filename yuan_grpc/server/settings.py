@@ -15,6 +15,8 @@ DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes"
 
 PREFIX = "YUAN_GRPC_"
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 EPILOG = """\
 Every other option is passed to vLLM's engine, for example:
   --max-model-len 4096        limit prompt and output together, in tokens
@@ -57,6 +59,7 @@ class Settings:
         port: the gRPC port, 1 to 65535, or 0 for any free port.
         grace_seconds: time for running calls to finish after a stop signal, in seconds.
         engine_flags: vLLM flags, passed through unparsed.
+        log_level: debug, info, warning or error.
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
         http: settings of the HTTP port.
@@ -70,6 +73,7 @@ class Settings:
     lora_folder: Path | None = None
     http_port: int | None = None
     http: HttpSettings = HttpSettings()
+    log_level: str = "info"
 
     @property
     def address(self) -> str:
@@ -111,6 +115,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--port", "50051", _port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
     add("--http-port", "", _optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
     add("--grace-seconds", "30", _seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
+    add("--log-level", "info", _log_level, "LEVEL", "debug, info, warning or error; debug shows all (default: info)")
     _add_http_options(partial(_add, parser.add_argument_group("limits of the HTTP port"), environment))
 
 
@@ -174,6 +179,7 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
             allowed_hosts=options.http_allowed_hosts,
             allowed_origins=options.http_allowed_origins,
         ),
+        log_level=options.log_level,
     )
 
 
@@ -187,6 +193,12 @@ def _model(text: str) -> str:
     if text.startswith(("/", "./", "../", "~")):
         _check_folder(text)
     return _non_empty(text)
+
+
+def _log_level(text: str) -> str:
+    if (level := text.lower()) in LOG_LEVELS:
+        return level
+    raise argparse.ArgumentTypeError(f"must be {', '.join(LOG_LEVELS[:-1])} or {LOG_LEVELS[-1]}, not {text!r}")
 
 
 def _optional_folder(text: str) -> Path | None:

@@ -1,13 +1,26 @@
 """Names and shapes of the weights of a published Yuan checkpoint."""
 
-from yuan_grpc.model.config import YuanConfig
+from typing import Protocol
 
 HEAD = "lm_head.weight"
 DERIVED = "rotary_emb.inv_freq"
 """Suffix of a weight that some checkpoints store, but that the model computes from its configuration."""
 
 
-def published_shapes(config: YuanConfig) -> dict[str, tuple[int, ...]]:
+class Sizes(Protocol):
+    """The fields of a configuration that determine the shapes."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+
+def published_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every weight of a checkpoint; a tied `lm_head.weight` is optional."""
     hidden, width = config.hidden_size, config.intermediate_size
     layer_shapes: dict[str, tuple[int, ...]] = {

@@ -6,8 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import grpc
+
+from yuan_grpc.server.engine.types import StepOutput
+from yuan_grpc.server.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +23,56 @@ _REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 
 
 class Outcome:
-    """The outcome of a call, set while it runs: the request id or adapter name, and the status code."""
+    """The outcome of a call, set while it runs.
+
+    Attributes:
+        subject: the request id or adapter name.
+        code: the status code.
+        peer: the address of the caller.
+        model: the name of the model or adapter that generates.
+    """
 
     def __init__(self) -> None:
         self.subject = ""
         self.code = grpc.StatusCode.CANCELLED
+        self.peer = ""
+        self.model = ""
+        self._fields: list[str] = []
+        self._prompt_tokens = self._completion_tokens = 0
+        self._queue_seconds: float | None = None
+        self._first_token_seconds: float | None = None
+
+    def set_error(self, error: Exception, code: grpc.StatusCode) -> None:
+        """Set the code of an error, and the fields that it names."""
+        self.code = code
+        if isinstance(error, InvalidRequestError):
+            self._fields = [violation.field for violation in error.violations if violation.field]
+
+    def begin(self, model: str, prompt_tokens: int) -> None:
+        """Record that a prompt has been accepted; an HTTP request may have several."""
+        self.model = model
+        self._prompt_tokens += prompt_tokens
+
+    def observe(self, output: StepOutput) -> None:
+        """Record the tokens of an output, and the times of the first one."""
+        self._completion_tokens += sum(len(delta.token_ids) for delta in output.deltas) + output.discarded_tokens
+        if self._queue_seconds is None:
+            self._queue_seconds, self._first_token_seconds = output.queue_seconds, output.first_token_seconds
+
+    def describe(self) -> str:
+        """Return the code, and the fields that are the reason for it."""
+        return self.code.name + (f" ({', '.join(self._fields)})" if self._fields else "")
+
+    def details(self) -> str:
+        """Return what is known of the caller, the model, the tokens and the times, each after a comma."""
+        details = [f"peer {self.peer}"] if self.peer else []
+        if self.model:
+            details += [f"model {self.model}", f"{self._prompt_tokens} tokens in", f"{self._completion_tokens} out"]
+        if self._queue_seconds is not None:
+            details.append(f"queued {self._queue_seconds:.3f} s")
+        if self._first_token_seconds is not None:
+            details.append(f"first token after {self._first_token_seconds:.3f} s")
+        return "".join(f", {detail}" for detail in details)
 
 
 class _RefusalLog:
@@ -51,21 +100,29 @@ class _RefusalLog:
         self._counts.clear()
 
 
+_current: ContextVar[Outcome | None] = ContextVar("outcome")
 _refusals = _RefusalLog()
 flush = _refusals.flush
 
 
 @contextmanager
 def log_call(name: str) -> Iterator[Outcome]:
-    """Yield the call's outcome, and log it when the block ends."""
+    """Yield the call's outcome, which is current in the block, and log it when the block ends."""
     start, outcome = time.monotonic(), Outcome()
+    token = _current.set(outcome)
     try:
         yield outcome
     finally:
+        _current.reset(token)
         code = outcome.code
         if code not in _REFUSALS or _refusals.is_first(name, code.name):
-            seconds = time.monotonic() - start
-            logger.info("%s %.256r: %s after %.3f s", name, outcome.subject, code.name, seconds)
+            seconds, details = time.monotonic() - start, outcome.details()
+            logger.info("%s %.256r: %s after %.3f s%s", name, outcome.subject, outcome.describe(), seconds, details)
+
+
+def current_outcome() -> Outcome:
+    """Return the outcome of the current call; outside of a call, one that nobody reads."""
+    return _current.get(None) or Outcome()
 
 
 def log_error(error: Exception, code: grpc.StatusCode, subject: str) -> None:

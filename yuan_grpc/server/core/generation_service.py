@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from dataclasses import dataclass
 from uuid import uuid4
 
+from yuan_grpc.server.core.access_log import current_outcome
 from yuan_grpc.server.core.best_of import OutputAccumulator
 from yuan_grpc.server.core.convert import num_sequences, parse_request
 from yuan_grpc.server.core.deadline import deadline_event
@@ -93,6 +94,7 @@ class GenerationService:
         """
         with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request, trace_headers)
+            current_outcome().begin(plan.model, len(plan.engine_request.prompt))
             output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n)
             builder = _response_builder(request, plan)
             if output.num_entries > INLINE_ENTRIES:
@@ -110,6 +112,7 @@ class GenerationService:
         """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
         with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request, trace_headers)
+            current_outcome().begin(plan.model, len(plan.engine_request.prompt))
             outputs = self._run(plan, stream=True, deadline=deadline)
             messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
             async with aclosing(messages):
@@ -150,9 +153,10 @@ def _response_builder(request: pb.GenerateRequest, plan: RequestPlan) -> Respons
 
 
 async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int) -> StepOutput:
-    accumulator = OutputAccumulator(choices)
+    accumulator, outcome = OutputAccumulator(choices), current_outcome()
     async with aclosing(outputs):
         async for output in outputs:
+            outcome.observe(output)
             accumulator.add(output)
     return accumulator.combined()
 
@@ -160,7 +164,10 @@ async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int) 
 async def _messages(
     builder: ResponseBuilder, outputs: AsyncGenerator[StepOutput | None, None]
 ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+    outcome = current_outcome()
     async with aclosing(outputs):
         async for output in outputs:
+            if output is not None:
+                outcome.observe(output)
             for message in builder.heartbeat() if output is None else builder.build_stream_messages(output):
                 yield message

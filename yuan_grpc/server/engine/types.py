@@ -236,6 +236,8 @@ class StepOutput:
         prompt_logprobs: of the whole prompt, in one output, before any delta.
         progress: of a search.
         discarded_tokens: number of tokens generated for choices that are not returned.
+        queue_seconds: time that the request waited for the engine; None if unknown.
+        first_token_seconds: time from the request to its first token; None if unknown.
     """
 
     deltas: Sequence[ChoiceDelta] = ()
@@ -243,6 +245,8 @@ class StepOutput:
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     progress: Progress | None = None
     discarded_tokens: int = 0
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
 
     @property
     def num_entries(self) -> int:

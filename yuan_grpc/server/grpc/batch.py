@@ -75,7 +75,8 @@ async def _run_one(index: int, request: pb.GenerateRequest, generate: Generate) 
             _check_size(result.response)
             outcome.code = StatusCode.OK
         except Exception as error:
-            outcome.code, status = to_status(error)
+            code, status = to_status(error)
+            outcome.set_error(error, code)
             log_error(error, outcome.code, request.request_id)
             result.error.MergeFromString(status.SerializeToString())  # yuan.v1's status has google.rpc.Status's fields
         finally:

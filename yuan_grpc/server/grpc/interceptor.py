@@ -57,12 +57,13 @@ def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
             except asyncio.CancelledError:
                 raise  # the client has cancelled or disconnected and receives no status
             except Exception as error:
-                outcome.code, status = to_status(error)
+                code, status = to_status(error)
+                outcome.set_error(error, code)
                 log_error(error, outcome.code, _subject(request))
                 trailers = (*to_trailers(error, status), *_request_id_trailer(request))
                 await context.abort(outcome.code, status.message, trailers)
             finally:
-                outcome.subject = _subject(request)
+                outcome.subject, outcome.peer = _subject(request), context.peer()
 
     return wrapped
 

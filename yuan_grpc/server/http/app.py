@@ -61,11 +61,17 @@ class _Endpoint:
             except ClientDisconnectedError:
                 pass  # no client is left to receive an error
             except Exception as error:
-                outcome.code, _ = to_status(error)
+                code, _ = to_status(error)
+                outcome.set_error(error, code)
                 log_error(error, outcome.code, call.request_id)
                 await call.send_error(error)
             finally:
-                outcome.subject = call.request_id
+                outcome.subject, outcome.peer = call.request_id, _peer(scope)
+
+
+def _peer(scope: Scope) -> str:
+    host, port = scope.get("client") or ("", 0)
+    return f"http:[{host}]:{port}" if ":" in host else f"http:{host}:{port}"
 
 
 def create_app(state: AppState, hosts: Collection[str], origins: Collection[str]) -> Starlette:

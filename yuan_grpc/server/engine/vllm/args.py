@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import vllm
 from pydantic import ValidationError
@@ -18,6 +18,9 @@ from yuan_grpc.server.engine.vllm import env
 
 BEAM_SEARCH_LOGPROBS = 2048
 """Log-probabilities per position. Beam search may request this many, regardless of the callers' limit."""
+
+MAX_MESSAGE = 300
+"""Length above which a message about a configuration has more than its cause, in characters."""
 
 
 @dataclass(frozen=True)
@@ -113,30 +116,38 @@ def _matches(group: Any, word: str) -> list[Any]:
     return [action for action in group._group_actions if any(word in flag for flag in action.option_strings)]
 
 
+def _shorten(message: str) -> str:
+    """Return a message of pydantic without its prefix; of a long one, the first sentence."""
+    message = message.removeprefix("Value error, ")
+    return message if len(message) <= MAX_MESSAGE else message.partition(". ")[0]
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, which raises an exception instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
     """Parse vLLM's command-line flags and check them against the model's files.
 
     Raises:
-        SystemExit: unknown flag or malformed value; argparse has printed which.
-        ValueError, OSError: values that do not fit each other or the model, or a missing model.
+        ValueError, OSError: an unknown flag, a malformed value, values that do not fit each other or the model, or a
+            missing model.
     """
-    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(_create_parser().parse_args(list(flags)))
+    parser = _Parser(add_help=False)
+    AsyncEngineArgs.add_cli_args(parser)
+    parser.set_defaults(use_tqdm_on_load=False)  # `engine_log` reports progress
+    arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
     if arguments.skip_tokenizer_init:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
     try:
         config = arguments.create_engine_config()
     except ValidationError as error:  # its own text is a page long
-        raise ValueError("; ".join(one["msg"] for one in error.errors())) from error
+        raise ValueError("; ".join(_shorten(one["msg"]) for one in error.errors())) from error
     except KeyError as error:  # an object in the overrides replaces the one in config.json
         raise ValueError(f"an object in `--hf-overrides` must be complete, and {error} is missing") from error
     max_logprobs = config.model_config.max_logprobs
     config.model_config.max_logprobs = max(max_logprobs, BEAM_SEARCH_LOGPROBS) if max_logprobs >= 0 else max_logprobs
     return EngineOptions(config, arguments, max_logprobs)
-
-
-def _create_parser() -> FlexibleArgumentParser:
-    parser = FlexibleArgumentParser(
-        prog="yuan-grpc serve", usage="yuan-grpc serve [OPTIONS] (see yuan-grpc serve --help)", add_help=False
-    )
-    AsyncEngineArgs.add_cli_args(parser)
-    return parser

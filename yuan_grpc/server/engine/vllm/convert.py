@@ -172,10 +172,13 @@ class OutputConverter:
         if self._needs_prompt_logprobs and output.prompt_logprobs:
             self._needs_prompt_logprobs = False
             prompt_logprobs = self._prompt_logprobs(output.prompt_logprobs)
+        times = output.metrics  # None with --disable-log-stats
         return StepOutput(
             [self._delta(completion) for completion in output.outputs],
             cached_tokens=output.num_cached_tokens or 0,
             prompt_logprobs=prompt_logprobs,
+            queue_seconds=max(0.0, times.scheduled_ts - times.queued_ts) if times else None,
+            first_token_seconds=times.first_token_latency if times else None,
         )
 
     def _delta(self, completion: CompletionOutput) -> ChoiceDelta:

@@ -19,16 +19,18 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMClient
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelInfo, Sampling, StepOutput
-from yuan_grpc.server.engine.vllm import convert, env
+from yuan_grpc.server.engine.vllm import convert, engine_log, env, failure
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.constraints.compiler import ConstraintCompiler
 from yuan_grpc.server.engine.vllm.lora import LoraRegistry
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
+from yuan_grpc.server.start_error import StartError
 
 INLINE_CHARACTERS = 16_384
 """Length of the longest text to tokenize on the event loop. Longer ones would block every stream, and are tokenized in
@@ -63,22 +65,32 @@ class VllmEngine:
         """Load the model and run warm-up requests, so that no caller's request is the first.
 
         Raises:
-            Exception: the engine's processes could not be started; they have logged the reason.
+            StartError: the engine could not be started.
         """
         self._temporary_folder = TemporaryDirectory(
             prefix=env.PREFIX, dir=env.socket_parent(), ignore_cleanup_errors=True
         )
-        self._start_thread, started = _in_daemon_thread(partial(self._options.start, self._temporary_folder.name))
-        self._started = await started
-        for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
-            async with aclosing(self.generate(EngineRequest("warm-up", [0], sampling), stream=False)) as outputs:
-                async for _ in outputs:
-                    pass
+        with engine_log.failure_file(self._temporary_folder.name) as failures:
+            try:
+                await self._start_processes(self._temporary_folder.name)
+                await self._warm_up()
+            except Exception as error:
+                raise StartError(failure.describe(error, engine_log.read_failures(failures))) from error
         # The objects that importing vLLM creates are permanent. Scanning them blocked every stream for 0.28 s.
         gc.collect()
         gc.freeze()
         enable_envs_cache()  # vLLM reads several variables for each token
         self._is_warm = True
+
+    async def _start_processes(self, folder: str) -> None:
+        self._start_thread, started = _in_daemon_thread(partial(self._options.start, folder))
+        self._started = await started
+
+    async def _warm_up(self) -> None:
+        for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
+            async with aclosing(self.generate(EngineRequest("warm-up", [0], sampling), stream=False)) as outputs:
+                async for _ in outputs:
+                    pass
 
     async def wait_until_dead(self) -> None:
         """Wait until the started engine has died."""
@@ -92,6 +104,8 @@ class VllmEngine:
         self._is_warm = False
         self._constraints.stop()
         if self._started is not None:
+            if handler := self._started.output_handler:
+                cancel_task_threadsafe(handler)  # otherwise it reports the end of the engine as an error
             self._started.shutdown(timeout=TERMINATION_SECONDS)
             self._started = None
         elif self._start_thread is not None:

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from yuan_grpc.server.engine.vllm import engine_log
+
 logger = logging.getLogger(__name__)
 
 DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",  # no telemetry unless the operator enables it
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # as the server's log; stdout is for generated text
+    "VLLM_LOGGING_CONFIG_PATH": engine_log.CONFIG_FILE,  # to stderr; stdout is for generated text
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # if the operator has set VLLM_CONFIGURE_LOGGING=0
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with gRPC threads can hang
     "VLLM_XGRAMMAR_CACHE_MB": "512",  # without it, each choice of a request compiles its constraint again
     "VLLM_REGEX_COMPILATION_TIMEOUT_S": "0",  # the package `constraints` has limited the compilation before
@@ -49,14 +51,25 @@ class UnsafeFolderError(OSError):
     """A folder that another user could have written to."""
 
 
-def set_defaults() -> None:
+def set_defaults(log_level: str | None = None) -> None:
     """Set the variables of `DEFAULTS` and `CACHE_FOLDERS` that are not set, and create the folders.
 
     Must be called before vLLM is imported.
 
+    Args:
+        log_level: the level of the server's log; None for that in the environment, if it has one.
+
     Raises:
         UnsafeFolderError: another user could have written to a folder.
     """
+    if log_level:
+        os.environ[engine_log.LEVEL_VARIABLE] = log_level
+        os.environ.setdefault("TQDM_DISABLE", "1")  # `engine_log` reports progress
+    if os.environ.get(engine_log.LEVEL_VARIABLE) == "debug":
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG")
+    else:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ code warns of what vLLM chose
+    engine_log.hide_harmless()
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
     unset = [variable for variable in CACHE_FOLDERS if not os.environ.get(variable) or _is_torch_default(variable)]

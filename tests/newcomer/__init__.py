@@ -1,0 +1,1 @@
+"""A program that plays the mistakes of newcomers."""

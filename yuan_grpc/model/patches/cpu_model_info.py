@@ -1,0 +1,17 @@
+"""Inspect the model's class in the process that needs the result.
+
+Why: before the first start, and after each change of the class, vLLM imports itself in another process to find what the
+    class supports, so that the import does not initialize CUDA. This takes as long as the rest of a start.
+How: on CPUs, `registry._run_in_subprocess` calls the function directly.
+Upstream: not reported; vLLM needs the other process for GPUs only.
+Remove when: vLLM uses the other process for GPUs only.
+"""
+
+from vllm.model_executor.models import registry
+from vllm.platforms import current_platform
+
+
+def apply() -> None:
+    """Apply the patch in this process, on CPUs only. Safe to call twice."""
+    if current_platform.is_cpu():
+        registry._run_in_subprocess = lambda function: function()

@@ -1,0 +1,47 @@
+"""A check that the server can listen on its addresses."""
+
+import errno
+import socket
+
+from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.start_error import StartError
+
+
+def check(settings: Settings) -> None:
+    """Bind the ports, and release them.
+
+    Raises:
+        StartError: a port is taken or not allowed, or the host is not an address of this machine.
+    """
+    ports = {"--port": settings.port, "--http-port": settings.http_port}
+    if settings.port and settings.port == settings.http_port:
+        raise StartError(f"--port and --http-port must differ, and both are {settings.port}")
+    for flag, port in ports.items():
+        if port is not None:
+            _check_port(settings, flag, port)
+
+
+def _check_port(settings: Settings, flag: str, port: int) -> None:
+    try:
+        addresses = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartError(f"--host must be an address of this machine, not {settings.host!r}: {error}") from None
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen(1)
+        except OSError as error:
+            raise StartError(_explain(settings, flag, port, error)) from None
+
+
+def _explain(settings: Settings, flag: str, port: int, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"port {port} is in use: stop the program that listens on it, or choose another one with {flag}"
+        case errno.EACCES:
+            return f"this user must not listen on port {port}: choose 1024 or above with {flag}"
+        case errno.EADDRNOTAVAIL:
+            return f"--host must be an address of this machine, not {settings.host!r}; 0.0.0.0 stands for all"
+    return f"cannot listen on {settings.address_of(port)}: {error.strerror}"
