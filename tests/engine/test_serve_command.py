@@ -210,7 +210,8 @@ def test_a_cache_folder_that_another_user_could_have_filled_is_refused(tmp_path:
     planted = tmp_path / "yuan-grpc"
     planted.mkdir()
     planted.chmod(0o777)
-    done = subprocess.run(COMMAND, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True)
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path)}  # without an engine's own folders
+    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     cause = f"{planted} must be writable by its owner only, not have mode 0777: remove it"
     assert done.stderr == f"yuan-grpc: cannot start: {cause}\n"
