@@ -9,7 +9,7 @@ RELEASE_READY := .venv-release/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` runs the tests last
-IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
+IN_TWO_PROCESSES := -n 2 --dist worksteal
 .PHONY: help setup install serve test test-fast newcomer coverage check proto proto-check proto-release lint format lock \
   release-files image-check clean
 

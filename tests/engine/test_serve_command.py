@@ -23,6 +23,7 @@ pytestmark = pytest.mark.engine
 
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
 COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
+ENVIRONMENT = dict(os.environ)  # before an engine in this process sets variables
 
 
 class ServerProcess:
@@ -34,7 +35,7 @@ class ServerProcess:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | environment,
+            env=ENVIRONMENT | environment,
             umask=0o022,
         )
         assert self.process.stderr is not None
@@ -193,7 +194,7 @@ def test_the_server_can_be_stopped_while_the_model_loads(start: Callable[..., Se
 
 
 def test_a_missing_model_is_reported_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([*COMMAND, "--model", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "--model", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr == f"yuan-grpc: cannot start: {tmp_path} has no config.json: name the folder of a checkpoint\n"
@@ -201,7 +202,7 @@ def test_a_missing_model_is_reported_in_one_line(tmp_path: Path) -> None:
 
 def test_an_incomplete_override_is_reported_in_one_line() -> None:
     override = '--hf-overrides={"rope_parameters": {"rope_theta": 500000}}'
-    done = subprocess.run([*COMMAND, override], capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, override], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.endswith("an object in `--hf-overrides` must be complete, and 'rope_type' is missing\n")
 
@@ -210,8 +211,7 @@ def test_a_cache_folder_that_another_user_could_have_filled_is_refused(tmp_path:
     planted = tmp_path / "yuan-grpc"
     planted.mkdir()
     planted.chmod(0o777)
-    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path)}  # without an engine's own folders
-    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True)
+    done = subprocess.run(COMMAND, env=ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1
     cause = f"{planted} must be writable by its owner only, not have mode 0777: remove it"
     assert done.stderr == f"yuan-grpc: cannot start: {cause}\n"

@@ -12,6 +12,7 @@ from newcomer.cases import Case, copy_demo, port_in_use
 
 COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
 PREFIX = "yuan-grpc: "
+ENVIRONMENT = dict(os.environ)  # before an engine in this process sets variables
 TIMEOUT_SECONDS = 240
 UNAVAILABLE = ("unshare:", "mount:")
 """Start of the last line where a case cannot be played, because users may not make namespaces."""
@@ -43,7 +44,7 @@ def play(case: Case) -> Result:
         start = time.monotonic()
         with subprocess.Popen(
             [*case.wrapper, *COMMAND, *arguments],
-            env=os.environ | case.environment,
+            env=ENVIRONMENT | case.environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

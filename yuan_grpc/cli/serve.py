@@ -90,6 +90,6 @@ def _serve(config: Settings) -> int:
     from yuan_grpc.server.engine.vllm.engine import VllmEngine
 
     warm_fork.start()
-    engine = VllmEngine(parse_engine_flags(config.vllm_flags), config.lora_folder)
+    engine = VllmEngine(parse_engine_flags(config.vllm_flags), config.lora_folder, owns_process=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(server.serve(config, engine))

@@ -48,10 +48,12 @@ class VllmEngine:
     Args:
         options: the result of `parse_engine_flags`.
         lora_folder: the folder of the adapters that can be loaded; None for none.
+        owns_process: whether nothing else in this process uses vLLM, so that its environment variables are read once.
     """
 
-    def __init__(self, options: EngineOptions, lora_folder: Path | None = None) -> None:
+    def __init__(self, options: EngineOptions, lora_folder: Path | None = None, *, owns_process: bool = False) -> None:
         self._options = options
+        self._owns_process = owns_process
         lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
         self._adapters = LoraRegistry(lora_folder, lora.max_cpu_loras if lora else 0, name)
         self._temporary_folder: TemporaryDirectory[str] | None = None
@@ -79,7 +81,8 @@ class VllmEngine:
         # The objects that importing vLLM creates are permanent. Scanning them blocked every stream for 0.28 s.
         gc.collect()
         gc.freeze()
-        enable_envs_cache()  # vLLM reads several variables for each token
+        if self._owns_process:
+            enable_envs_cache()  # vLLM reads several variables for each token
         self._is_warm = True
 
     async def _start_processes(self, folder: str) -> None:
