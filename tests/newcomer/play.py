@@ -44,7 +44,7 @@ def play(case: Case) -> Result:
         start = time.monotonic()
         with subprocess.Popen(
             [*case.wrapper, *COMMAND, *arguments],
-            env=ENVIRONMENT | case.environment,
+            env={**ENVIRONMENT, **case.environment},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
