@@ -2,28 +2,21 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from functools import partial
-from statistics import mean
 
 import grpc
 import psutil
 import pytest
 import pytest_asyncio
 from engine.conftest import Served
+from neighbor import neighbor_gaps
 
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT = "世界上最高的山是什么"
-NEIGHBOR = pb.GenerateRequest(prompt=PROMPT, max_tokens=1900, ignore_eos=True, temperature=1)
-BASELINE_GAPS = 200
-LARGEST_GAP = 0.25
-MAX_SLOWDOWN = 3
-"""Limits on a neighbor's gaps between tokens: in seconds, and in gaps of the same run without the attack."""
 ATTEMPTS = "abc"
 """Ends of constraints. A gap of another process's making is in one attempt, a constraint's in each."""
 SECONDS = 3
@@ -70,31 +63,6 @@ def constrained(outputs: pb.StructuredOutputs) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=PROMPT, max_tokens=200, structured_outputs=outputs, temperature=1)
 
 
-@asynccontextmanager
-async def neighbor_gaps(served: Served) -> AsyncIterator[list[float]]:
-    """Yield the times between the tokens of a stream; they are added while the block runs."""
-    gaps: list[float] = []
-    has_baseline = asyncio.Event()
-
-    async def stream() -> None:
-        while True:
-            last = None
-            async for _ in served.stub.GenerateStream(NEIGHBOR):
-                now = time.monotonic()
-                gaps.extend([now - last] if last else [])
-                last = now
-                if len(gaps) >= BASELINE_GAPS:
-                    has_baseline.set()
-
-    task = asyncio.ensure_future(stream())
-    try:
-        await has_baseline.wait()
-        yield gaps
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
 def compiling(served: Served) -> psutil.Process:
     """Return the process that compiles constraints; each of its children compiles one."""
     return psutil.Process(served.engine._constraints._process._process.pid)
@@ -117,19 +85,14 @@ async def test_an_expensive_constraint_is_rejected_and_does_not_slow_a_neighbor(
     budgeted: Served, attack: Callable[[str], list[pb.StructuredOutputs]]
 ) -> None:
     for end in ATTEMPTS:
-        async with neighbor_gaps(budgeted) as gaps:
-            before = len(gaps)
+        async with neighbor_gaps(budgeted.stub) as gaps:
             errors = await asyncio.gather(*(error_of(budgeted, outputs) for outputs in attack(end)))
-            while len(gaps) < before + BASELINE_GAPS:  # noqa: ASYNC110 - the test's timeout is the limit
-                await asyncio.sleep(0.01)
         for error, outputs in zip(errors, attack(end), strict=True):
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert f"`structured_outputs.{outputs.WhichOneof('constraint')}` must be one" in (error.details() or "")
-        largest, others = max(gaps[:before]), gaps[before:]
-        print(f"largest gap {largest:.3f} -> {max(others):.3f} s, mean x{mean(others) / mean(gaps[:before]):.2f}")
-        if max(others) < max(LARGEST_GAP, MAX_SLOWDOWN * largest) and mean(others) < MAX_SLOWDOWN * mean(gaps[:before]):
+        if gaps.is_largest_acceptable and gaps.is_mean_acceptable:
             return
-    pytest.fail(f"the neighbor's gap was {max(others):.2f} s, {largest:.2f} s without the constraint")
+    pytest.fail(str(gaps))
 
 
 async def test_a_slow_constraint_does_not_delay_another_one(budgeted: Served) -> None:
