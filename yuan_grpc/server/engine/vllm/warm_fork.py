@@ -32,6 +32,8 @@ from vllm.v1.executor import multiproc_executor
 
 from yuan_grpc.server.engine.vllm import env
 
+logger = logging.getLogger("vllm.yuan_grpc.server")
+
 PRELOADED = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "yuan_grpc.model.yuan")
 """Modules of the engine and its workers that the server's own process does not need."""
 
@@ -53,7 +55,11 @@ class _Process(ForkServerProcess):
         os.environ.update(self._environment)
         tempfile.tempdir = None
         _set_threads()
-        super().run()
+        try:
+            super().run()
+        except Exception:  # which vLLM has logged, so that `multiprocessing` need not print it
+            logger.debug("the process ends", exc_info=True)
+            sys.exit(1)
 
 
 class _Context(ForkServerContext):
