@@ -7,8 +7,8 @@ ARG BASE=python:3.11.16-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2
 FROM ${BASE} AS build
 ARG EXTRA=cpu
 # Mirrors of PyPI and of PyTorch's index: --build-arg PIP_INDEX_URL=… --build-arg PYTORCH_INDEX_URL=…
-ARG PIP_INDEX_URL=https://pypi.org/simple
-ARG PYTORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG PIP_INDEX_URL
+ARG PYTORCH_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python -m venv /venv && python -m venv /build

@@ -40,8 +40,9 @@ def build(root: Path) -> None:
     for name, arguments in build_stage():
         print(name, arguments, flush=True)
         if name in {"ARG", "ENV"}:
-            key, _, value = arguments.partition("=")
-            environment[key] = environment.get(key, value) if name == "ARG" else value
+            key, has_value, value = arguments.partition("=")
+            if name == "ENV" or (has_value and key not in environment):
+                environment[key] = value
         elif name == "WORKDIR":
             folder = root / arguments.lstrip("/")
             folder.mkdir()

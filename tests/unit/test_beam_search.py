@@ -17,7 +17,7 @@ from hf_search import HfYuan, Search, hf_choices, our_choices, rare_tokens
 from reference import ReferenceYuan
 
 from yuan_grpc.model.tokenizer import YuanTokenizer
-from yuan_grpc.server.core import beam_search
+from yuan_grpc.server.core import backoff
 from yuan_grpc.server.core.beam_search import BeamSearch
 from yuan_grpc.server.core.limits import BeamSlots
 from yuan_grpc.server.engine.types import (
@@ -495,7 +495,7 @@ async def test_an_error_of_one_beam_ends_the_others_and_is_raised_unchanged(erro
 
 @pytest.mark.timeout(60)
 async def test_a_beam_that_a_full_engine_rejects_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beam_search, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(backoff, "RETRY_SECONDS", 0)
     request, beam = request_with(ignore_eos=True), BeamSearchParams(2, 3)
     expected = await choices_of(TableEngine(random_table(0, tokens=5), tokens=5), request, beam)
     engine, rejections = TableEngine(random_table(0, tokens=5), tokens=5), 0
@@ -566,7 +566,7 @@ async def test_a_rejected_beam_waits_longer_each_time(monkeypatch: pytest.Monkey
         delays.append((low, high))
         return 0
 
-    monkeypatch.setattr(beam_search, "uniform", no_delay)
+    monkeypatch.setattr(backoff, "uniform", no_delay)
     engine = TableEngine(random_table(0, tokens=5), tokens=5)
 
     async def before(request: EngineRequest) -> None:

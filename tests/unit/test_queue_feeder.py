@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from yuan_grpc.server.core import queue_feeder
+from yuan_grpc.server.core import backoff
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.core.queue_feeder import QueueFeeder
 from yuan_grpc.server.errors import OverloadedError
@@ -44,7 +44,7 @@ async def test_the_first_request_of_a_call_is_refused_at_once() -> None:
 
 
 async def test_a_request_waits_while_another_one_of_the_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_feeder, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(backoff, "RETRY_SECONDS", 0)
     feeder, queue = QueueFeeder(None), Queue()
     first = asyncio.create_task(feeder.run(queue.request))
     await asyncio.sleep(0)
@@ -57,7 +57,7 @@ async def test_a_request_waits_while_another_one_of_the_call_runs(monkeypatch: p
 
 
 async def test_a_request_waits_after_another_one_of_the_call_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_feeder, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(backoff, "RETRY_SECONDS", 0)
     feeder, queue = QueueFeeder(None), Queue()
     queue.may_finish.set()
     await feeder.run(queue.request)

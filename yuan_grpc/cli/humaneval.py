@@ -118,6 +118,11 @@ def _add_generate(subcommands: Any) -> None:
         help="seconds to wait for the first answer of each server (default: 10)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="generate failed samples again")
+    _add_request_options(parser)
+    parser.set_defaults(run_subcommand=_generate, run=_run_subcommand)
+
+
+def _add_request_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("request", "Decoding is greedy unless a sampling option is given.")
     group.add_argument("--model", help="name of a LoRA adapter, instead of the served model")
     group.add_argument(
@@ -136,7 +141,6 @@ def _add_generate(subcommands: Any) -> None:
     group.add_argument("--top-p", type=float)
     group.add_argument("--top-k", type=int)
     group.add_argument("--min-p", type=float)
-    parser.set_defaults(run_subcommand=_generate, run=_run_subcommand)
 
 
 def _add_score(subcommands: Any) -> None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
-from random import uniform
 from uuid import uuid4
 
+from yuan_grpc.server.core.backoff import Backoff
 from yuan_grpc.server.core.limits import BeamSlots
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import (
@@ -24,11 +24,6 @@ from yuan_grpc.server.engine.types import (
     TokenLogprobs,
 )
 from yuan_grpc.server.errors import OverloadedError
-
-RETRY_SECONDS = 0.05
-"""Delay before retrying a beam the engine rejected, in seconds. Other beams and requests free capacity meanwhile."""
-MAX_RETRY_SECONDS = 2
-"""Limit on that delay, which doubles with each rejection."""
 
 PROGRESS_TOKENS = 64
 """Number of last tokens of the best beam whose text is reported as progress."""
@@ -178,13 +173,12 @@ class BeamSearch:
                 stack.callback(self._slots.beams.release, waiting.result())
 
     async def _top_tokens_after(self, beam: _Hypothesis) -> TopTokens | None:
-        delay = RETRY_SECONDS
+        backoff = Backoff()
         while not self._is_past_deadline:
             try:
                 return await self._next_top_tokens(beam)
             except OverloadedError:
-                await asyncio.sleep(uniform(delay / 2, delay))
-                delay = min(2 * delay, MAX_RETRY_SECONDS)
+                await backoff.wait()
         return None
 
     async def _next_top_tokens(self, beam: _Hypothesis) -> TopTokens | None:

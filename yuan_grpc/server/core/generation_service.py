@@ -94,7 +94,6 @@ class GenerationService:
         """
         with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request, trace_headers)
-            current_outcome().begin(plan.model, len(plan.engine_request.prompt))
             output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n)
             builder = _response_builder(request, plan)
             if output.num_entries > INLINE_ENTRIES:
@@ -112,7 +111,6 @@ class GenerationService:
         """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
         with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request, trace_headers)
-            current_outcome().begin(plan.model, len(plan.engine_request.prompt))
             outputs = self._run(plan, stream=True, deadline=deadline)
             messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
             async with aclosing(messages):
@@ -139,7 +137,9 @@ class GenerationService:
         async with self.turn_to_tokenize(prompt_size(request)):
             parsed = await parse_request(request, engine)
         validate_generate(parsed, engine.info, engine.loras)
-        return plan_request(parsed, engine, trace_headers)
+        plan = plan_request(parsed, engine, trace_headers)
+        current_outcome().begin(plan.model, len(plan.engine_request.prompt))
+        return plan
 
     def _run(
         self, plan: RequestPlan, *, stream: bool, deadline: asyncio.Event | None

@@ -1,17 +1,11 @@
 """Feeding the requests of one call through the engine's queue."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from random import uniform
 from typing import TypeVar
 
+from yuan_grpc.server.core.backoff import Backoff
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT, Slots
 from yuan_grpc.server.errors import OverloadedError
-
-RETRY_SECONDS = 0.05
-"""Delay before retrying a request that the queue rejected, in seconds."""
-MAX_RETRY_SECONDS = 2
-"""Limit on that delay, which doubles with each rejection."""
 
 Result = TypeVar("Result")
 
@@ -43,7 +37,7 @@ class QueueFeeder:
         Raises:
             OverloadedError: the queue is full, and no request of this call has been accepted.
         """
-        delay = RETRY_SECONDS
+        backoff = Backoff()
         while True:
             self._num_running += 1
             try:
@@ -55,5 +49,4 @@ class QueueFeeder:
                     raise
             finally:
                 self._num_running -= 1
-            await asyncio.sleep(uniform(delay / 2, delay))
-            delay = min(2 * delay, MAX_RETRY_SECONDS)
+            await backoff.wait()

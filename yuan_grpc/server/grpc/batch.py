@@ -40,9 +40,7 @@ async def run_batch(
     running: set[asyncio.Task[None]] = set()
 
     def forget(task: asyncio.Task[None]) -> None:
-        if (
-            not task.cancelled() and not task.exception()
-        ):  # a failed write is kept: `gather` raises it and ends the call
+        if not task.cancelled() and not task.exception():  # `gather` raises a failed write, which ends the call
             running.discard(task)
 
     try:

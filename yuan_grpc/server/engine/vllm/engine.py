@@ -218,8 +218,9 @@ class VllmEngine:
 
     async def _check_constraint(self, sampling: Sampling) -> Sampling:
         """Return the parameters with a constraint that the engine enforces. Errors name the one of the request."""
-        constraint = sampling.structured_outputs
-        return replace(sampling, structured_outputs=constraint and await self._constraints.check(constraint))
+        if (constraint := sampling.structured_outputs) is None:
+            return sampling
+        return replace(sampling, structured_outputs=await self._constraints.check(constraint))
 
     def _describe_grammars(self) -> dict[str, Any]:
         """Return the tokenizer and the options with which vLLM compiles constraints."""
