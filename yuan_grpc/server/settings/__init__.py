@@ -1,21 +1,19 @@
 """Server settings, read from flags, then the environment, then defaults."""
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from yuan_grpc.server.settings import parsers as parse
+from yuan_grpc.server.settings.environment import add_option
+
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
 DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "128M")
 """vLLM flags for the 1 MB demo. Favor exactness; skip compilation, which would take longer than a typical demo."""
-
-PREFIX = "YUAN_GRPC_"
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 EPILOG = """\
 Every other option is passed to vLLM's engine, for example:
@@ -110,56 +108,58 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add_model_options(parser, environment)
-    add = partial(_add, parser, environment)
-    add("--host", "127.0.0.1", _non_empty, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
-    add("--port", "50051", _port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
-    add("--http-port", "", _optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
-    add("--grace-seconds", "30", _seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
-    add("--log-level", "info", _log_level, "LEVEL", "debug, info, warning or error; debug shows all (default: info)")
-    _add_http_options(partial(_add, parser.add_argument_group("limits of the HTTP port"), environment))
+    add = partial(add_option, parser, environment)
+    add("--host", "127.0.0.1", parse.non_empty, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    add("--port", "50051", parse.port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
+    add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
+    add("--grace-seconds", "30", parse.seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
+    add(
+        "--log-level",
+        "info",
+        parse.log_level,
+        "LEVEL",
+        "debug, info, warning or error; debug shows all (default: info)",
+    )
+    _add_http_options(partial(add_option, parser.add_argument_group("limits of the HTTP port"), environment))
 
 
 def _add_http_options(add: Callable[..., None]) -> None:
-    add("--http-header-timeout", "10", _positive_seconds, "S", "time to send a request's head over HTTP (default: 10)")
-    add("--http-body-timeout", "30", _positive_seconds, "S", "time to send a body over HTTP (default: 30)")
-    add("--http-max-connections", "", _optional_count, "N", "HTTP connections (default: from the limit on open files)")
-    add("--http-allowed-hosts", "", _names, "NAMES", "names in Host, comma-separated or * (default: see docs/http.md)")
-    add("--http-allowed-origins", "", _origins, "ORIGINS", "web origins, comma-separated or * (default: none)")
+    add(
+        "--http-header-timeout",
+        "10",
+        parse.positive_seconds,
+        "S",
+        "time to send a request's head over HTTP (default: 10)",
+    )
+    add("--http-body-timeout", "30", parse.positive_seconds, "S", "time to send a body over HTTP (default: 30)")
+    add(
+        "--http-max-connections",
+        "",
+        parse.optional_count,
+        "N",
+        "HTTP connections (default: from the limit on open files)",
+    )
+    add(
+        "--http-allowed-hosts",
+        "",
+        parse.names,
+        "NAMES",
+        "names in Host, comma-separated or * (default: see docs/http.md)",
+    )
+    add("--http-allowed-origins", "", parse.origins, "ORIGINS", "web origins, comma-separated or * (default: none)")
 
 
 def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
     """Add the options that select the model and its adapters to a parser."""
-    add = partial(_add, parser, environment)
-    add("--model", DEMO, _model, "PATH_OR_ID", "checkpoint folder or hub id (default: embedded random demo model)")
-    add("--lora-folder", "", _optional_folder, "FOLDER", "folder of loadable LoRA adapters (needs --enable-lora)")
-
-
-class _EnvironmentValue(str):
-    """An option value that comes from an environment variable."""
-
-
-def _add(
-    parser: argparse._ActionsContainer,
-    environment: Mapping[str, str],
-    flag: str,
-    default: str,
-    parse: Callable[[str], object],
-    metavar: str,
-    text: str,
-) -> None:
-    variable = PREFIX + flag.removeprefix("--").replace("-", "_").upper()
-
-    def parse_value(value: str) -> object:
-        try:
-            return parse(value)
-        except argparse.ArgumentTypeError as error:
-            if isinstance(value, _EnvironmentValue):
-                raise argparse.ArgumentTypeError(f"environment variable {variable}: {error}") from None
-            raise
-
-    from_environment = environment.get(variable)
-    value = default if from_environment is None else _EnvironmentValue(from_environment)
-    parser.add_argument(flag, default=value, type=parse_value, metavar=metavar, help=text)
+    add = partial(add_option, parser, environment)
+    add(
+        "--model",
+        DEMO,
+        parse.model,
+        "PATH_OR_ID",
+        "checkpoint folder or hub id (default: embedded random demo model)",
+    )
+    add("--lora-folder", "", parse.optional_folder, "FOLDER", "folder of loadable LoRA adapters (needs --enable-lora)")
 
 
 def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
@@ -181,84 +181,3 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
         ),
         log_level=options.log_level,
     )
-
-
-def _non_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def _model(text: str) -> str:
-    if text.startswith(("/", "./", "../", "~")):
-        _check_folder(text)
-    return _non_empty(text)
-
-
-def _log_level(text: str) -> str:
-    if (level := text.lower()) in LOG_LEVELS:
-        return level
-    raise argparse.ArgumentTypeError(f"must be {', '.join(LOG_LEVELS[:-1])} or {LOG_LEVELS[-1]}, not {text!r}")
-
-
-def _optional_folder(text: str) -> Path | None:
-    if not text:
-        return None
-    _check_folder(text)
-    return Path(text)
-
-
-def _check_folder(text: str) -> None:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"must be an existing folder, not {text!r}")
-
-
-def _port(text: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) <= 65535:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be a port, 0 to 65535, not {text!r}")
-
-
-def _optional_port(text: str) -> int | None:
-    return _port(text) if text else None
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if 0 <= seconds < float("inf"):
-        return seconds
-    raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, not {text!r}")
-
-
-def _positive_seconds(text: str) -> float:
-    if (seconds := _seconds(text)) > 0:
-        return seconds
-    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
-
-
-def _optional_count(text: str) -> int | None:
-    if not text:
-        return None
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be a number, 1 or more, not {text!r}")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return _parse_list(text, "[^:/@*\\s]+", "host names without a port")
-
-
-def _origins(text: str) -> tuple[str, ...]:
-    return _parse_list(text, "[a-z0-9+.-]+://[^/?#@*\\s]+", "origins such as https://example.com")
-
-
-def _parse_list(text: str, pattern: str, noun: str) -> tuple[str, ...]:
-    """Return the items of a comma-separated list in lower case. `*` is an item too."""
-    items = tuple(item.strip().lower() for item in text.split(",") if item.strip())
-    for item in items:
-        if item != "*" and not re.fullmatch(pattern, item):
-            raise argparse.ArgumentTypeError(f"must be {noun}, separated by commas, not {item!r}")
-    return items
