@@ -121,6 +121,8 @@ CASES = (
     Case("port taken", r"port \d+ is in use: .* --port", ("--port", "{taken}")),
     Case("HTTP port taken", r"port \d+ is in use: .* --http-port", ("--http-port", "{taken}")),
     Case("no such host", r"--host must be an address of this machine, not '192.0.2.1'.*", ("--host", "192.0.2.1")),
+    Case("plaintext for other machines", r"--host 0.0.0.0 lets other machines .*", ("--host", "0.0.0.0")),
+    Case("certificate without key", r"--tls-cert-file needs --tls-key-file: .*", ("--tls-cert-file", "x")),
     Case("no such folder", r"argument --model: must be an existing folder, .*", ("--model", "{model}/none"), status=2),
     Case("no such model on the hub", r"there is no folder A/b, and the hub .*", ("--model", "A/b"), environment=NO_HUB),
     Case("not a checkpoint", r".* has no config.json: .*", spoil=remove("config.json")),

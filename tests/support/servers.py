@@ -14,10 +14,13 @@ from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.http import Listener
+from yuan_grpc.server.security.certificates import Certificates
 from yuan_grpc.server.server import create_server
 from yuan_grpc.server.settings import HttpSettings
+from yuan_grpc.server.settings.grpc_port import GrpcSettings
 
 DEFAULTS = HttpSettings()
+GRPC_DEFAULTS = GrpcSettings()
 
 ORIGINAL_BODY = {
     "prompt": "AB",
@@ -33,22 +36,33 @@ ORIGINAL_BODY = {
 
 
 @asynccontextmanager
-async def serve_grpc(engine: Engine, health: Health | None = None) -> AsyncIterator[str]:
+async def serve_grpc(
+    engine: Engine,
+    health: Health | None = None,
+    settings: GrpcSettings = GRPC_DEFAULTS,
+    certificates: Certificates | None = None,
+    host: str = "127.0.0.1",
+) -> AsyncIterator[str]:
     """Serve an engine over gRPC; yield the address."""
-    server, port = await create_server(YuanService(GenerationService(engine)), health or Health(NAME), "127.0.0.1:0")
+    service = YuanService(GenerationService(engine))
+    server, port = await create_server(service, health or Health(NAME), f"{host}:0", settings, certificates)
     await server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"{host}:{port}"
     finally:
         await server.stop(None)
 
 
 @asynccontextmanager
 async def serve_http(
-    engine: Engine, aliases: Sequence[str] = (), settings: HttpSettings = DEFAULTS, host: str = "127.0.0.1"
+    engine: Engine,
+    aliases: Sequence[str] = (),
+    settings: HttpSettings = DEFAULTS,
+    host: str = "127.0.0.1",
+    certificates: Certificates | None = None,
 ) -> AsyncIterator[Listener]:
     """Serve an engine over HTTP; yield the listener."""
-    listener = Listener(GenerationService(engine), host, 0, aliases, settings)
+    listener = Listener(GenerationService(engine), host, 0, aliases, settings, certificates)
     listener.start()
     try:
         yield listener

@@ -14,7 +14,7 @@ from yuan_grpc.client import requests
 from yuan_grpc.client.channel import MAX_RESPONSE_BYTES, Pem, Settings
 from yuan_grpc.client.errors import DeadlineError, InternalError, broken_response_error
 from yuan_grpc.client.google_rpc import HEALTH_STATUSES, HealthCheckRequest
-from yuan_grpc.client.metadata import AUTHORIZATION, AuthToken, MetadataLike, Pairs, bearer, to_pairs
+from yuan_grpc.client.metadata import AUTHORIZATION, GZIP_REQUEST, AuthToken, MetadataLike, Pairs, bearer, to_pairs
 from yuan_grpc.client.tracing import trace_metadata
 from yuan_grpc.client.types import Completion, CompletionBuilder
 
@@ -57,6 +57,7 @@ class BaseClient:
         metadata: MetadataLike = (),
         options: Sequence[tuple[str, object]] = (),
         interceptors: Sequence[Any] = (),
+        gzip: bool = False,
     ) -> None:
         """Check the arguments and read the certificates; the client connects on first use.
 
@@ -81,6 +82,7 @@ class BaseClient:
                 authorization, cookie, credential, key, password, secret, session or token.
             options: gRPC channel options; they override those set by this client.
             interceptors: gRPC client interceptors, sync or async like the client.
+            gzip: compress requests, and ask the server to compress responses.
 
         Raises:
             ValueError: an argument is out of range, or arguments exclude each other.
@@ -99,6 +101,7 @@ class BaseClient:
             proxy,
             to_pairs(metadata),
             tuple(options),
+            gzip,
         )
         self._interceptors = tuple(interceptors)
         self._credentials = self._settings.credentials()
@@ -136,6 +139,8 @@ class BaseClient:
         keys = {key for key, _ in call_metadata}
         merged = [*call_metadata, *(pair for pair in to_pairs(self._settings.metadata) if pair[0] not in keys)]
         keys = {key for key, _ in merged}
+        if self._settings.gzip:
+            merged.append(GZIP_REQUEST)
         merged += [pair for pair in trace_metadata() if pair[0] not in keys]
         if self._settings.token is not None and AUTHORIZATION not in keys:
             merged.append((AUTHORIZATION, bearer(self._settings.token)))

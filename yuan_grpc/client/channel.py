@@ -60,6 +60,7 @@ class Settings:
     proxy: str | None = field(default=None, repr=False)
     metadata: MetadataLike = field(default=(), repr=False)
     options: Sequence[tuple[str, object]] = field(default=(), repr=False)
+    gzip: bool = False
 
     def __post_init__(self) -> None:
         if not is_valid(self.target):
@@ -137,6 +138,8 @@ class Settings:
             options["grpc.keepalive_time_ms"] = round(self.keepalive * 1000)
             options["grpc.keepalive_timeout_ms"] = 20_000
             options["grpc.http2.max_pings_without_data"] = 0
+        if self.gzip:
+            options["grpc.default_compression_algorithm"] = grpc.Compression.Gzip.value
         if self.proxy is not None:
             options["grpc.http_proxy"] = self.proxy
         elif not self.is_secure and is_local(self.target):

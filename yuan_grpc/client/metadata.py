@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 AUTHORIZATION = "authorization"
 """Metadata key that holds the token."""
 
+GZIP_REQUEST = ("response-encoding", "gzip")
+"""Metadata that asks the server to compress its responses."""
+
 MetadataLike = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
 Pairs = tuple[tuple[str, str | bytes], ...]
 AuthToken = str | Callable[[], str]

@@ -2,17 +2,18 @@
 
 from importlib.util import find_spec
 
-from yuan_grpc.preflight import addresses, checkpoint, flags, hub, machine
+from yuan_grpc.preflight import addresses, checkpoint, flags, hub, machine, security
 from yuan_grpc.server.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Check addresses, model and machine.
+    """Check addresses, certificates, tokens, model and machine.
 
     Raises:
         StartError: the start would fail later; the text has the cause and what to do.
     """
     addresses.check(settings)
+    security.check(settings)
     check_engine(settings)
 
 

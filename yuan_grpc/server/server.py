@@ -21,7 +21,9 @@ from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.interceptor import StatusInterceptor
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
+from yuan_grpc.server.security.certificates import CertificateError, Certificates
 from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.signals import stop_signals
 from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -63,18 +65,28 @@ def startup_banner(settings: Settings) -> str:
     """Return the first lines of output: the model, the addresses, and a command to try."""
     model = "embedded demo model with random weights; its output is noise" if settings.is_demo else settings.model
     http = "" if settings.http_port is None else f"\n  http     {_displayed_address(settings, settings.http_port)}"
+    socket = f"\n           unix:{settings.grpc.unix_socket}" if settings.grpc.unix_socket else ""
     return f"""\
 yuan-grpc {__version__}
   model    {model}
-  grpc     {_displayed_address(settings, settings.port)}{http}
-  try      buf curl --protocol grpc --http2-prior-knowledge \\
-             -d '{{"prompt": "世界上最高的山是什么", "max_tokens": 32}}' http://{settings.address}/{NAME}/Generate
+  grpc     {_displayed_address(settings, settings.port)}{socket}{http}
+  try      {_example_command(settings)}
 """
+
+
+def _example_command(settings: Settings) -> str:
+    """Return a command that calls the server; it has to be completed if the server needs more than an address."""
+    if settings.security.tls_cert_file or settings.security.token_file:
+        return f"yuan-grpc generate 世界上最高的山是什么 --address {settings.address}; see docs/security.md"
+    return f"""buf curl --protocol grpc --http2-prior-knowledge \\
+             -d '{{"prompt": "世界上最高的山是什么", "max_tokens": 32}}' http://{settings.address}/{NAME}/Generate"""
 
 
 def _displayed_address(settings: Settings, port: int) -> str:
     address = settings.address_of(port) if port else f"{settings.host}, any free port"
-    return f"{address} (plaintext)"
+    security = settings.security
+    kind = "mutual TLS" if security.tls_client_ca_file else "TLS" if security.tls_cert_file else "plaintext"
+    return f"{address} ({kind}{', tokens' if security.token_file else ''})"
 
 
 async def serve(settings: Settings, engine: Engine) -> int:
@@ -105,7 +117,7 @@ async def serve(settings: Settings, engine: Engine) -> int:
             logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
         await health.set_stopping()
         engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
-        await _stop_servers(server, port, http, generation_service, settings.grace_seconds, force_stop_requested)
+        await _stop_servers(server, port, http, generation_service, settings, force_stop_requested)
         await engine_stop
         access_log.flush()
         if was_serving:
@@ -128,10 +140,12 @@ async def _create_servers(
         StartError: an address cannot be bound.
     """
     http, address = None, settings.address_of(settings.http_port or 0)
+    certificates = _read_certificates(settings)
     try:
-        http = _create_http_listener(settings, generation_service)
+        http = _create_http_listener(settings, generation_service, certificates)
         address = settings.address
-        return *await create_server(YuanService(generation_service), health, address), http
+        service = YuanService(generation_service)
+        return *await create_server(service, health, address, settings.grpc, certificates), http
     except (OSError, RuntimeError):
         if http:
             await http.close()
@@ -141,13 +155,30 @@ async def _create_servers(
         ) from None
 
 
-def _create_http_listener(settings: Settings, generation_service: GenerationService) -> "Listener | None":
+def _read_certificates(settings: Settings) -> Certificates | None:
+    try:
+        return Certificates.from_settings(settings.security)
+    except CertificateError as error:
+        raise StartError(str(error)) from None
+
+
+def _create_http_listener(
+    settings: Settings, generation_service: GenerationService, certificates: Certificates | None
+) -> "Listener | None":
     if settings.http_port is None:
         return None
     from yuan_grpc.server.http import Listener  # imported only if HTTP is enabled
 
     # The original demo server accepted the value of `--model` as the model's name.
-    return Listener(generation_service, settings.host, settings.http_port, [settings.model], settings.http)
+    return Listener(
+        generation_service,
+        settings.host,
+        settings.http_port,
+        [settings.model],
+        settings.http,
+        certificates,
+        settings.grpc.max_request_bytes,
+    )
 
 
 async def _stop_servers(
@@ -155,7 +186,7 @@ async def _stop_servers(
     port: int,
     http: "Listener | None",
     generation_service: GenerationService,
-    grace_seconds: float,
+    settings: Settings,
     force_stop_requested: asyncio.Event,
 ) -> None:
     """Refuse new calls, let the running ones finish, and close all connections.
@@ -166,10 +197,10 @@ async def _stop_servers(
     if http:
         http.start_draining()
     # Wait only for generation calls: health watches never end by themselves.
-    await _wait_for_first(inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait())
+    await _wait_for_first(inflight.wait_idle(), asyncio.sleep(settings.grace_seconds), force_stop_requested.wait())
     inflight.end_all()
     await _wait_for_first(_wait_until_quiet(inflight), asyncio.sleep(LAME_DUCK_SECONDS), force_stop_requested.wait())
-    sockets.shut_down(port)
+    sockets.shut_down(port, settings.grpc.unix_socket)
     await server.stop(None)
     if http:
         await http.close()
@@ -199,17 +230,49 @@ async def _wait_for_grpc_failure(server: Any) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def create_server(service: YuanService, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
+_DEFAULTS = GrpcSettings()
+
+
+def channel_options(settings: GrpcSettings) -> list[tuple[str, int]]:
+    """Return the options of the gRPC server: the fixed ones, and the limits of the settings."""
+    limits = {
+        "grpc.max_receive_message_length": settings.max_request_bytes,
+        "grpc.max_send_message_length": settings.max_response_bytes,
+        "grpc.max_concurrent_streams": settings.max_concurrent_streams,
+        "grpc.max_connection_age_ms": _milliseconds(settings.max_connection_age),
+        "grpc.max_connection_age_grace_ms": _milliseconds(settings.max_connection_age_grace),
+    }
+    return [*CHANNEL_OPTIONS, *((name, value) for name, value in limits.items() if value is not None)]
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else min(max(1, round(seconds * 1000)), 2**31 - 1)
+
+
+async def create_server(
+    service: YuanService,
+    health: Health,
+    address: str,
+    settings: GrpcSettings = _DEFAULTS,
+    certificates: Certificates | None = None,
+) -> tuple[grpc.aio.Server, int]:
     """Return a gRPC server with all services, bound but not started, and its port.
+
+    Args:
+        certificates: those of TLS; None for plaintext. The unix socket is always plaintext.
 
     Raises:
         RuntimeError: the address cannot be bound.
     """
-    server = unknown_methods.create_server([StatusInterceptor(NAME)], CHANNEL_OPTIONS)
+    server = unknown_methods.create_server([StatusInterceptor(NAME)], channel_options(settings))
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
     reflection.attach(server, (NAME, HEALTH_NAME))
-    return server, server.add_insecure_port(address)
+    if settings.unix_socket is not None:
+        server.add_insecure_port(f"unix:{settings.unix_socket}")
+    if certificates is None:
+        return server, server.add_insecure_port(address)
+    return server, server.add_secure_port(address, certificates.grpc_credentials())
 
 
 async def _run_engine(

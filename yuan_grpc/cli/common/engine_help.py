@@ -19,7 +19,7 @@ def add_help_option(parser: argparse.ArgumentParser) -> None:
         action=_Help,
         nargs="?",
         metavar="WORD",
-        help="show this page; --help=all: all engine options; --help=WORD: those with WORD in name or group",
+        help="this page; =all or =WORD: engine options",
     )
 
 

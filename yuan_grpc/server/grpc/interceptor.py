@@ -11,6 +11,9 @@ from yuan_grpc.server.core.access_log import log_call, log_error
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.errors import InvalidRequestError, Violation, to_status, to_trailers
 
+GZIP_REQUEST = ("response-encoding", "gzip")
+"""Metadata of a call whose response is to be compressed. gRPC does not pass on how the request was."""
+
 Method = Callable[[Any, Any], Awaitable[Any]]
 Deserializer = Callable[[bytes], Any]
 
@@ -49,6 +52,8 @@ def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
     async def wrapped(raw: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         with log_call(name) as outcome:
             request = None
+            if GZIP_REQUEST in (context.invocation_metadata() or ()):
+                context.set_compression(grpc.Compression.Gzip)
             try:
                 request = parse(raw)
                 response = await handler(request, context)

@@ -6,8 +6,11 @@ import resource
 import socket
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 from yuan_grpc.server.http.connection import Connection
+from yuan_grpc.server.security.certificates import Certificates
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,18 @@ def default_max_connections() -> int:
     return min(max(available, MIN_CONNECTIONS), MAX_CONNECTIONS)
 
 
+@dataclass(frozen=True)
+class Tls:
+    """The certificates of the port, and the time for a handshake, in seconds."""
+
+    certificates: Certificates
+    handshake_timeout: float
+
+    def arguments(self) -> dict[str, Any]:
+        """Return asyncio's arguments for the next connection."""
+        return {"ssl": self.certificates.current().context, "ssl_handshake_timeout": self.handshake_timeout}
+
+
 class Acceptor:
     """Accepts connections, and keeps their number within a limit.
 
@@ -49,6 +64,7 @@ class Acceptor:
         limit: the maximum number of connections.
         connections: the open connections.
         create_connection: a function that returns the protocol of a new connection.
+        tls: None for plaintext. Connections with an unfinished handshake count towards the limit.
     """
 
     def __init__(
@@ -57,12 +73,14 @@ class Acceptor:
         limit: int,
         connections: Collection[Connection],
         create_connection: Callable[[], Connection],
+        tls: Tls | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._socket = listening
         self._limit = limit
         self._connections = connections
         self._create_connection = create_connection
+        self._tls = tls
         self._opening: set[asyncio.Task[object]] = set()
         self._retry: asyncio.TimerHandle | None = None
         self._next_warning = 0.0
@@ -122,8 +140,9 @@ class Acceptor:
             self._refuse(self._accept())
 
     async def _open(self, accepted: socket.socket) -> None:
-        with suppress(OSError):  # the client has disconnected already
-            await self._loop.connect_accepted_socket(self._create_connection, accepted)
+        with suppress(OSError):  # the client has disconnected already, or the handshake has failed
+            arguments = self._tls.arguments() if self._tls else {}
+            await self._loop.connect_accepted_socket(self._create_connection, accepted, **arguments)
 
     def _close_longest_waiting(self) -> bool:
         """Close the connection that has waited for its client the longest; return False if none is waiting."""

@@ -21,10 +21,11 @@ from yuan_grpc.server.http.content_encoding import decode_body
 from yuan_grpc.server.http.errors import StoppingError, TooLargeError, TooSlowError, error_response
 from yuan_grpc.server.http.json_body import parse_body
 from yuan_grpc.server.settings import HttpSettings
+from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-MAX_BODY = 4 * 2**20
-"""Maximum body size in bytes, the same as gRPC's default for a message."""
+MAX_BODY = GrpcSettings.max_request_bytes
+"""Default of the maximum body size in bytes, the same as for a gRPC request."""
 
 MIN_BODY_RATE = 8 * 2**10
 """Bytes of a body that extend the time for the others by a second."""
@@ -68,6 +69,7 @@ class AppState:
         aliases: additional names of the served model.
         created: the server's start time, as a Unix timestamp in seconds.
         body_timeout: time for a client to send a body, in seconds, extended by `MIN_BODY_RATE`.
+        max_body: maximum size of a body in bytes, the same as for a gRPC request.
         stopping: whether new calls are rejected.
         shutdown: an event that, once set, ends running calls.
         large_bodies: bytes of the bodies that are being read, which `MAX_LARGE_BODIES` limits.
@@ -77,6 +79,7 @@ class AppState:
     aliases: frozenset[str]
     created: int
     body_timeout: float = HttpSettings.body_timeout
+    max_body: int = MAX_BODY
     stopping: bool = False
     shutdown: asyncio.Event = field(default_factory=asyncio.Event)
     large_bodies: int = 0
@@ -137,9 +140,8 @@ class HttpCall:
             OverloadedError: too many large bodies are being read.
             ClientDisconnectedError: the client disconnected before the end of the body.
         """
-        body = parse_body(
-            decode_body(await self._read_body(), self._header_fields.get("content-encoding", ""), MAX_BODY)
-        )
+        encoding = self._header_fields.get("content-encoding", "")
+        body = parse_body(decode_body(await self._read_body(), encoding, self.state.max_body))
         if not body.get("request_id"):
             return body | {"request_id": self.request_id}
         self._set_chosen_id(str(body["request_id"])[:MAX_REQUEST_ID])  # validation rejects longer ones later
@@ -166,8 +168,8 @@ class HttpCall:
 
     async def _read_body(self) -> bytes:
         length = self._header_fields.get("content-length", "")
-        if length.isdigit() and int(length) > MAX_BODY:
-            raise TooLargeError(MAX_BODY)
+        if length.isdigit() and int(length) > self.state.max_body:
+            raise TooLargeError(self.state.max_body)
         body, seconds = bytearray(), self.state.body_timeout
         start = asyncio.get_running_loop().time()
         try:
@@ -188,8 +190,8 @@ class HttpCall:
         size_before = max(0, len(body) - SMALL_BODY)
         body += message.get("body", b"")
         self.state.large_bodies += max(0, len(body) - SMALL_BODY) - size_before
-        if len(body) > MAX_BODY:
-            raise TooLargeError(MAX_BODY)
+        if len(body) > self.state.max_body:
+            raise TooLargeError(self.state.max_body)
         if len(body) > SMALL_BODY and self.state.large_bodies > MAX_LARGE_BODIES:
             raise OverloadedError(f"too many large bodies are being read (limit {MAX_LARGE_BODIES} bytes)")
         return bool(message.get("more_body", False))

@@ -12,12 +12,14 @@ from typing import Any, cast
 import uvicorn
 
 from yuan_grpc.server.core.generation_service import GenerationService
-from yuan_grpc.server.http.acceptor import Acceptor, default_max_connections
+from yuan_grpc.server.http.acceptor import Acceptor, Tls, default_max_connections
 from yuan_grpc.server.http.app import create_app
 from yuan_grpc.server.http.call import AppState
 from yuan_grpc.server.http.connection import Connection
 from yuan_grpc.server.http.guard import ANY
+from yuan_grpc.server.security.certificates import Certificates
 from yuan_grpc.server.settings import HttpSettings
+from yuan_grpc.server.settings.grpc_port import GrpcSettings
 
 KEEP_ALIVE_SECONDS = 75
 """Time until an idle connection is closed, in seconds: longer than in clients and proxies, so that they close first."""
@@ -51,6 +53,8 @@ class Listener:
         port: the port to listen on, or 0 for any free port.
         aliases: additional names of the served model in the body of a request.
         settings: limits on connections, and the allowed hosts and origins.
+        certificates: those of TLS; None for plaintext.
+        max_body: maximum size of a body, in bytes.
 
     Raises:
         OSError: the address cannot be bound.
@@ -63,11 +67,12 @@ class Listener:
         port: int,
         aliases: Iterable[str] = (),
         settings: HttpSettings = _DEFAULTS,
+        certificates: Certificates | None = None,
+        max_body: int = GrpcSettings.max_request_bytes,
     ) -> None:
         self._socket = _bind_socket(host, port)
-        self._state = AppState(
-            service, frozenset(alias.rstrip("/") or alias for alias in aliases), int(time.time()), settings.body_timeout
-        )
+        names = frozenset(alias.rstrip("/") or alias for alias in aliases)
+        self._state = AppState(service, names, int(time.time()), settings.body_timeout, max_body)
         hosts = settings.allowed_hosts or _default_hosts(host, self._socket.getsockname()[0])
         config = uvicorn.Config(
             create_app(self._state, hosts, settings.allowed_origins),
@@ -82,7 +87,7 @@ class Listener:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
-        self._server = _Server(config, settings)
+        self._server = _Server(config, settings, certificates)
         self._serving: asyncio.Future[None] | None = None
 
     @property
@@ -115,9 +120,10 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, settings: HttpSettings) -> None:
+    def __init__(self, config: uvicorn.Config, settings: HttpSettings, certificates: Certificates | None) -> None:
         super().__init__(config)
         self._settings = settings
+        self._certificates = certificates
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections on the only socket, within the limit."""
@@ -128,7 +134,8 @@ class _Server(uvicorn.Server):
         )
         limit = self._settings.max_connections or default_max_connections()
         connections = cast(Collection[Connection], state.connections)
-        self.servers = cast(Any, [Acceptor(sockets[0], limit, connections, create_connection)])
+        tls = Tls(self._certificates, self._settings.header_timeout) if self._certificates else None
+        self.servers = cast(Any, [Acceptor(sockets[0], limit, connections, create_connection, tls)])
         self.started = True
 
     @contextmanager

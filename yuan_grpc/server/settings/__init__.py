@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from yuan_grpc.server.settings import grpc_port, security
 from yuan_grpc.server.settings import parsers as parse
 from yuan_grpc.server.settings.environment import add_option
+from yuan_grpc.server.settings.grpc_port import GrpcSettings
+from yuan_grpc.server.settings.security import SecuritySettings
 
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
@@ -61,6 +64,8 @@ class Settings:
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
         http: settings of the HTTP port.
+        grpc: settings of the gRPC port.
+        security: settings of who may connect and call.
     """
 
     model: str
@@ -71,6 +76,8 @@ class Settings:
     lora_folder: Path | None = None
     http_port: int | None = None
     http: HttpSettings = HttpSettings()
+    grpc: GrpcSettings = field(default_factory=GrpcSettings)
+    security: SecuritySettings = field(default_factory=SecuritySettings)
     log_level: str = "info"
 
     @property
@@ -105,21 +112,23 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     """
     parser.description = "Serve a Yuan 2.0 model over gRPC."
     parser.usage = "yuan-grpc serve [OPTIONS]"  # not all of them: argparse would also print them with each error
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
     parser.epilog = EPILOG
     add_model_options(parser, environment)
     add = partial(add_option, parser, environment)
-    add("--host", "127.0.0.1", parse.non_empty, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
-    add("--port", "50051", parse.port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
-    add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
-    add("--grace-seconds", "30", parse.seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
+    add("--host", "127.0.0.1", parse.non_empty, "HOST", "0.0.0.0 for all (default: 127.0.0.1)")
+    add("--port", "50051", parse.port, "PORT", "gRPC port, 0 for any (default: 50051)")
+    add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: none)")
+    add("--grace-seconds", "30", parse.seconds, "S", "for calls to finish at SIGTERM (default: 30)")
     add(
         "--log-level",
         "info",
         parse.log_level,
         "LEVEL",
-        "debug, info, warning or error; debug shows all (default: info)",
+        "debug, info, warning, error (default: info)",
     )
+    security.add_options(parser, environment)
+    grpc_port.add_options(parser, environment)
     _add_http_options(partial(add_option, parser.add_argument_group("limits of the HTTP port"), environment))
 
 
@@ -129,24 +138,24 @@ def _add_http_options(add: Callable[..., None]) -> None:
         "10",
         parse.positive_seconds,
         "S",
-        "time to send a request's head over HTTP (default: 10)",
+        "to send the head of a request (default: 10)",
     )
-    add("--http-body-timeout", "30", parse.positive_seconds, "S", "time to send a body over HTTP (default: 30)")
+    add("--http-body-timeout", "30", parse.positive_seconds, "S", "to send a body (default: 30)")
     add(
         "--http-max-connections",
         "",
         parse.optional_count,
         "N",
-        "HTTP connections (default: from the limit on open files)",
+        "connections (default: from `ulimit -n`)",
     )
     add(
         "--http-allowed-hosts",
         "",
         parse.names,
         "NAMES",
-        "names in Host, comma-separated or * (default: see docs/http.md)",
+        "names in Host, or * (see docs/http.md)",
     )
-    add("--http-allowed-origins", "", parse.origins, "ORIGINS", "web origins, comma-separated or * (default: none)")
+    add("--http-allowed-origins", "", parse.origins, "ORIGINS", "web origins, or * (default: none)")
 
 
 def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
@@ -157,9 +166,9 @@ def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str,
         DEMO,
         parse.model,
         "PATH_OR_ID",
-        "checkpoint folder or hub id (default: embedded random demo model)",
+        "checkpoint folder or hub id (default: demo)",
     )
-    add("--lora-folder", "", parse.optional_folder, "FOLDER", "folder of loadable LoRA adapters (needs --enable-lora)")
+    add("--lora-folder", "", parse.optional_folder, "FOLDER", "adapters to load (needs --enable-lora)")
 
 
 def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
@@ -179,5 +188,7 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
             allowed_hosts=options.http_allowed_hosts,
             allowed_origins=options.http_allowed_origins,
         ),
+        grpc=grpc_port.read(options),
+        security=security.read(options),
         log_level=options.log_level,
     )

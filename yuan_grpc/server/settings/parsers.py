@@ -36,6 +36,11 @@ def optional_folder(text: str) -> Path | None:
     return Path(text)
 
 
+def optional_file(text: str) -> Path | None:
+    """Return a path, or None for an empty text. Files are checked later, together with their contents."""
+    return Path(text) if text else None
+
+
 def _check_folder(text: str) -> None:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"must be an existing folder, not {text!r}")
@@ -71,10 +76,27 @@ def positive_seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
 
 
+def optional_seconds(text: str) -> float | None:
+    """Return a number of seconds above 0, or None for an empty text."""
+    return positive_seconds(text) if text else None
+
+
+def byte_size(text: str) -> int:
+    """Return a size in bytes, 1 to 2 GiB, from a number that K, M or G may follow."""
+    if match := re.fullmatch(r"([0-9]{1,12})([KMG]?)", text.upper()):
+        size = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+        if 1 <= size < 2**31:
+            return size
+    raise argparse.ArgumentTypeError(f"must be a number of bytes below 2G, such as 4M, not {text!r}")
+
+
 def optional_count(text: str) -> int | None:
     """Return a number, 1 or more, or None for an empty text."""
-    if not text:
-        return None
+    return count(text) if text else None
+
+
+def count(text: str) -> int:
+    """Return a number, 1 or more."""
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"must be a number, 1 or more, not {text!r}")
@@ -88,6 +110,11 @@ def names(text: str) -> tuple[str, ...]:
 def origins(text: str) -> tuple[str, ...]:
     """Return web origins from a comma-separated list."""
     return _parse_list(text, "[a-z0-9+.-]+://[^/?#@*\\s]+", "origins such as https://example.com")
+
+
+def items(text: str) -> tuple[str, ...]:
+    """Return the items of a comma-separated list."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def _parse_list(text: str, pattern: str, noun: str) -> tuple[str, ...]:
