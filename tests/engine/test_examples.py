@@ -111,7 +111,7 @@ async def test_generate_batch_returns_a_result_for_each_request(send: Send) -> N
 
 
 async def test_abort_ends_a_call_whose_id_the_server_generated(served: Served, send: Send) -> None:
-    with pytest.raises(CallError, match="must be the id of a running call of this connection") as refused:
+    with pytest.raises(CallError, match="must be the id of a running call of this caller") as refused:
         await send("Abort")
     assert refused.value.number == grpc.StatusCode.NOT_FOUND.value[0]
     (request,) = example("Abort")

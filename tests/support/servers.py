@@ -14,6 +14,7 @@ from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.http import Listener
+from yuan_grpc.server.security.authentication import OPEN, Authenticator
 from yuan_grpc.server.security.certificates import Certificates
 from yuan_grpc.server.server import create_server
 from yuan_grpc.server.settings import HttpSettings
@@ -42,10 +43,13 @@ async def serve_grpc(
     settings: GrpcSettings = GRPC_DEFAULTS,
     certificates: Certificates | None = None,
     host: str = "127.0.0.1",
+    authenticator: Authenticator = OPEN,
 ) -> AsyncIterator[str]:
     """Serve an engine over gRPC; yield the address."""
     service = YuanService(GenerationService(engine))
-    server, port = await create_server(service, health or Health(NAME), f"{host}:0", settings, certificates)
+    server, port = await create_server(
+        service, health or Health(NAME), f"{host}:0", settings, certificates, authenticator
+    )
     await server.start()
     try:
         yield f"{host}:{port}"
@@ -60,9 +64,11 @@ async def serve_http(
     settings: HttpSettings = DEFAULTS,
     host: str = "127.0.0.1",
     certificates: Certificates | None = None,
+    authenticator: Authenticator = OPEN,
 ) -> AsyncIterator[Listener]:
     """Serve an engine over HTTP; yield the listener."""
-    listener = Listener(GenerationService(engine), host, 0, aliases, settings, certificates)
+    service = GenerationService(engine)
+    listener = Listener(service, host, 0, aliases, settings, certificates, authenticator=authenticator)
     listener.start()
     try:
         yield listener

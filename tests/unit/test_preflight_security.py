@@ -82,6 +82,19 @@ def test_a_key_that_every_user_can_read_is_refused(pair: dict[str, Any]) -> None
     check(**pair)
 
 
+def test_a_token_file_must_be_private_and_well_formed(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    assert refusal(token_file=file).startswith("--token-file must be a file that this user can read")
+    file.write_text("alice generate\n")
+    file.chmod(0o644)
+    assert refusal(token_file=file).startswith("--token-file must not be readable by every user")
+    file.chmod(0o600)
+    rule = "line 1 must be NAME SCOPES sha256:HASH, and has 2 words"
+    assert refusal(token_file=file) == f"--token-file {file}: {rule}"
+    file.write_text(f"alice generate sha256:{'0' * 64}\n")
+    check(token_file=file)
+
+
 def test_an_expired_certificate_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     certificate, key = Authority().write(tmp_path, valid=EXPIRED)
     with caplog.at_level(logging.WARNING):

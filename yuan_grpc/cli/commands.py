@@ -18,6 +18,7 @@ SUMMARIES = {
     "bench": "measure throughput and latency under load",
     "humaneval": "measure a model on HumanEval",
     "run": "load a model and complete prompts, without a server",
+    "token": "create a token for callers of a server",
     "completion": "print a shell completion script",
 }
 """Each command, which has a module of its name, and its line in the help of `yuan-grpc`."""

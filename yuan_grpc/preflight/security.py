@@ -1,4 +1,4 @@
-"""Checks of certificates, keys, the unix socket, and of ports without TLS."""
+"""Checks of certificates, keys, tokens, the unix socket, and of ports without TLS."""
 
 import errno
 import logging
@@ -8,6 +8,7 @@ import stat
 from ipaddress import ip_address
 from pathlib import Path
 
+from yuan_grpc.server.security.authentication import Authenticator
 from yuan_grpc.server.security.certificates import CertificateError, Certificates, describe_validity
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.settings.security import SecuritySettings
@@ -32,6 +33,7 @@ def check(settings: Settings) -> None:
         if file is not None:
             _check_private(flag, file)
     _check_certificate(security)
+    Authenticator.from_settings(security)
     if settings.grpc.unix_socket is not None:
         _check_socket(settings.grpc.unix_socket)
 

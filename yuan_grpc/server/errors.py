@@ -98,6 +98,20 @@ class NotEnabledError(ServiceError):
     reason = pb.ERROR_REASON_NOT_ENABLED
 
 
+class UnauthenticatedError(ServiceError):
+    """The caller has no valid token or certificate."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = pb.ERROR_REASON_UNAUTHENTICATED
+
+
+class PermissionDeniedError(ServiceError):
+    """The caller is known, and may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = pb.ERROR_REASON_PERMISSION_DENIED
+
+
 class AbortedError(ServiceError):
     """The call was ended by Abort."""
 

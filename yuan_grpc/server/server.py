@@ -21,6 +21,7 @@ from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.interceptor import StatusInterceptor
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
+from yuan_grpc.server.security.authentication import OPEN, Authenticator
 from yuan_grpc.server.security.certificates import CertificateError, Certificates
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
@@ -140,12 +141,12 @@ async def _create_servers(
         StartError: an address cannot be bound.
     """
     http, address = None, settings.address_of(settings.http_port or 0)
-    certificates = _read_certificates(settings)
+    certificates, authenticator = _read_certificates(settings), Authenticator.from_settings(settings.security)
     try:
-        http = _create_http_listener(settings, generation_service, certificates)
+        http = _create_http_listener(settings, generation_service, certificates, authenticator)
         address = settings.address
         service = YuanService(generation_service)
-        return *await create_server(service, health, address, settings.grpc, certificates), http
+        return *await create_server(service, health, address, settings.grpc, certificates, authenticator), http
     except (OSError, RuntimeError):
         if http:
             await http.close()
@@ -163,7 +164,10 @@ def _read_certificates(settings: Settings) -> Certificates | None:
 
 
 def _create_http_listener(
-    settings: Settings, generation_service: GenerationService, certificates: Certificates | None
+    settings: Settings,
+    generation_service: GenerationService,
+    certificates: Certificates | None,
+    authenticator: Authenticator,
 ) -> "Listener | None":
     if settings.http_port is None:
         return None
@@ -178,6 +182,7 @@ def _create_http_listener(
         settings.http,
         certificates,
         settings.grpc.max_request_bytes,
+        authenticator,
     )
 
 
@@ -255,16 +260,18 @@ async def create_server(
     address: str,
     settings: GrpcSettings = _DEFAULTS,
     certificates: Certificates | None = None,
+    authenticator: Authenticator = OPEN,
 ) -> tuple[grpc.aio.Server, int]:
     """Return a gRPC server with all services, bound but not started, and its port.
 
     Args:
         certificates: those of TLS; None for plaintext. The unix socket is always plaintext.
+        authenticator: identifies callers.
 
     Raises:
         RuntimeError: the address cannot be bound.
     """
-    server = unknown_methods.create_server([StatusInterceptor(NAME)], channel_options(settings))
+    server = unknown_methods.create_server([StatusInterceptor(NAME, authenticator)], channel_options(settings))
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
     reflection.attach(server, (NAME, HEALTH_NAME))

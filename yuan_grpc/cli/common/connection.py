@@ -7,12 +7,14 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from yuan_grpc.cli.common.errors import UsageError
 from yuan_grpc.cli.common.terminal import is_terminal, print_stderr
 from yuan_grpc.client import AsyncClient
+from yuan_grpc.client.metadata import AuthToken
 
 ADDRESS = "127.0.0.1:50051"
 
@@ -20,6 +22,7 @@ LOCAL_ENGINE: dict[str, Any] = {
     "tls": False,
     "identity": None,
     "token": None,
+    "token_file": None,
     "timeout": math.inf,
     "retries": 0,
     "proxy": None,
@@ -49,10 +52,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="CA",
         help="use TLS; CA: certificate file (default: system CAs)",
     )
+    group.add_argument("--tls-ca-file", dest="tls", type=_file, metavar="CA", help="the same as --tls CA")
     group.add_argument(
         "--identity", nargs=2, type=_file, metavar=("CERT", "KEY"), help="client certificate and key for mutual TLS"
     )
     group.add_argument("--token", help="bearer token (env: YUAN_GRPC_TOKEN, hidden from ps)")
+    group.add_argument("--token-file", type=_file, metavar="FILE", help="file with the token, read for each call")
     group.add_argument(
         "--timeout", type=positive_seconds, default=600.0, metavar="S", help="seconds per call, or inf (default: 600)"
     )
@@ -76,7 +81,7 @@ def connect(options: argparse.Namespace, *interceptors: Any) -> AsyncClient:
     Raises:
         UsageError: an option is invalid, or options conflict.
     """
-    token = choose_token(options.token)
+    token = choose_token(options.token, options.token_file)
     try:
         return AsyncClient(
             options.address,
@@ -93,17 +98,29 @@ def connect(options: argparse.Namespace, *interceptors: Any) -> AsyncClient:
         raise UsageError(str(error)) from None
 
 
-def choose_token(option: str | None) -> str | None:
-    """Return the token of the option or else of the environment; at a terminal, warn that an option is visible.
+def choose_token(option: str | None, file: Path | None = None) -> AuthToken | None:
+    """Return the token of the option, the file or the environment; at a terminal, warn that an option is visible.
 
     Raises:
-        UsageError: the token cannot be sent.
+        UsageError: the token cannot be sent, or there are two.
     """
+    if option and file:
+        raise UsageError("--token and --token-file exclude each other")
+    if file:
+        return partial(_read_token, file)
     if option and is_terminal(sys.stderr):
-        print_stderr("warning: --token is visible in `ps`; set YUAN_GRPC_TOKEN in the environment instead")
+        print_stderr("warning: --token is visible in `ps`; use --token-file, or YUAN_GRPC_TOKEN in the environment")
     token = option or os.environ.get("YUAN_GRPC_TOKEN") or None
     if token and not _is_printable_ascii(token):
         raise UsageError("the token must be printable ASCII")
+    return token
+
+
+def _read_token(file: Path) -> str:
+    """Return the token in a file, which may be replaced while a command runs."""
+    token = file.read_text(errors="replace").strip()
+    if not token or not _is_printable_ascii(token):
+        raise UsageError(f"{file} must have one line of printable ASCII, the token")
     return token
 
 

@@ -12,13 +12,19 @@ import grpc
 
 from yuan_grpc.server.engine.types import StepOutput
 from yuan_grpc.server.errors import InvalidRequestError
+from yuan_grpc.server.security.identity import current_identity
 
 logger = logging.getLogger(__name__)
 
 SUMMARY_SECONDS = 1.0
 """Interval between the lines about refused calls, in seconds."""
 
-_REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+_REFUSALS = (
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+)
 """Statuses of calls that are refused by the thousand, and whose single lines are of no interest."""
 
 
@@ -30,6 +36,7 @@ class Outcome:
         code: the status code.
         peer: the address of the caller.
         model: the name of the model or adapter that generates.
+        caller: the name of the caller's token or certificate; empty if it is anonymous.
     """
 
     def __init__(self) -> None:
@@ -37,6 +44,7 @@ class Outcome:
         self.code = grpc.StatusCode.CANCELLED
         self.peer = ""
         self.model = ""
+        self.caller = current_identity().name
         self._fields: list[str] = []
         self._prompt_tokens = self._completion_tokens = 0
         self._queue_seconds: float | None = None
@@ -66,6 +74,7 @@ class Outcome:
     def details(self) -> str:
         """Return what is known of the caller, the model, the tokens and the times, each after a comma."""
         details = [f"peer {self.peer}"] if self.peer else []
+        details += [f"caller {self.caller:.256}"] if self.caller else []
         if self.model:
             details += [f"model {self.model}", f"{self._prompt_tokens} tokens in", f"{self._completion_tokens} out"]
         if self._queue_seconds is not None:

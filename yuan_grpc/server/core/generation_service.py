@@ -11,7 +11,7 @@ from yuan_grpc.server.core.best_of import OutputAccumulator
 from yuan_grpc.server.core.convert import num_sequences, parse_request
 from yuan_grpc.server.core.deadline import deadline_event
 from yuan_grpc.server.core.heartbeat import with_heartbeats
-from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests
+from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests, call_owner
 from yuan_grpc.server.core.limits import MAX_INLINE_CHARACTERS, BeamSlots, Slots
 from yuan_grpc.server.core.plan import RequestPlan, plan_request, run_plan
 from yuan_grpc.server.core.response import ResponseBuilder
@@ -124,9 +124,10 @@ class GenerationService:
         if not request.request_id:
             request.request_id = uuid4().hex
             connection = ANY_CONNECTION
+        owner = call_owner(connection)
         with (
             self.inflight.admit(num_sequences(request), self.engine.info.max_num_queued_reqs),
-            self.inflight.track(request.request_id, connection),
+            self.inflight.track(request.request_id, owner),
             deadline_event(remaining if request.partial_on_deadline else None) as deadline,
         ):
             yield deadline

@@ -1,4 +1,4 @@
-"""The running calls, by connection and request id, and their cancellation."""
+"""The running calls, by owner and request id, and their cancellation."""
 
 import asyncio
 from collections.abc import Iterator
@@ -14,9 +14,20 @@ from yuan_grpc.server.errors import (
     ServerStoppingError,
     ServiceError,
 )
+from yuan_grpc.server.security.identity import current_identity
 
 ANY_CONNECTION = ""
 """The connection of a call whose id the server generated: only its caller knows it, so it is valid on all of them."""
+
+
+def call_owner(connection: str | None) -> str | None:
+    """Return who owns the id of a call: the identity of the current call, or else its connection.
+
+    Args:
+        connection: None if the id is valid nowhere.
+    """
+    name = current_identity().name
+    return f"name:{name}" if name and connection is not None else connection
 
 
 @dataclass(eq=False)
@@ -33,7 +44,7 @@ class _Call:
 
 
 class InflightRequests:
-    """Tracks running calls by id, unique on a connection; calls without an id are only counted."""
+    """Tracks running calls by id, unique for an owner; calls without an id are only counted."""
 
     def __init__(self) -> None:
         self._by_id: dict[tuple[str, str], _Call] = {}
@@ -79,21 +90,21 @@ class InflightRequests:
             self._sequences -= sequences
 
     @contextmanager
-    def track(self, request_id: str, connection: str | None = ANY_CONNECTION) -> Iterator[None]:
+    def track(self, request_id: str, owner: str | None = ANY_CONNECTION) -> Iterator[None]:
         """Track the current task as a call that `abort` and `end_all` can cancel.
 
         Args:
-            connection: the connection on which the id refers to this call; None if it refers to it nowhere.
+            owner: the connection or the identity that the id belongs to; None if `abort` does not find it.
 
         Raises:
-            DuplicateRequestError: a running call of the connection has this id.
+            DuplicateRequestError: a running call of the owner has this id.
             AbortedError: `abort` cancelled the call.
             ServerStoppingError: `end_all` cancelled the call.
         """
         task = asyncio.current_task()
         assert task is not None
         call = _Call(task)
-        with self.track_unnamed(), self._named(call, request_id, connection):
+        with self.track_unnamed(), self._named(call, request_id, owner):
             self._calls.add(call)
             try:
                 yield
@@ -106,31 +117,38 @@ class InflightRequests:
                 call.ended.set()
 
     @contextmanager
-    def _named(self, call: _Call, request_id: str, connection: str | None) -> Iterator[None]:
-        if connection is None:
+    def _named(self, call: _Call, request_id: str, owner: str | None) -> Iterator[None]:
+        if owner is None:
             yield
             return
-        if (connection, request_id) in self._by_id:
+        if (owner, request_id) in self._by_id:
             raise DuplicateRequestError(f"`request_id` must not be the id of a running call: {request_id:.256}")
-        self._by_id[connection, request_id] = call
+        self._by_id[owner, request_id] = call
         try:
             yield
         finally:
-            del self._by_id[connection, request_id]
+            del self._by_id[owner, request_id]
 
-    async def abort(self, request_id: str, connection: str = ANY_CONNECTION) -> None:
+    async def abort(self, request_id: str, owner: str = ANY_CONNECTION, *, of_all: bool = False) -> None:
         """Cancel a call, and return when it has freed its resources.
 
+        Args:
+            owner: the connection or the identity that asks.
+            of_all: whether it may also end the calls of others, if none of its own has this id.
+
         Raises:
-            RequestNotFoundError: no running call of the connection has this id.
+            RequestNotFoundError: no running call of the owner has this id.
         """
-        call = self._by_id.get((connection, request_id)) or self._by_id.get((ANY_CONNECTION, request_id))
-        if call is None:
+        call = self._by_id.get((owner, request_id)) or self._by_id.get((ANY_CONNECTION, request_id))
+        calls = [call] if call else [c for (_, id), c in self._by_id.items() if of_all and id == request_id]
+        if not calls:
             raise RequestNotFoundError(
-                f"`request_id` must be the id of a running call of this connection, not {request_id:.256}"
+                f"`request_id` must be the id of a running call of this caller, not {request_id:.256}"
             )
-        call.end(AbortedError("the call was ended by Abort"))
-        await call.ended.wait()
+        for found in calls:
+            found.end(AbortedError("the call was ended by Abort"))
+        for found in calls:
+            await found.ended.wait()
 
     def stop_admitting(self) -> None:
         """Refuse new calls from now on."""

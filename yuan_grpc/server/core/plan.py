@@ -14,6 +14,7 @@ from yuan_grpc.server.core.score_prompt import score_prompt
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import BeamSearchParams, EngineRequest, Sampling, StepOutput
+from yuan_grpc.server.security.identity import current_identity
 
 SEED_BITS = 48
 """Size of the seeds the server draws; every JSON parser reads such a number exactly."""
@@ -54,7 +55,7 @@ def plan_request(parsed: ParsedRequest, engine: Engine, trace_headers: Mapping[s
         prompt=parsed.prompt,
         sampling=_engine_sampling(parsed),
         priority=request.priority,
-        cache_salt=request.cache_salt,
+        cache_salt=current_identity().cache_salt(request.cache_salt),
         lora=resolve_lora(request.model, served, engine.loras),
         trace_headers=trace_headers or {},
     )

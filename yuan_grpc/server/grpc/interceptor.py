@@ -9,29 +9,40 @@ from google.protobuf.message import DecodeError
 
 from yuan_grpc.server.core.access_log import log_call, log_error
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
-from yuan_grpc.server.errors import InvalidRequestError, Violation, to_status, to_trailers
+from yuan_grpc.server.errors import InvalidRequestError, ServiceError, Violation, to_status, to_trailers
+from yuan_grpc.server.grpc.callers import identify, required_scope
+from yuan_grpc.server.security.authentication import OPEN, Authenticator
+from yuan_grpc.server.security.identity import Identity, Scope, calling_as
 
 GZIP_REQUEST = ("response-encoding", "gzip")
 """Metadata of a call whose response is to be compressed. gRPC does not pass on how the request was."""
+
+_REFLECTION = "/grpc.reflection."
 
 Method = Callable[[Any, Any], Awaitable[Any]]
 Deserializer = Callable[[bytes], Any]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """An interceptor that turns handlers' exceptions into statuses. Handlers never abort a call themselves."""
+    """An interceptor that identifies callers, and turns handlers' exceptions into statuses.
 
-    def __init__(self, service: str) -> None:
+    Handlers never abort a call themselves. Health answers everyone, since probes have no token.
+    """
+
+    def __init__(self, service: str, authenticator: Authenticator = OPEN) -> None:
         self._prefix = f"/{service}/"
+        self._authenticator = authenticator
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap the handlers of `YuanService`; return those of health and reflection unchanged."""
+        """Wrap the handlers of `YuanService` and of reflection; return those of health unchanged."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        if handler is not None and method.startswith(_REFLECTION):
+            return self._guard_reflection(handler)
         if handler is None or not method.startswith(self._prefix):
             return handler
         # Parse messages inside the wrapper: grpcio reports one it cannot parse as UNKNOWN, with a traceback.
@@ -39,38 +50,62 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         name = method.removeprefix(self._prefix)
         assert deserialize is not None
         if handler.stream_stream:
-            batch = _wrap(handler.stream_stream, _parse_each(deserialize), name)
+            batch = self._wrap(handler.stream_stream, _parse_each(deserialize), name)
             return grpc.stream_stream_rpc_method_handler(batch, response_serializer=serialize)
         if handler.unary_stream:
-            stream = _wrap(handler.unary_stream, _parse_one(deserialize), name)
+            stream = self._wrap(handler.unary_stream, _parse_one(deserialize), name)
             return grpc.unary_stream_rpc_method_handler(stream, response_serializer=serialize)
-        unary = _wrap(handler.unary_unary, _parse_one(deserialize), name)
+        unary = self._wrap(handler.unary_unary, _parse_one(deserialize), name)
         return grpc.unary_unary_rpc_method_handler(unary, response_serializer=serialize)
 
+    def _wrap(self, handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
+        async def wrapped(raw: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+            with log_call(name) as outcome:
+                request = None
+                try:
+                    with calling_as(self._identify(context, name)) as identity:
+                        outcome.caller = identity.name
+                        request = parse(raw)
+                        response = await handler(request, context)
+                    outcome.code = grpc.StatusCode.OK
+                    return response
+                except asyncio.CancelledError:
+                    raise  # the client has cancelled or disconnected and receives no status
+                except Exception as error:
+                    code, status = to_status(error)
+                    outcome.set_error(error, code)
+                    log_error(error, outcome.code, _subject(request))
+                    trailers = (*to_trailers(error, status), *_request_id_trailer(request))
+                    await context.abort(outcome.code, status.message, trailers)
+                finally:
+                    outcome.subject, outcome.peer = _subject(request), context.peer()
 
-def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
-    async def wrapped(raw: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        with log_call(name) as outcome:
-            request = None
-            if GZIP_REQUEST in (context.invocation_metadata() or ()):
-                context.set_compression(grpc.Compression.Gzip)
+        return wrapped
+
+    def _identify(self, context: "grpc.aio.ServicerContext[Any, Any]", method: str) -> Identity:
+        """Return the identity of a caller that may call the method, and compress its responses if it asks."""
+        if GZIP_REQUEST in (context.invocation_metadata() or ()):
+            context.set_compression(grpc.Compression.Gzip)
+        identity = identify(self._authenticator, context)
+        identity.require(required_scope(method), method)
+        return identity
+
+    def _guard_reflection(self, handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
+        """Return a handler that reflects for administrators only."""
+
+        async def guarded(requests: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncIterator[Any]:
             try:
-                request = parse(raw)
-                response = await handler(request, context)
-                outcome.code = grpc.StatusCode.OK
-                return response
-            except asyncio.CancelledError:
-                raise  # the client has cancelled or disconnected and receives no status
-            except Exception as error:
+                identify(self._authenticator, context).require(Scope.ADMIN, "reflection")
+            except ServiceError as error:
                 code, status = to_status(error)
-                outcome.set_error(error, code)
-                log_error(error, outcome.code, _subject(request))
-                trailers = (*to_trailers(error, status), *_request_id_trailer(request))
-                await context.abort(outcome.code, status.message, trailers)
-            finally:
-                outcome.subject, outcome.peer = _subject(request), context.peer()
+                await context.abort(code, status.message, to_trailers(error, status))
+            async for response in reflect(requests, context):
+                yield response
 
-    return wrapped
+        reflect: Any = handler.stream_stream
+        return grpc.stream_stream_rpc_method_handler(
+            guarded, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
 
 
 def _subject(request: Any) -> str:

@@ -8,9 +8,11 @@ import grpc
 from yuan_grpc import __version__
 from yuan_grpc.server.core import response, tokenization, validation
 from yuan_grpc.server.core.generation_service import TRACE_HEADERS, GenerationService
+from yuan_grpc.server.core.inflight import call_owner
 from yuan_grpc.server.core.queue_feeder import QueueFeeder
 from yuan_grpc.server.grpc.batch import run_batch
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
+from yuan_grpc.server.security.identity import current_identity
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -56,9 +58,11 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
             await run_batch(items, generate, StreamWriter(context).write, feeder)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
-        """End a running call of the same connection, or one whose id the server generated, by its request id."""
+        """End a running call of the same caller, or of any for an administrator, by its request id."""
         validation.validate_abort(request)
-        await self._service.inflight.abort(request.request_id, context.peer())
+        identity, owner = current_identity(), call_owner(context.peer())
+        may_end_all = bool(identity.name) and identity.is_admin
+        await self._service.inflight.abort(request.request_id, owner or "", of_all=may_end_all)
         return pb.AbortResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: "Context") -> pb.TokenizeResponse:

@@ -19,12 +19,14 @@ from yuan_grpc import __version__
 from yuan_grpc.server.core.access_log import log_call, log_error
 from yuan_grpc.server.errors import ServiceError, to_status
 from yuan_grpc.server.http import generate, tokenization
+from yuan_grpc.server.http.authentication import Authentication
 from yuan_grpc.server.http.call import AppState, ClientDisconnectedError, HttpCall
 from yuan_grpc.server.http.errors import StoppingError, error_object, error_response
 from yuan_grpc.server.http.guard import Guard
 from yuan_grpc.server.http.metrics import public_metrics
 from yuan_grpc.server.http.models import find_model, list_models
 from yuan_grpc.server.http.openai import chat, completions
+from yuan_grpc.server.security.authentication import OPEN, Authenticator
 
 Handler = Callable[[HttpCall], Awaitable[None]]
 
@@ -74,12 +76,15 @@ def _peer(scope: Scope) -> str:
     return f"http:[{host}]:{port}" if ":" in host else f"http:{host}:{port}"
 
 
-def create_app(state: AppState, hosts: Collection[str], origins: Collection[str]) -> Starlette:
+def create_app(
+    state: AppState, hosts: Collection[str], origins: Collection[str], authenticator: Authenticator = OPEN
+) -> Starlette:
     """Return the application with all routes.
 
     Args:
         hosts: allowed names in `Host`, in addition to `localhost` and to addresses; `*` allows all.
         origins: allowed values of `Origin`; `*` allows all.
+        authenticator: identifies callers.
     """
 
     async def health(request: Request) -> Response:
@@ -118,6 +123,7 @@ def create_app(state: AppState, hosts: Collection[str], origins: Collection[str]
         methods = ("GET", "POST")
         cors = Middleware(CORSMiddleware, origins, methods, allow_headers=["*"], expose_headers=_EXPOSED_HEADERS)
         middleware.append(cors)
+    middleware.append(Middleware(Authentication, authenticator))  # after CORS: browsers ask without a token first
     app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _reject_route})
     app.router.redirect_slashes = False
     return app

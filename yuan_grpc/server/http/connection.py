@@ -6,6 +6,11 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from yuan_grpc.server.security.certificates import certificate_names
+
+CERTIFICATE_NAMES = "certificate_names"
+"""Key of the state of a connection under which the names of its client certificate are."""
+
 LINGER_SECONDS = 2
 """Time for a client to read a response that was sent before its whole body arrived, in seconds."""
 
@@ -57,7 +62,9 @@ class Connection(H11Protocol):
         return is_incomplete and not self.transport.get_write_buffer_size() and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the time for the first head."""
+        """Start the time for the first head, and pass the client certificate to the application."""
+        secure = transport.get_extra_info("ssl_object")
+        self.app_state = {CERTIFICATE_NAMES: certificate_names(secure.getpeercert()) if secure else []}
         super().connection_made(transport)
         self._start_timer(self._header_timeout)
 

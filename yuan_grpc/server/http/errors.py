@@ -12,6 +12,8 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 _STATUSES = {
     StatusCode.INVALID_ARGUMENT: 400,
     StatusCode.FAILED_PRECONDITION: 400,
+    StatusCode.UNAUTHENTICATED: 401,
+    StatusCode.PERMISSION_DENIED: 403,
     StatusCode.NOT_FOUND: 404,
     StatusCode.ALREADY_EXISTS: 409,
     StatusCode.RESOURCE_EXHAUSTED: 429,
@@ -20,7 +22,7 @@ _STATUSES = {
 }
 """HTTP statuses by gRPC status code of the service's errors; INTERNAL is 500."""
 
-_TYPES = {403: "permission_error", 429: "rate_limit_error", 499: "cancelled"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 499: "cancelled"}
 """OpenAI's error types by HTTP status; other 4xx are `invalid_request_error`, 5xx are `server_error`."""
 
 RETRY_SECONDS = 1

@@ -17,6 +17,7 @@ from yuan_grpc.server.http.app import create_app
 from yuan_grpc.server.http.call import AppState
 from yuan_grpc.server.http.connection import Connection
 from yuan_grpc.server.http.guard import ANY
+from yuan_grpc.server.security.authentication import OPEN, Authenticator
 from yuan_grpc.server.security.certificates import Certificates
 from yuan_grpc.server.settings import HttpSettings
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
@@ -55,6 +56,7 @@ class Listener:
         settings: limits on connections, and the allowed hosts and origins.
         certificates: those of TLS; None for plaintext.
         max_body: maximum size of a body, in bytes.
+        authenticator: identifies callers.
 
     Raises:
         OSError: the address cannot be bound.
@@ -69,13 +71,14 @@ class Listener:
         settings: HttpSettings = _DEFAULTS,
         certificates: Certificates | None = None,
         max_body: int = GrpcSettings.max_request_bytes,
+        authenticator: Authenticator = OPEN,
     ) -> None:
         self._socket = _bind_socket(host, port)
         names = frozenset(alias.rstrip("/") or alias for alias in aliases)
         self._state = AppState(service, names, int(time.time()), settings.body_timeout, max_body)
         hosts = settings.allowed_hosts or _default_hosts(host, self._socket.getsockname()[0])
         config = uvicorn.Config(
-            create_app(self._state, hosts, settings.allowed_origins),
+            create_app(self._state, hosts, settings.allowed_origins, authenticator),
             workers=1,  # otherwise uvicorn reads WEB_CONCURRENCY
             http=Connection,
             ws="none",

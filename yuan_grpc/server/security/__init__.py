@@ -1,1 +1,1 @@
-"""Who may connect and call: certificates, tokens and the identity of callers."""
+"""Access to the ports: certificates, tokens and the identity of callers."""

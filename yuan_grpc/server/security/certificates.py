@@ -3,7 +3,7 @@
 import logging
 import os
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import grpc
 
+from yuan_grpc.server.security.files import stamp
 from yuan_grpc.server.settings.security import SecuritySettings
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class Certificates:
     def current(self) -> Material:
         """Return the contents of the files, which are read only if they have changed."""
         with self._lock:
-            if (stamp := self._read_stamp()) != self._stamp:
-                self._stamp = stamp
+            if (changed := self._read_stamp()) != self._stamp:
+                self._stamp = changed
                 self._read_again()
             return self._material
 
@@ -96,16 +97,7 @@ class Certificates:
             logger.info("read the certificate again: %s", describe_validity(self._files[0]) or "valid")
 
     def _read_stamp(self) -> Sequence[object]:
-        return [_stamp(file) for file in self._files if file is not None]
-
-
-def _stamp(file: Path) -> object:
-    """Return what changes with the contents of a file, also if a link to it is replaced."""
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+        return [stamp(file) for file in self._files if file is not None]
 
 
 def read_material(certificate: Path, key: Path, authorities: Path | None) -> Material:
@@ -172,6 +164,15 @@ def _load_authorities(context: ssl.SSLContext, file: Path, contents: bytes) -> N
     except (ssl.SSLError, ValueError):
         raise CertificateError(f"--tls-client-ca-file must be a PEM file of certificates, and {file} is not") from None
     context.verify_mode = ssl.CERT_OPTIONAL
+
+
+def certificate_names(certificate: Mapping[str, Any] | None) -> list[str]:
+    """Return the alternative names of a client certificate as `ssl` describes it, or else its common name."""
+    if not certificate:
+        return []
+    alternatives = [str(value) for _, value in certificate.get("subjectAltName", ())]
+    subject = {key: str(value) for pairs in certificate.get("subject", ()) for key, value in pairs}
+    return alternatives or [subject[name] for name in ("commonName",) if name in subject]
 
 
 def describe_validity(file: Path) -> str:

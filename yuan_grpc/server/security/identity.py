@@ -1,0 +1,72 @@
+"""The identity of a caller, and what it may do."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+
+from yuan_grpc.server.errors import PermissionDeniedError
+
+
+class Scope(StrEnum):
+    """A permission. `ADMIN` includes `GENERATE`."""
+
+    GENERATE = "generate"
+    ADMIN = "admin"
+
+
+ALL_SCOPES = frozenset(Scope)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who makes a call.
+
+    Attributes:
+        name: the name of the token or of the client certificate; empty for an anonymous caller.
+        scopes: what the caller may do.
+    """
+
+    name: str = ""
+    scopes: frozenset[Scope] = ALL_SCOPES
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether the caller may do what concerns others."""
+        return Scope.ADMIN in self.scopes
+
+    def require(self, scope: Scope, action: str) -> None:
+        """Raise PermissionDeniedError if the caller lacks a scope.
+
+        Args:
+            action: the method or route that needs it.
+        """
+        if scope not in self.scopes and not self.is_admin:
+            raise PermissionDeniedError(f"{action} needs the scope {scope}, which {self.name} does not have")
+
+    def cache_salt(self, salt: str) -> str:
+        """Return the salt of cached prefixes: of the request, or of this caller's requests with the same salt."""
+        return hashlib.sha256(f"{self.name}\0{salt}".encode()).hexdigest() if self.name else salt
+
+
+ANONYMOUS = Identity()
+"""The caller of a server that identifies no one. It may do everything, but has no name to own calls by."""
+
+_current: ContextVar[Identity] = ContextVar("identity", default=ANONYMOUS)
+
+
+def current_identity() -> Identity:
+    """Return the identity of the current call; outside of a call, the anonymous one."""
+    return _current.get()
+
+
+@contextmanager
+def calling_as(identity: Identity) -> Iterator[Identity]:
+    """Make an identity the current one in the block, and in the tasks that it starts; yield it."""
+    token = _current.set(identity)
+    try:
+        yield identity
+    finally:
+        _current.reset(token)
