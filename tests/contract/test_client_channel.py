@@ -31,6 +31,11 @@ from yuan_grpc.client.tracing import trace_metadata
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 
+def test_the_published_service_config_is_the_one_of_the_client() -> None:
+    published = Path(__file__).parents[2] / "clients" / "service_config.json"
+    assert json.loads(published.read_text()) == json.loads(service_config(MAX_ATTEMPTS - 1))
+
+
 @pytest.fixture(params=CLIENTS, ids=["sync", "async"])
 def client_class(request: pytest.FixtureRequest) -> Any:
     """The sync or the async client."""

@@ -63,7 +63,7 @@ async def code_of(call: Awaitable[Any]) -> grpc.StatusCode:
 
 
 async def test_every_call_of_a_burst_is_served(port: int) -> None:
-    with fake_server(port, Options(), stderr=subprocess.DEVNULL):
+    with fake_server(port, Options(limit=100_000), stderr=subprocess.DEVNULL):
         async with stub_of(port) as stub:
             codes = await asyncio.gather(*[code_of(stub.Generate(REQUEST)) for _ in range(4000)])
     assert Counter(codes) == {OK: 4000}

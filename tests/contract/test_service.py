@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from health_client import health_stub
 from servers import serve_grpc
 
+from yuan_grpc.server.core.admission import Admission, Cost, limits_of
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.limits import MAX_IN_FLIGHT
 from yuan_grpc.server.engine.types import (
@@ -361,8 +362,12 @@ async def test_too_many_turns_are_rejected_before_their_texts_are_measured_to_be
 
 
 async def test_a_call_above_the_limit_is_rejected_before_its_prompt_is_tokenized() -> None:
-    service = GenerationService(UntouchedEngine(limit=4))
-    with service.inflight.admit(3, 4), pytest.raises(OverloadedError, match=r"the request queue is full \(limit 4\)"):
+    engine, admission = UntouchedEngine(limit=4), Admission()
+    service = GenerationService(engine, admission)
+    with (
+        admission.admit("", Cost(3, 3), limits_of(engine.info)),
+        pytest.raises(OverloadedError, match=r"the request queue is full \(limit 4\)"),
+    ):
         await service.generate(pb.GenerateRequest(prompt="AB", n=2))
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from codecs import getincrementaldecoder
 from collections import defaultdict
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import grpc
 import pytest
 from engine.conftest import Served
 
+from yuan_grpc.server.engine.types import EngineRequest, Sampling
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -297,11 +299,19 @@ async def test_a_request_cancelled_while_prefilling_is_freed(served: Served) -> 
     await assert_freed(served)
 
 
+async def run_on_engine(served: Served) -> None:
+    """Run a request without the service."""
+    outputs = served.engine.generate(EngineRequest("queued", [3], Sampling()), stream=True)
+    async with aclosing(outputs):
+        async for _ in outputs:
+            pass
+
+
 @within_a_minute
 async def test_a_request_cancelled_in_the_queue_is_freed_while_others_run(served: Served) -> None:
     running = served.stub.GenerateStream(ENDLESS)
     await running.read()
-    queued = served.stub.Generate(pb.GenerateRequest(prompt=PROMPT))
+    queued = asyncio.ensure_future(run_on_engine(served))  # calls wait for their turns before the engine has them
     await served.wait_for_unfinished(CHOICES + 1)
     queued.cancel()
     await served.wait_for_unfinished(CHOICES)

@@ -15,6 +15,7 @@ INFO = ModelInfo(
     max_logprobs=20,
     end_token_ids=(0,),
     path="/models/fake",
+    max_num_seqs=256,
     lora=LoraInfo(1, 16, can_load=True),
 )
 

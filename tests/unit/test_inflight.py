@@ -10,7 +10,6 @@ from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests
 from yuan_grpc.server.errors import (
     AbortedError,
     DuplicateRequestError,
-    OverloadedError,
     RequestNotFoundError,
     ServerStoppingError,
 )
@@ -81,23 +80,10 @@ async def test_the_end_of_all_calls_is_an_error_of_each() -> None:
     await inflight.wait_idle()
 
 
-async def test_a_call_is_admitted_if_its_sequences_fit() -> None:
-    inflight = InflightRequests()
-    with inflight.admit(3, 4):
-        with inflight.admit(1, 4):
-            pass
-        with pytest.raises(OverloadedError, match=r"limit 4"), inflight.admit(2, 4):
-            pass
-    with inflight.admit(4, 4), inflight.admit(100, None):
-        pass
-    with inflight.admit(5, 4):  # validation rejects it, because it never fits
-        pass
-
-
 async def test_a_stopping_server_admits_no_call() -> None:
     inflight = InflightRequests()
     assert inflight.seconds_since_refusal == float("inf")
     inflight.stop_admitting()
-    with pytest.raises(ServerStoppingError), inflight.admit(1, None):
-        pass
+    with pytest.raises(ServerStoppingError):
+        inflight.check_admitting()
     assert inflight.seconds_since_refusal < 60

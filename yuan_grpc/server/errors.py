@@ -120,11 +120,18 @@ class AbortedError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    """The engine's request queue is full."""
+    """The request queue is full, or the caller's share of it."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = pb.ERROR_REASON_OVERLOADED
     retry_seconds = 1
+
+
+class DeadlineTooShortError(ServiceError):
+    """The request cannot finish before the caller's deadline."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = pb.ERROR_REASON_DEADLINE_TOO_SHORT
 
 
 class AnswerTooLargeError(ServiceError):

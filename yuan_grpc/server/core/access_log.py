@@ -37,6 +37,7 @@ class Outcome:
         peer: the address of the caller.
         model: the name of the model or adapter that generates.
         caller: the name of the caller's token or certificate; empty if it is anonymous.
+        wait_seconds: time until the engine got the request.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,7 @@ class Outcome:
         self.peer = ""
         self.model = ""
         self.caller = current_identity().name
+        self.wait_seconds = 0.0
         self._fields: list[str] = []
         self._prompt_tokens = self._completion_tokens = 0
         self._queue_seconds: float | None = None
@@ -65,7 +67,13 @@ class Outcome:
         """Record the tokens of an output, and the times of the first one."""
         self._completion_tokens += sum(len(delta.token_ids) for delta in output.deltas) + output.discarded_tokens
         if self._queue_seconds is None:
-            self._queue_seconds, self._first_token_seconds = output.queue_seconds, output.first_token_seconds
+            self._queue_seconds = _later(output.queue_seconds, self.wait_seconds)
+            self._first_token_seconds = _later(output.first_token_seconds, self.wait_seconds)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Number of tokens generated so far, over all choices."""
+        return self._completion_tokens
 
     def describe(self) -> str:
         """Return the code, and the fields that are the reason for it."""
@@ -82,6 +90,10 @@ class Outcome:
         if self._first_token_seconds is not None:
             details.append(f"first token after {self._first_token_seconds:.3f} s")
         return "".join(f", {detail}" for detail in details)
+
+
+def _later(seconds: float | None, delay: float) -> float | None:
+    return None if seconds is None else seconds + delay
 
 
 class _RefusalLog:

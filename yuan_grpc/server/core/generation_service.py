@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from yuan_grpc.server.core.access_log import current_outcome
+from yuan_grpc.server.core.admission import Admission, Ticket, least_tokens, limits_of, request_cost
 from yuan_grpc.server.core.best_of import OutputAccumulator
-from yuan_grpc.server.core.convert import num_sequences, parse_request
+from yuan_grpc.server.core.convert import parse_request
 from yuan_grpc.server.core.deadline import deadline_event
 from yuan_grpc.server.core.heartbeat import with_heartbeats
 from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests, call_owner
@@ -19,6 +20,7 @@ from yuan_grpc.server.core.validation import prompt_size, validate_generate, val
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, StepOutput
 from yuan_grpc.server.errors import UnavailableError
+from yuan_grpc.server.security.identity import current_share
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 TRACE_HEADERS = ("traceparent", "tracestate")
@@ -46,14 +48,16 @@ class GenerationService:
 
     Args:
         engine: the engine to run them on.
+        admission: limits the requests, and orders them; by default, those of this process.
 
     Attributes:
         inflight: the requests that are running.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
         self._engine = engine
         self.inflight = InflightRequests()
+        self._admission = admission or Admission()
         self._tokenizing = Slots(1)
         self._beam_slots = BeamSlots()
 
@@ -70,8 +74,8 @@ class GenerationService:
 
     @property
     def queue_limit(self) -> int | None:
-        """Maximum number of running and waiting choices; None for no limit, or before the engine is ready."""
-        return self._engine.info.max_num_queued_reqs if self._engine.is_ready else None
+        """Maximum number of running and waiting choices; None before the engine is ready."""
+        return limits_of(self._engine.info).queue.sequences if self._engine.is_ready else None
 
     def turn_to_tokenize(self, characters: int) -> AbstractAsyncContextManager[None]:
         """Return a context in which to tokenize a text; long texts wait for each other, and leave cores to others."""
@@ -92,9 +96,10 @@ class GenerationService:
             connection: the caller's connection, on which its request id is valid; None if it is valid nowhere.
             trace_headers: those of `TRACE_HEADERS` that the caller sent.
         """
-        with self._track(request, remaining, connection) as deadline:
+        with self._track(request, remaining, connection) as (ticket, deadline):
             plan = await self._plan(request, trace_headers)
-            output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n)
+            output = await _all_outputs(self._run(plan, ticket, stream=False, deadline=deadline), plan.n)
+            self._observe_pace(ticket)
             builder = _response_builder(request, plan)
             if output.num_entries > INLINE_ENTRIES:
                 return await asyncio.to_thread(builder.build_response, output)
@@ -109,28 +114,37 @@ class GenerationService:
         trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> AsyncGenerator[ResponseStream, None]:
         """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
-        with self._track(request, remaining, connection) as deadline:
+        with self._track(request, remaining, connection) as (ticket, deadline):
             plan = await self._plan(request, trace_headers)
-            outputs = self._run(plan, stream=True, deadline=deadline)
+            outputs = self._run(plan, ticket, stream=True, deadline=deadline)
             messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
             async with aclosing(messages):
                 yield ResponseStream(plan.echo, messages)
+            self._observe_pace(ticket)
 
     @contextmanager
     def _track(
         self, request: pb.GenerateRequest, remaining: float | None, connection: str | None
-    ) -> Iterator[asyncio.Event | None]:
-        """Track the request under its id, and yield the event that ends it with partial output."""
+    ) -> Iterator[tuple[Ticket, asyncio.Event | None]]:
+        """Admit and track the request; yield its ticket, and the event that ends it with partial output."""
         if not request.request_id:
             request.request_id = uuid4().hex
             connection = ANY_CONNECTION
         owner = call_owner(connection)
+        self.inflight.check_admitting()
+        info, is_partial = self.engine.info, request.partial_on_deadline
         with (
-            self.inflight.admit(num_sequences(request), self.engine.info.max_num_queued_reqs),
+            self._admission.admit(
+                current_share(),
+                request_cost(request, info),
+                limits_of(info),
+                min_tokens=least_tokens(request),
+                remaining=None if is_partial else remaining,
+            ) as ticket,
             self.inflight.track(request.request_id, owner),
-            deadline_event(remaining if request.partial_on_deadline else None) as deadline,
+            deadline_event(remaining if is_partial else None) as deadline,
         ):
-            yield deadline
+            yield ticket, deadline
 
     async def _plan(self, request: pb.GenerateRequest, trace_headers: Mapping[str, str]) -> RequestPlan:
         engine = self.engine
@@ -143,9 +157,28 @@ class GenerationService:
         return plan
 
     def _run(
-        self, plan: RequestPlan, *, stream: bool, deadline: asyncio.Event | None
+        self, plan: RequestPlan, ticket: Ticket, *, stream: bool, deadline: asyncio.Event | None
     ) -> AsyncGenerator[StepOutput, None]:
-        return run_plan(plan, self._engine, self._beam_slots, stream=stream, deadline=deadline)
+        outputs = run_plan(plan, self._engine, self._beam_slots, stream=stream, deadline=deadline)
+        if self._admission.try_start(ticket, limits_of(self._engine.info)):
+            return outputs
+        return self._after_turn(ticket, outputs, deadline)
+
+    async def _after_turn(
+        self, ticket: Ticket, outputs: AsyncGenerator[StepOutput, None], deadline: asyncio.Event | None
+    ) -> AsyncGenerator[StepOutput, None]:
+        """Yield the outputs of a request, which begins when it is its turn."""
+        async with aclosing(outputs):
+            await self._admission.wait_for_turn(ticket, deadline)
+            current_outcome().wait_seconds += ticket.waited
+            async for output in outputs:
+                yield output
+
+    def _observe_pace(self, ticket: Ticket) -> None:
+        if ticket.started is not None:
+            seconds = asyncio.get_running_loop().time() - ticket.started
+            tokens = current_outcome().completion_tokens / ticket.engine_cost.sequences
+            self._admission.pace.observe(tokens, seconds)
 
 
 def _response_builder(request: pb.GenerateRequest, plan: RequestPlan) -> ResponseBuilder:

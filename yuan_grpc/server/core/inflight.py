@@ -9,7 +9,6 @@ from typing import Any
 from yuan_grpc.server.errors import (
     AbortedError,
     DuplicateRequestError,
-    OverloadedError,
     RequestNotFoundError,
     ServerStoppingError,
     ServiceError,
@@ -50,7 +49,6 @@ class InflightRequests:
         self._by_id: dict[tuple[str, str], _Call] = {}
         self._calls: set[_Call] = set()
         self._count = 0
-        self._sequences = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stopping = False
@@ -68,26 +66,11 @@ class InflightRequests:
             if not self._count:
                 self._idle.set()
 
-    @contextmanager
-    def admit(self, sequences: int, limit: int | None) -> Iterator[None]:
-        """Count the sequences of a call as running.
-
-        Raises:
-            OverloadedError: more than `limit` sequences would be running.
-            ServerStoppingError: the server is stopping.
-        """
+    def check_admitting(self) -> None:
+        """Raise ServerStoppingError if the server is stopping."""
         if self._is_stopping:
             self._last_refusal = asyncio.get_running_loop().time()
             raise ServerStoppingError
-        if limit is not None:
-            sequences = min(sequences, limit)  # a request that is always too large fails validation
-            if self._sequences + sequences > limit:
-                raise OverloadedError(f"the request queue is full (limit {limit})")
-        self._sequences += sequences
-        try:
-            yield
-        finally:
-            self._sequences -= sequences
 
     @contextmanager
     def track(self, request_id: str, owner: str | None = ANY_CONNECTION) -> Iterator[None]:

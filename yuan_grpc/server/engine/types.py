@@ -38,7 +38,8 @@ class ModelInfo:
         layers, hidden, heads, intermediate: the model's sizes.
         tensor_parallel, pipeline_parallel, data_parallel: numbers of ranks.
         max_num_seqs: number of choices computed at a time.
-        max_num_queued_reqs: maximum number of running and waiting choices; None for no limit.
+        max_num_queued_reqs: maximum number of running and waiting choices; None for the server's default.
+        cache_tokens: number of tokens that fit into the KV cache; 0 if unknown.
         priority_scheduling, prefix_caching: whether they are enabled.
         lora: None if LoRA is not enabled.
     """
@@ -63,6 +64,7 @@ class ModelInfo:
     data_parallel: int = 1
     max_num_seqs: int = 1
     max_num_queued_reqs: int | None = None
+    cache_tokens: int = 0
     priority_scheduling: bool = False
     prefix_caching: bool = False
     lora: LoraInfo | None = None

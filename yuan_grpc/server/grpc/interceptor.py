@@ -63,7 +63,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             with log_call(name) as outcome:
                 request = None
                 try:
-                    with calling_as(self._identify(context, name)) as identity:
+                    with calling_as(self._identify(context, name), context.peer()) as identity:
                         outcome.caller = identity.name
                         request = parse(raw)
                         response = await handler(request, context)

@@ -19,7 +19,7 @@ from yuan_grpc import __version__
 from yuan_grpc.server.core.access_log import log_call, log_error
 from yuan_grpc.server.errors import ServiceError, to_status
 from yuan_grpc.server.http import generate, tokenization
-from yuan_grpc.server.http.authentication import Authentication
+from yuan_grpc.server.http.authentication import Authentication, peer_of
 from yuan_grpc.server.http.call import AppState, ClientDisconnectedError, HttpCall
 from yuan_grpc.server.http.errors import StoppingError, error_object, error_response
 from yuan_grpc.server.http.guard import Guard
@@ -68,12 +68,7 @@ class _Endpoint:
                 log_error(error, outcome.code, call.request_id)
                 await call.send_error(error)
             finally:
-                outcome.subject, outcome.peer = call.request_id, _peer(scope)
-
-
-def _peer(scope: Scope) -> str:
-    host, port = scope.get("client") or ("", 0)
-    return f"http:[{host}]:{port}" if ":" in host else f"http:{host}:{port}"
+                outcome.subject, outcome.peer = call.request_id, peer_of(scope)
 
 
 def create_app(

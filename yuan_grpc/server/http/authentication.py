@@ -43,7 +43,7 @@ class Authentication:
                 outcome.set_error(error, error.code)
                 await _refusal(error)(scope, receive, send)
             return
-        with calling_as(identity):
+        with calling_as(identity, peer_of(scope)):
             await self._app(scope, receive, send)
 
     def _identify(self, scope: Scope) -> Identity:
@@ -53,6 +53,12 @@ class Authentication:
         identity = self._authenticator.identify(" ".join(values) or None, names)
         identity.require(Permission.ADMIN if path in ADMIN_PATHS else Permission.GENERATE, path[:256])
         return identity
+
+
+def peer_of(scope: Scope) -> str:
+    """Return the address of the caller."""
+    host, port = scope.get("client") or ("", 0)
+    return f"http:[{host}]:{port}" if ":" in host else f"http:{host}:{port}"
 
 
 def _refusal(error: ServiceError) -> JSONResponse:

@@ -19,6 +19,7 @@ _STATUSES = {
     StatusCode.RESOURCE_EXHAUSTED: 429,
     StatusCode.CANCELLED: 499,
     StatusCode.UNAVAILABLE: 503,
+    StatusCode.DEADLINE_EXCEEDED: 504,
 }
 """HTTP statuses by gRPC status code of the service's errors; INTERNAL is 500."""
 

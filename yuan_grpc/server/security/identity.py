@@ -22,7 +22,7 @@ ALL_SCOPES = frozenset(Scope)
 
 @dataclass(frozen=True)
 class Identity:
-    """Who makes a call.
+    """The maker of a call.
 
     Attributes:
         name: the name of the token or of the client certificate; empty for an anonymous caller.
@@ -55,6 +55,9 @@ ANONYMOUS = Identity()
 """The caller of a server that identifies no one. It may do everything, but has no name to own calls by."""
 
 _current: ContextVar[Identity] = ContextVar("identity", default=ANONYMOUS)
+_peer: ContextVar[str] = ContextVar("peer", default="")
+
+_LOOPBACK = ("ipv4:127.", "ipv6:%5B::1%5D:", "ipv6:[::1]:", "http:127.", "http:[::1]:")
 
 
 def current_identity() -> Identity:
@@ -63,10 +66,26 @@ def current_identity() -> Identity:
 
 
 @contextmanager
-def calling_as(identity: Identity) -> Iterator[Identity]:
-    """Make an identity the current one in the block, and in the tasks that it starts; yield it."""
-    token = _current.set(identity)
+def calling_as(identity: Identity, peer: str = "") -> Iterator[Identity]:
+    """Make an identity the current one in the block, and in the tasks that it starts; yield it.
+
+    Args:
+        peer: the address of the caller.
+    """
+    token, peer_token = _current.set(identity), _peer.set(peer)
     try:
         yield identity
     finally:
         _current.reset(token)
+        _peer.reset(peer_token)
+
+
+def current_share() -> str:
+    """Return who shares one part of the queue with the current call: callers of one name, or else of one host.
+
+    On the same machine, each connection has its own part.
+    """
+    if name := _current.get().name:
+        return f"name:{name}"
+    peer = _peer.get()
+    return peer if peer.startswith(_LOOPBACK) else peer.rpartition(":")[0] or peer

@@ -30,7 +30,7 @@ class GrpcSettings:
     unix_socket: Path | None = None
     max_request_bytes: int = 4 << 20
     max_response_bytes: int = 64 << 20
-    max_concurrent_streams: int = 1024
+    max_concurrent_streams: int = 8192
     max_connection_age: float | None = None
     max_connection_age_grace: float | None = None
 
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--unix-socket", "", parse.optional_file, "PATH", "serve this unix socket too")
     add("--max-request-bytes", "4M", parse.byte_size, "SIZE", "size of a request or body (default: 4M)")
     add("--max-response-bytes", "64M", parse.byte_size, "SIZE", "size of a response (default: 64M)")
-    add("--max-concurrent-streams", "1024", parse.count, "N", "calls of a connection (default: 1024)")
+    add("--max-concurrent-streams", "8192", parse.count, "N", "calls of a connection (default: 8192)")
     add("--max-connection-age", "", parse.optional_seconds, "S", "until clients reconnect (default: no limit)")
     add("--max-connection-age-grace", "", parse.optional_seconds, "S", "for its calls to finish (default: no limit)")
 

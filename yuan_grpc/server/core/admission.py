@@ -1,0 +1,330 @@
+"""The admission of requests: limits on what callers have running and waiting, and fair turns on the engine."""
+
+import asyncio
+import heapq
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from yuan_grpc.server.core.convert import is_prompt_only, num_parallel
+from yuan_grpc.server.core.pace import Pace
+from yuan_grpc.server.core.validation import prompt_size
+from yuan_grpc.server.engine.types import ModelInfo, Sampling
+from yuan_grpc.server.errors import DeadlineTooShortError, OverloadedError
+from yuan_grpc.v1 import yuan_pb2 as pb
+
+SHARE = 8
+"""Maximum of a caller's part, relative to the free part of the queue. One caller alone can have 8/9 of it, two 8/17
+each, and so on, so that there is always some left for another one."""
+
+QUEUE_FACTOR = 8
+"""Running and waiting sequences, relative to those that the engine computes at a time."""
+TOKEN_FACTOR = 16
+"""Tokens of running and waiting requests, relative to those that fit into the cache."""
+MIN_SEQUENCES = 1024
+"""Minimum of the limit on sequences, for engines that compute few at a time."""
+
+LOOKAHEAD = 8
+"""Minimum number of sequences that wait in the engine, so that its next step is never short of them."""
+CACHE_OVERCOMMIT = 2
+"""Tokens of the requests in the engine, relative to those that fit into its cache: most requests need fewer tokens."""
+
+EXPECTED_TOKENS = 512
+"""Tokens that a sequence is expected to have at most: most end long before a large `max_tokens`."""
+CHARACTERS_PER_TOKEN = 2
+"""Characters of a token, on average: fewer than in English, more than in rare Chinese."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a request takes: sequences, and expected tokens of all of them together."""
+
+    sequences: int
+    tokens: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.sequences + other.sequences, self.tokens + other.tokens)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(self.sequences - other.sequences, self.tokens - other.tokens)
+
+    def fits(self, limit: "Cost") -> bool:
+        """Return whether neither number is above that of a limit."""
+        return self.sequences <= limit.sequences and self.tokens <= limit.tokens
+
+    def clamp(self, limit: "Cost") -> "Cost":
+        """Return the cost of a request that may run alone, however large it is; validation rejects impossible ones."""
+        return Cost(min(self.sequences, limit.sequences), min(self.tokens, limit.tokens))
+
+
+NOTHING = Cost(0, 0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a server.
+
+    Attributes:
+        queue: of running and waiting requests together.
+        engine: of the requests in the engine; None if it schedules by priority, for which it must see all of them.
+    """
+
+    queue: Cost
+    engine: Cost | None
+
+
+def limits_of(info: ModelInfo) -> Limits:
+    """Return the limits for a model: from `--max-num-queued-reqs`, the cache and the sequences computed at a time."""
+    running = info.max_num_seqs * info.data_parallel
+    sequences = info.max_num_queued_reqs or max(MIN_SEQUENCES, QUEUE_FACTOR * running)
+    cache = info.cache_tokens or running * info.max_model_len
+    tokens = max(TOKEN_FACTOR * cache, sequences * info.max_model_len // 4)
+    lookahead = max(LOOKAHEAD, running // 8)
+    engine_tokens = max(CACHE_OVERCOMMIT * cache, info.max_model_len)
+    engine = None if info.priority_scheduling else Cost(running + lookahead, engine_tokens)
+    return Limits(Cost(sequences, tokens), engine)
+
+
+def request_cost(request: pb.GenerateRequest, info: ModelInfo) -> Cost:
+    """Return the cost of a request whose prompt is not tokenized yet, with its choices and beams multiplied in."""
+    sequences = max(1, num_parallel(request))
+    prompt = len(request.prompt_token_ids.ids) or prompt_size(request) // CHARACTERS_PER_TOKEN
+    max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
+    tokens = min(prompt, info.max_model_len) + min(max(0, max_tokens), EXPECTED_TOKENS, info.max_model_len)
+    return Cost(sequences, sequences * max(1, tokens))
+
+
+def least_tokens(request: pb.GenerateRequest) -> int:
+    """Return the number of tokens that each sequence of a request has at least."""
+    if is_prompt_only(request):
+        return 0
+    max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
+    return max(1, max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens))
+
+
+class Budget(Protocol):
+    """Counts of what requests take. Processes that serve the same engine share one."""
+
+    poll_seconds: float | None
+    """Interval at which to try again what `start` refused; None if all requests are this process's."""
+
+    def take(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Take a part of the queue, and return the empty text. Otherwise, return why nothing was taken."""
+
+    def give_back(self, caller: str, cost: Cost) -> None:
+        """Give a part of the queue back."""
+
+    def start(self, cost: Cost, limit: Cost) -> bool:
+        """Take a part of the engine; return False if it has not enough left."""
+
+    def finish(self, cost: Cost) -> None:
+        """Give a part of the engine back."""
+
+
+class LocalBudget:
+    """The counts of one process."""
+
+    poll_seconds: float | None = None
+
+    def __init__(self) -> None:
+        self._queued = self._started = NOTHING
+        self._by_caller: dict[str, Cost] = {}
+
+    def take(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Take a part of the queue; see `Budget.take`."""
+        used_by_caller = self._by_caller.get(caller, NOTHING)
+        if refusal := refuse(cost, limit, self._queued, used_by_caller):
+            return refusal
+        self._queued += cost
+        self._by_caller[caller] = used_by_caller + cost
+        return ""
+
+    def give_back(self, caller: str, cost: Cost) -> None:
+        """Give a part of the queue back."""
+        self._queued -= cost
+        self._by_caller[caller] -= cost
+        if self._by_caller[caller] == NOTHING:  # forget callers that have left
+            del self._by_caller[caller]
+
+    def start(self, cost: Cost, limit: Cost) -> bool:
+        """Take a part of the engine; see `Budget.start`."""
+        if not (self._started + cost).fits(limit):
+            return False
+        self._started += cost
+        return True
+
+    def finish(self, cost: Cost) -> None:
+        """Give a part of the engine back."""
+        self._started -= cost
+
+
+def refuse(cost: Cost, limit: Cost, used: Cost, used_by_caller: Cost) -> str:
+    """Return why a part of the queue cannot be taken; the empty text if it can."""
+    return _refuse(
+        "the request queue", cost.sequences, limit.sequences, used.sequences, used_by_caller.sequences
+    ) or _refuse("the queue of tokens", cost.tokens, limit.tokens, used.tokens, used_by_caller.tokens)
+
+
+def _refuse(queue: str, size: int, limit: int, used: int, used_by_caller: int) -> str:
+    if used + size > limit:
+        return f"{queue} is full (limit {limit})"
+    if used_by_caller + size > SHARE * (limit - used):
+        return f"{queue} has no more for this caller, which has {used_by_caller} of {limit}"
+    return ""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """The admission of one request.
+
+    Attributes:
+        sequences: the sequences that the engine computes for it at a time.
+        min_tokens: tokens that each of them has at least.
+        deadline: the loop's time at which the caller stops waiting; None for none.
+        waited: seconds until its turn.
+        started: the loop's time of its turn; None before.
+    """
+
+    caller: str
+    queue_cost: Cost
+    engine_cost: Cost
+    min_tokens: int
+    deadline: float | None
+    tag: float = 0.0
+    turn: "asyncio.Future[None] | None" = None
+    has_engine: bool = False
+    waited: float = 0.0
+    started: float | None = None
+
+
+class Admission:
+    """Admits requests, and starts them in fair order.
+
+    The order is that of start-time fair queueing: each caller's requests follow each other at the distance of their
+    tokens, so that a caller with few gets its turn before one with many, however many of those wait.
+
+    Args:
+        budget: the counts, shared between processes.
+    """
+
+    def __init__(self, budget: Budget | None = None) -> None:
+        self._budget: Budget = budget or LocalBudget()
+        self._waiting: list[tuple[float, int, Ticket]] = []
+        self._arrivals = 0
+        self._now = 0.0
+        self._next_tags: dict[str, float] = {}
+        self._limit: Cost | None = None
+        self._poll: asyncio.TimerHandle | None = None
+        self.pace = Pace()
+
+    @contextmanager
+    def admit(
+        self, caller: str, cost: Cost, limits: Limits, *, min_tokens: int = 0, remaining: float | None = None
+    ) -> Iterator[Ticket]:
+        """Yield the ticket of a request, which takes its part of the queue, and of the engine from its turn on.
+
+        Args:
+            caller: a name that the requests of one caller share.
+            min_tokens: tokens that each sequence has at least.
+            remaining: seconds until the caller's deadline; None if it has none, or takes a partial result.
+
+        Raises:
+            OverloadedError: the queue is full, or the caller's share of it.
+            DeadlineTooShortError: the request cannot finish before its deadline.
+        """
+        queue_cost, engine_cost = cost.clamp(limits.queue), cost.clamp(limits.engine or cost)
+        now = asyncio.get_running_loop().time()
+        ticket = Ticket(caller, queue_cost, engine_cost, min_tokens, None if remaining is None else now + remaining)
+        self._check_deadline(ticket)
+        if refusal := self._budget.take(caller, queue_cost, limits.queue):
+            raise OverloadedError(refusal)
+        try:
+            yield ticket
+        finally:
+            self._budget.give_back(caller, queue_cost)
+            if ticket.has_engine:
+                self._budget.finish(engine_cost)
+            self._start_waiting()
+
+    def try_start(self, ticket: Ticket, limits: Limits) -> bool:
+        """Give a request its turn, if no other waits and the engine has enough left."""
+        self._limit = limits.engine
+        if self._waiting or not self._starts(ticket):
+            return False
+        self._tag(ticket)
+        self._started(ticket)
+        return True
+
+    async def wait_for_turn(self, ticket: Ticket, stop_waiting: asyncio.Event | None = None) -> None:
+        """Wait for the turn of a request, or for an event after which it needs no more of the engine than to end.
+
+        Raises:
+            DeadlineTooShortError: the request can no longer finish before its deadline. Its turn goes to the next one.
+        """
+        loop = asyncio.get_running_loop()
+        begin, ticket.turn = loop.time(), loop.create_future()
+        self._tag(ticket)
+        self._arrivals += 1
+        heapq.heappush(self._waiting, (ticket.tag, self._arrivals, ticket))
+        self._start_waiting()
+        stop = asyncio.ensure_future(stop_waiting.wait()) if stop_waiting else None
+        try:
+            awaited: list[asyncio.Future[Any]] = [ticket.turn, stop] if stop else [ticket.turn]
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ticket.waited = loop.time() - begin
+            ticket.turn.cancel()
+            if stop:
+                stop.cancel()
+        self._check_deadline(ticket)
+        ticket.started = loop.time()
+
+    def _tag(self, ticket: Ticket) -> None:
+        """Set the place of a request in the order."""
+        ticket.tag = max(self._now, self._next_tags.get(ticket.caller, 0.0))
+        self._next_tags[ticket.caller] = ticket.tag + ticket.engine_cost.tokens
+
+    def _starts(self, ticket: Ticket) -> bool:
+        """Take the request's part of the engine; return False if it has not enough left."""
+        if self._limit is None:
+            return True
+        ticket.has_engine = self._budget.start(ticket.engine_cost, self._limit)
+        return ticket.has_engine
+
+    def _started(self, ticket: Ticket) -> None:
+        ticket.started = asyncio.get_running_loop().time()
+        self._now = max(self._now, ticket.tag)
+        if len(self._next_tags) > 2 * len(self._waiting) + MIN_SEQUENCES:  # forget callers that have fallen behind
+            self._next_tags = {caller: tag for caller, tag in self._next_tags.items() if tag > self._now}
+
+    def _start_waiting(self) -> None:
+        """Give turns to requests in order, as long as the engine has enough left."""
+        while self._waiting:
+            ticket = self._waiting[0][2]
+            assert ticket.turn is not None
+            if not ticket.turn.done():
+                if not self._starts(ticket):
+                    self._poll_later()
+                    return
+                self._started(ticket)
+                ticket.turn.set_result(None)
+            heapq.heappop(self._waiting)
+
+    def _poll_later(self) -> None:
+        """Try again later, if requests of other processes may end meanwhile."""
+        if self._budget.poll_seconds is not None:
+            if self._poll:
+                self._poll.cancel()
+            self._poll = asyncio.get_running_loop().call_later(self._budget.poll_seconds, self._start_waiting)
+
+    def _check_deadline(self, ticket: Ticket) -> None:
+        if ticket.deadline is None:
+            return
+        seconds = self.pace.least_seconds(ticket.min_tokens)
+        remaining = ticket.deadline - asyncio.get_running_loop().time()
+        if seconds > remaining:
+            raise DeadlineTooShortError(
+                f"the request cannot finish before its deadline: {ticket.min_tokens} tokens take at least "
+                f"{seconds:.3g} s, and {max(0, remaining):.3g} s are left"
+            )
