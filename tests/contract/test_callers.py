@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import ssl
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -338,6 +340,29 @@ async def test_http_refuses_missing_certificates_except_for_probes(
         unknown.load_cert_chain(*Authority().write(tmp_path, "stranger"))
         with pytest.raises(httpx.TransportError):
             await status(unknown, "/health")
+
+
+@pytest.mark.timeout(60)
+async def test_the_command_line_has_the_counterparts(
+    mutual: tuple[Authority, Certificates], tmp_path: Path, authenticator: Authenticator
+) -> None:
+    authority, certificates = mutual
+    token = tmp_path / "alice.token"
+    token.write_text(ALICE + "\n")
+    client = [str(file) for file in authority.write(tmp_path, "client")]
+    async with serve_grpc(FakeEngine(last("yes")), certificates=certificates, authenticator=authenticator) as address:
+        command = [sys.executable, "-m", "yuan_grpc", "generate", "AB", "--address", address]
+        command += ["--tls-ca-file", str(tmp_path / "ca.pem"), "--identity", *client]
+        for arguments, environment, expected in (
+            (["--token-file", str(token)], {}, "yes"),
+            ([], {"YUAN_GRPC_TOKEN": ALICE}, "yes"),
+            ([], {}, "UNAUTHENTICATED"),
+        ):
+            process = await asyncio.create_subprocess_exec(
+                *command, *arguments, env=os.environ | environment, stdout=PIPE, stderr=PIPE
+            )
+            out, err = await process.communicate()
+            assert expected in (out or err).decode()
 
 
 async def test_the_unix_socket_needs_tokens_and_no_certificate(

@@ -7,6 +7,8 @@ import pytest
 
 from yuan_grpc.server import settings
 from yuan_grpc.server.settings import DEMO, HttpSettings, Settings
+from yuan_grpc.server.settings.grpc_port import GrpcSettings
+from yuan_grpc.server.settings.security import SecuritySettings
 
 
 def read(*arguments: str, **environment: str) -> Settings:
@@ -45,6 +47,52 @@ def test_an_invalid_http_port_is_an_error_that_names_the_flag(capsys: pytest.Cap
     with pytest.raises(SystemExit, match="2"):
         read("--http-port=http")
     assert "argument --http-port: must be a port, 0 to 65535, not 'http'" in capsys.readouterr().err
+
+
+def test_security_and_grpc_limits_are_settings() -> None:
+    assert read().security == SecuritySettings()
+    assert read().grpc == GrpcSettings()
+    flags = ("--tls-cert-file=a.pem", "--tls-key-file", "a.key", "--tls-allowed-names=spiffe://A/b, c.example")
+    assert read(*flags, YUAN_GRPC_TLS_CLIENT_CA_FILE="ca.pem", YUAN_GRPC_TOKEN_FILE="tokens").security == (
+        SecuritySettings(
+            Path("a.pem"), Path("a.key"), Path("ca.pem"), ("spiffe://A/b", "c.example"), False, Path("tokens")
+        )
+    )
+    flags = ("--max-request-bytes=16M", "--max-response-bytes", "1000", "--max-connection-age=60")
+    assert read(*flags, "--unix-socket=/run/s", YUAN_GRPC_MAX_CONCURRENT_STREAMS="5").grpc == GrpcSettings(
+        Path("/run/s"), 16 << 20, 1000, 5, 60.0, None
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ([], {}, False),
+        (["--allow-plaintext"], {}, True),
+        (["--allow-plaintext=false"], {"YUAN_GRPC_ALLOW_PLAINTEXT": "1"}, False),
+        ([], {"YUAN_GRPC_ALLOW_PLAINTEXT": "TRUE"}, True),
+        ([], {"YUAN_GRPC_ALLOW_PLAINTEXT": ""}, False),
+    ],
+    ids=["absent", "flag", "flag before variable", "variable", "empty variable"],
+)
+def test_a_switch_has_a_flag_and_a_variable(arguments: list[str], environment: dict[str, str], expected: bool) -> None:
+    assert read(*arguments, **environment).security.allow_plaintext is expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--max-request-bytes=0", "must be a number of bytes below 2G, such as 4M, not '0'"),
+        ("--max-request-bytes=2G", "must be a number of bytes below 2G, such as 4M, not '2G'"),
+        ("--max-concurrent-streams=0", "must be a number, 1 or more, not '0'"),
+        ("--max-connection-age=0", "must be a number of seconds above 0, not '0'"),
+        ("--allow-plaintext=maybe", "must be true or false, not 'maybe'"),
+    ],
+)
+def test_an_invalid_limit_is_an_error(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(argument)
+    assert message in capsys.readouterr().err
 
 
 def test_http_limits_and_allowed_names_are_settings() -> None:

@@ -38,7 +38,7 @@ CHARACTERS_PER_TOKEN = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """What a request takes: sequences, and expected tokens of all of them together."""
+    """The size of a request: its sequences, and the expected tokens of all of them together."""
 
     sequences: int
     tokens: int
@@ -295,7 +295,7 @@ class Admission:
     def _started(self, ticket: Ticket) -> None:
         ticket.started = asyncio.get_running_loop().time()
         self._now = max(self._now, ticket.tag)
-        if len(self._next_tags) > 2 * len(self._waiting) + MIN_SEQUENCES:  # forget callers that have fallen behind
+        if len(self._next_tags) > 2 * len(self._waiting) + MIN_SEQUENCES:  # forget callers without an advance
             self._next_tags = {caller: tag for caller, tag in self._next_tags.items() if tag > self._now}
 
     def _start_waiting(self) -> None:

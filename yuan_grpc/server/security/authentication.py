@@ -77,8 +77,12 @@ class Authenticator:
 
 
 def primary_name(names: Sequence[str]) -> str:
-    """Return the name of a certificate that identifies its owner: a URI if it has one, such as a SPIFFE id."""
-    return next((name for name in names if "://" in name), names[0])
+    """Return the name of a certificate that identifies its owner: a URI if it has one, such as a SPIFFE id.
+
+    Characters that are not printable are replaced, since the name is written to the log.
+    """
+    name = next((name for name in names if "://" in name), names[0])
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 OPEN = Authenticator()
