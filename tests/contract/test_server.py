@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from certificates import Authority
 from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
@@ -23,6 +24,8 @@ from servers import serve_grpc
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.server import seconds_since_command, serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.settings.grpc_port import GrpcSettings
+from yuan_grpc.server.settings.security import SecuritySettings
 from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -94,6 +97,37 @@ async def test_the_server_waits_for_running_calls_before_it_stops(settings: Sett
     assert not engine.stopped
     stream.cancel()
     assert await server.wait_for_exit() == 0
+
+
+async def test_the_unix_socket_and_tls_stop_with_the_server(settings: Settings, tmp_path: Path) -> None:
+    """A client of the socket watches health. Both listeners answer, and both end their connections."""
+    authority = Authority()
+    certificate, key = authority.write(tmp_path)
+    security = SecuritySettings(tls_cert_file=certificate, tls_key_file=key)
+    settings = replace(settings, security=security, grpc=GrpcSettings(unix_socket=tmp_path / "socket"))
+    engine = FakeEngine(last("yes"))
+    engine.may_start.set()
+    server = asyncio.ensure_future(serve(settings, engine))
+    async with (
+        grpc.aio.insecure_channel(f"unix:{tmp_path}/socket") as local,
+        grpc.aio.secure_channel(f"127.0.0.1:{settings.port}", grpc.ssl_channel_credentials(authority.pem)) as secure,
+    ):
+        watch = health_stub(local).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+        while (await watch.read()).status != STATUS.SERVING:
+            pass
+        for channel in (local, secure):
+            stub = yuan_pb2_grpc.YuanServiceStub(channel)
+            response = await stub.Generate(pb.GenerateRequest(prompt="AB"), wait_for_ready=True)
+            assert response.choices[0].text == "yes"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await server == 0
+    assert engine.stopped
+
+
+async def test_a_certificate_that_cannot_be_read_stops_the_start(settings: Settings, tmp_path: Path) -> None:
+    security = SecuritySettings(tls_cert_file=tmp_path / "none.pem", tls_key_file=tmp_path / "none.key")
+    with pytest.raises(StartError, match="--tls-cert-file must be a file that this user can read"):
+        await serve(replace(settings, security=security), FakeEngine())
 
 
 class WaitingEngine(FakeEngine):

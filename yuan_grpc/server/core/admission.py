@@ -324,6 +324,7 @@ class Admission:
         seconds = self.pace.least_seconds(ticket.min_tokens)
         remaining = ticket.deadline - asyncio.get_running_loop().time()
         if seconds > remaining:
+            self.pace.relax()
             raise DeadlineTooShortError(
                 f"the request cannot finish before its deadline: {ticket.min_tokens} tokens take at least "
                 f"{seconds:.3g} s, and {max(0, remaining):.3g} s are left"
