@@ -194,6 +194,17 @@ async def test_callers_share_no_cached_prefix_and_see_their_own(authenticator: A
     assert all(salts)
 
 
+async def test_callers_may_share_the_cache_without_seeing_what_others_sent(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("\n".join(format_line(name, [scope], token) for name, (scope, token) in SCOPES.items()))
+    engine = FakeEngine(StepOutput(cached_tokens=2), last("yes"))
+    async with serve(engine, Authenticator(TokenFile(file), shares_cache=True)) as stub:
+        for token, salt, expected in ((ALICE, "", 0), (BOB, "", 0), (BOB, "a", 2)):
+            request = pb.GenerateRequest(prompt="AB", cache_salt=salt)
+            assert (await stub.Generate(request, metadata=bearer(token))).usage.cached_tokens == expected
+    assert [request.cache_salt for request in engine.requests] == ["", "", "a"]
+
+
 async def test_the_log_names_the_caller(authenticator: Authenticator, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with serve(FakeEngine(last("yes")), authenticator) as stub:

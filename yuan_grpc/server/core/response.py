@@ -51,7 +51,7 @@ class ResponseBuilder:
         self._seed = seed
         self._prompt_token_ids = prompt if request.return_prompt_token_ids else ()
         self._echo = echo
-        self._shows_cached_tokens = bool(request.cache_salt or current_identity().name)
+        self._shows_cached_tokens = bool(request.cache_salt or current_identity().has_own_cache)
         self._echoed: set[int] = set()
         self._wants_prompt_logprobs = request.HasField("prompt_logprobs")
         self._has_begun = False
@@ -123,7 +123,7 @@ class ResponseBuilder:
 
     def _add_usage(self, output: StepOutput) -> pb.Usage:
         self._usage.completion_tokens += sum(len(delta.token_ids) for delta in output.deltas) + output.discarded_tokens
-        if self._shows_cached_tokens:  # without a salt or a name, they would show which prompts other callers have sent
+        if self._shows_cached_tokens:  # in a shared cache, they would show which prompts other callers have sent
             self._usage.cached_tokens = output.cached_tokens or self._usage.cached_tokens
         return self._usage
 

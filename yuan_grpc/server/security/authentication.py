@@ -1,6 +1,7 @@
 """The authentication of calls, by token or by client certificate."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from yuan_grpc.server.errors import PermissionDeniedError, UnauthenticatedError
 from yuan_grpc.server.security.identity import ANONYMOUS, Identity
@@ -18,14 +19,21 @@ class Authenticator:
         tokens: the tokens and certificates with scopes; None if every caller has all of them.
         allowed_names: names of client certificates that may call; empty for all.
         needs_certificate: whether callers over the network need a client certificate.
+        shares_cache: whether callers share cached prefixes.
     """
 
     def __init__(
-        self, tokens: TokenFile | None = None, allowed_names: Collection[str] = (), *, needs_certificate: bool = False
+        self,
+        tokens: TokenFile | None = None,
+        allowed_names: Collection[str] = (),
+        *,
+        needs_certificate: bool = False,
+        shares_cache: bool = False,
     ) -> None:
         self._tokens = tokens
         self._allowed_names = frozenset(allowed_names)
         self._needs_certificate = needs_certificate
+        self._shares_cache = shares_cache
 
     @classmethod
     def from_settings(cls, settings: SecuritySettings) -> "Authenticator":
@@ -38,8 +46,12 @@ class Authenticator:
             tokens = TokenFile(settings.token_file) if settings.token_file else None
         except TokenFileError as error:
             raise StartError(str(error)) from None
-        needs_certificate = settings.tls_client_ca_file is not None
-        return cls(tokens, settings.tls_allowed_names, needs_certificate=needs_certificate)
+        return cls(
+            tokens,
+            settings.tls_allowed_names,
+            needs_certificate=settings.tls_client_ca_file is not None,
+            shares_cache=settings.share_prefix_cache,
+        )
 
     def identify(
         self, authorization: str | None = None, names: Sequence[str] = (), *, is_local: bool = False
@@ -57,6 +69,9 @@ class Authenticator:
         """
         if self._needs_certificate and not is_local:
             self._check_names(names)
+        return replace(self._find(authorization, names), shares_cache=self._shares_cache)
+
+    def _find(self, authorization: str | None, names: Sequence[str]) -> Identity:
         if self._tokens is None:
             return Identity(primary_name(names)) if names else ANONYMOUS
         identity = self._tokens.find_certificate(names) if authorization is None else self._find_token(authorization)

@@ -27,10 +27,12 @@ class Identity:
     Attributes:
         name: the name of the token or of the client certificate; empty for an anonymous caller.
         scopes: what the caller may do.
+        shares_cache: whether its cached prefixes are shared with other callers.
     """
 
     name: str = ""
     scopes: frozenset[Scope] = ALL_SCOPES
+    shares_cache: bool = False
 
     @property
     def is_admin(self) -> bool:
@@ -46,9 +48,14 @@ class Identity:
         if scope not in self.scopes and not self.is_admin:
             raise PermissionDeniedError(f"{action} needs the scope {scope}, which {self.name} does not have")
 
+    @property
+    def has_own_cache(self) -> bool:
+        """Whether no other caller can have filled the cached prefixes of its requests."""
+        return bool(self.name) and not self.shares_cache
+
     def cache_salt(self, salt: str) -> str:
         """Return the salt of cached prefixes: of the request, or of this caller's requests with the same salt."""
-        return hashlib.sha256(f"{self.name}\0{salt}".encode()).hexdigest() if self.name else salt
+        return hashlib.sha256(f"{self.name}\0{salt}".encode()).hexdigest() if self.has_own_cache else salt
 
 
 ANONYMOUS = Identity()

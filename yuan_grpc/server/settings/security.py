@@ -21,6 +21,7 @@ class SecuritySettings:
         tls_allowed_names: names of client certificates that may call; empty for all.
         allow_plaintext: whether a port that other machines reach may be without TLS.
         token_file: the hashes of tokens; None to require none.
+        share_prefix_cache: whether callers with names share cached prefixes.
     """
 
     tls_cert_file: Path | None = None
@@ -29,6 +30,7 @@ class SecuritySettings:
     tls_allowed_names: tuple[str, ...] = ()
     allow_plaintext: bool = False
     token_file: Path | None = None
+    share_prefix_cache: bool = False
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
@@ -41,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--tls-allowed-names", "", parse.items, "NAMES", "names of client certificates (default: all)")
     add_switch(group, environment, "--allow-plaintext", "other machines may connect without TLS")
     add("--token-file", "", parse.optional_file, "FILE", "require tokens; see `yuan-grpc token`")
+    add_switch(group, environment, "--share-prefix-cache", "callers share cached prefixes (default: no)")
 
 
 def read(options: argparse.Namespace) -> SecuritySettings:
@@ -52,4 +55,5 @@ def read(options: argparse.Namespace) -> SecuritySettings:
         tls_allowed_names=options.tls_allowed_names,
         allow_plaintext=options.allow_plaintext,
         token_file=options.token_file,
+        share_prefix_cache=options.share_prefix_cache,
     )
