@@ -94,6 +94,7 @@ def _add_generate(subcommands: Any) -> None:
         help="use TLS; CA is a certificate file to trust (default: system CAs)",
     )
     parser.add_argument("--token", help="bearer token (env: YUAN_GRPC_TOKEN, hidden from ps)")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token, read for each call")
     parser.add_argument(
         "--concurrency",
         type=_positive_int,
@@ -327,7 +328,7 @@ async def _connect(stack: AsyncExitStack, options: argparse.Namespace) -> tuple[
     if len(set(addresses)) < len(addresses):
         raise UsageError("--target has a duplicate address")
     tls = Path(options.tls) if isinstance(options.tls, str) else options.tls
-    token = choose_token(options.token)
+    token = choose_token(options.token, options.token_file)
     try:
         clients = [AsyncClient(address, tls=tls, token=token, timeout=options.timeout) for address in addresses]
     except (ValueError, OSError) as error:

@@ -118,7 +118,10 @@ def choose_token(option: str | None, file: Path | None = None) -> AuthToken | No
 
 def _read_token(file: Path) -> str:
     """Return the token in a file, which may be replaced while a command runs."""
-    token = file.read_text(errors="replace").strip()
+    try:
+        token = file.read_text(errors="replace").strip()
+    except OSError as error:
+        raise UsageError(f"--token-file must be a file that this user can read, not {file}: {error.strerror}") from None
     if not token or not _is_printable_ascii(token):
         raise UsageError(f"{file} must have one line of printable ASCII, the token")
     return token
