@@ -180,14 +180,16 @@ def test_a_stop_finishes_the_calls_of_all_front_ends_and_leaves_no_process(
 
 
 def test_a_dead_engine_ends_the_calls_of_all_front_ends_and_the_server(
-    server: ServerProcess, stubs: list[YuanServiceStub]
+    server: ServerProcess, stubs: list[YuanServiceStub], ports: int
 ) -> None:
     calls = [stub.GenerateStream(ENDLESS) for stub in stubs]
     for call in calls:
         next(call)
     processes = server.engine_processes()
-    (engine,) = (process for process in processes if process.name() == "VLLM::EngineCor")
-    engine.kill()
+    front_ends = [process for number in range(2) for process in processes_on(ports + number)]
+    for process in processes:  # the engine and its worker
+        if process not in front_ends and process.ppid() == front_ends[0].ppid():
+            process.kill()
     for call in calls:
         with pytest.raises(grpc.RpcError) as raised:
             list(call)
