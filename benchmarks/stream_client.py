@@ -9,9 +9,9 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -19,6 +19,9 @@ from typing import Any
 
 Arrivals = AsyncIterator[int]
 """Number of tokens in each message as it arrives."""
+
+CHANNELS = 8
+"""Connections of each client process over gRPC, over which a server with several processes spreads the streams."""
 
 FIRST_TOKEN_ID = 300
 """Lowest token id of the prompts: those below are special tokens and bytes."""
@@ -146,20 +149,32 @@ async def _time(arrivals: Arrivals) -> Timing:
 
 
 @asynccontextmanager
-async def _yuan(load: Load, address: str, *, is_stream: bool) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
+async def _channels(address: str, load: Load) -> AsyncIterator[list[Any]]:
+    """Yield connected channels, no more than there are streams."""
     import grpc
 
+    async with AsyncExitStack() as stack:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        count = min(CHANNELS, load.streams)
+        channels = [await stack.enter_async_context(grpc.aio.insecure_channel(address, options)) for _ in range(count)]
+        for channel in channels:
+            await channel.channel_ready()
+        yield channels
+
+
+@asynccontextmanager
+async def _yuan(load: Load, address: str, *, is_stream: bool) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
     from yuan_grpc.v1 import yuan_pb2 as pb
     from yuan_grpc.v1 import yuan_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address) as channel:
-        await channel.channel_ready()
-        stub: Any = yuan_pb2_grpc.YuanServiceStub(channel)
+    async with _channels(address, load) as channels:
+        stubs: Any = cycle([yuan_pb2_grpc.YuanServiceStub(channel) for channel in channels])
 
         async def run(prompt: list[int]) -> Arrivals:
             request = pb.GenerateRequest(
                 prompt_token_ids=pb.TokenIds(ids=prompt), temperature=0, max_tokens=load.max_tokens, ignore_eos=True
             )
+            stub = next(stubs)
             if is_stream:
                 async for message in stub.GenerateStream(request):
                     yield sum(len(choice.token_ids) for choice in message.choices)
@@ -171,13 +186,11 @@ async def _yuan(load: Load, address: str, *, is_stream: bool) -> AsyncIterator[C
 
 @asynccontextmanager
 async def _vllm_grpc(load: Load, address: str) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
-    import grpc
     from smg_grpc_proto import vllm_engine_pb2 as pb
     from smg_grpc_proto import vllm_engine_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address) as channel:
-        await channel.channel_ready()
-        stub: Any = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+    async with _channels(address, load) as channels:
+        stubs: Any = cycle([vllm_engine_pb2_grpc.VllmEngineStub(channel) for channel in channels])
 
         async def run(prompt: list[int]) -> Arrivals:
             request = pb.GenerateRequest(
@@ -188,7 +201,7 @@ async def _vllm_grpc(load: Load, address: str) -> AsyncIterator[Callable[[list[i
                     temperature=0.0, top_p=1.0, n=1, max_tokens=load.max_tokens, ignore_eos=True
                 ),
             )
-            async for message in stub.Generate(request):
+            async for message in next(stubs).Generate(request):
                 yield len(message.chunk.token_ids)
 
         yield run
