@@ -114,6 +114,7 @@ class Supervisor:
     async def _or_failure(self, awaitable: Awaitable[object]) -> None:
         """Await, unless a front end fails first; its cause precedes that of the engine."""
         future = asyncio.ensure_future(awaitable)
+        future.add_done_callback(_retrieve)
         await server.wait_for_first(asyncio.shield(future), asyncio.shield(self._failure))
         if self._failure.done():
             future.cancel()
@@ -284,3 +285,9 @@ class Supervisor:
     def _fail(self, cause: str) -> None:
         if not self._failure.done():
             self._failure.set_result(cause)
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Mark the exception of a future as handled: after a stop nobody waits for it."""
+    if not future.cancelled():
+        future.exception()
