@@ -1,7 +1,7 @@
 """The running calls, by owner and request id, and their cancellation."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,12 @@ class _Call:
 
 
 class InflightRequests:
-    """Tracks running calls by id, unique for an owner; calls without an id are only counted."""
+    """Tracks running calls by id, unique for an owner; calls without an id are only counted.
+
+    Attributes:
+        abort_elsewhere: `abort_here` of the other processes that serve the engine, which returns whether one of them
+            has the call; None if there are no others.
+    """
 
     def __init__(self) -> None:
         self._by_id: dict[tuple[str, str], _Call] = {}
@@ -53,6 +58,7 @@ class InflightRequests:
         self._idle.set()
         self._is_stopping = False
         self._last_refusal = float("-inf")
+        self.abort_elsewhere: Callable[[str, str, bool], Awaitable[bool]] | None = None
 
     @contextmanager
     def track_unnamed(self) -> Iterator[None]:
@@ -122,16 +128,26 @@ class InflightRequests:
         Raises:
             RequestNotFoundError: no running call of the owner has this id.
         """
-        call = self._by_id.get((owner, request_id)) or self._by_id.get((ANY_CONNECTION, request_id))
-        calls = [call] if call else [c for (_, id), c in self._by_id.items() if of_all and id == request_id]
-        if not calls:
+        has_ended = await self.abort_here(request_id, owner, of_all=of_all)
+        if not has_ended or of_all:
+            has_ended |= await self._abort_elsewhere(request_id, owner, of_all)
+        if not has_ended:
             raise RequestNotFoundError(
                 f"`request_id` must be the id of a running call of this caller, not {request_id:.256}"
             )
+
+    async def abort_here(self, request_id: str, owner: str, *, of_all: bool = False) -> bool:
+        """Cancel a call as `abort` does; return False if this process has none."""
+        call = self._by_id.get((owner, request_id)) or self._by_id.get((ANY_CONNECTION, request_id))
+        calls = [call] if call else [c for (_, id), c in self._by_id.items() if of_all and id == request_id]
         for found in calls:
             found.end(AbortedError("the call was ended by Abort"))
         for found in calls:
             await found.ended.wait()
+        return bool(calls)
+
+    async def _abort_elsewhere(self, request_id: str, owner: str, of_all: bool) -> bool:
+        return self.abort_elsewhere is not None and await self.abort_elsewhere(request_id, owner, of_all)
 
     def stop_admitting(self) -> None:
         """Refuse new calls from now on."""

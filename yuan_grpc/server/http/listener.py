@@ -57,6 +57,7 @@ class Listener:
         certificates: those of TLS; None for plaintext.
         max_body: maximum size of a body, in bytes.
         authenticator: identifies callers.
+        shares_port: whether other processes may listen on the port, too.
 
     Raises:
         OSError: the address cannot be bound.
@@ -72,8 +73,10 @@ class Listener:
         certificates: Certificates | None = None,
         max_body: int = GrpcSettings.max_request_bytes,
         authenticator: Authenticator = OPEN,
+        *,
+        shares_port: bool = False,
     ) -> None:
-        self._socket = _bind_socket(host, port)
+        self._socket = _bind_socket(host, port, shares_port)
         names = frozenset(alias.rstrip("/") or alias for alias in aliases)
         self._state = AppState(service, names, int(time.time()), settings.body_timeout, max_body)
         hosts = settings.allowed_hosts or _default_hosts(host, self._socket.getsockname()[0])
@@ -152,11 +155,13 @@ def _default_hosts(host: str, address: str) -> Collection[str]:
     return [host] if ip_address(address.partition("%")[0]).is_loopback else [ANY]
 
 
-def _bind_socket(host: str, port: int) -> socket.socket:
+def _bind_socket(host: str, port: int, shares_port: bool) -> socket.socket:
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
     is_dual_stack = address[0] == "::" and socket.has_dualstack_ipv6()
-    bound = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=is_dual_stack)
+    bound = socket.create_server(
+        address, family=family, backlog=2048, dualstack_ipv6=is_dual_stack, reuse_port=shares_port
+    )
     for level, option, value in _SOCKET_OPTIONS:
         bound.setsockopt(level, option, value)
     return bound
