@@ -591,7 +591,7 @@ async def test_model_returns_the_served_model(client_class: Any) -> None:
     assert (model.name, model.sizes.tokens, model.limits) == (
         "fake",
         0x110000,
-        Limits(64, 20, 128, 1, None, False, False),
+        Limits(64, 20, 128, 256, None, False, False),
     )
     assert (model.lora.max_loras, model.lora.loaded) == (1, ())
 

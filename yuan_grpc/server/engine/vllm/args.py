@@ -80,7 +80,7 @@ class EngineOptions:
             data_parallel=parallel.data_parallel_size,
             max_num_seqs=scheduler.max_num_seqs,
             max_num_queued_reqs=scheduler.max_num_queued_reqs,
-            cache_tokens=(self.config.cache_config.num_gpu_blocks or 0) * self.config.cache_config.block_size,
+            cache_tokens=(self.config.cache_config.num_gpu_blocks or 0) * (self.config.cache_config.block_size or 0),
             priority_scheduling=scheduler.policy == "priority",
             prefix_caching=bool(self.config.cache_config.enable_prefix_caching),
             lora=lora and LoraInfo(lora.max_loras, lora.max_lora_rank, can_load_loras),
