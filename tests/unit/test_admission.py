@@ -252,8 +252,10 @@ def test_tokens_that_a_request_has_at_least() -> None:
         (Request(ignore_eos=True, max_tokens=9), 9),
         (Request(max_tokens=0), 0),
         (Request(min_tokens=99), 16),
+        (Request(ignore_eos=True, max_tokens=50, prompt="A" * 60), 4),
+        (Request(ignore_eos=True, max_tokens=50, prompt="A" * 999), 1),
     ]
-    assert [least_tokens(request) for request, _ in expected] == [tokens for _, tokens in expected]
+    assert [least_tokens(request, INFO) for request, _ in expected] == [tokens for _, tokens in expected]
 
 
 def test_limits_follow_the_cache_and_the_sequences_of_the_engine() -> None:

@@ -95,12 +95,14 @@ def request_cost(request: pb.GenerateRequest, info: ModelInfo) -> Cost:
     return Cost(sequences, sequences * max(1, tokens))
 
 
-def least_tokens(request: pb.GenerateRequest) -> int:
+def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
     """Return the number of tokens that each sequence of a request has at least."""
     if is_prompt_only(request):
         return 0
     max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
-    return max(1, max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens))
+    least = max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens)
+    longest_prompt = len(request.prompt_token_ids.ids) or prompt_size(request)
+    return max(1, min(least, info.max_model_len - longest_prompt))
 
 
 class Budget(Protocol):
@@ -179,9 +181,12 @@ class Ticket:
     """The admission of one request.
 
     Attributes:
-        sequences: the sequences that the engine computes for it at a time.
-        min_tokens: tokens that each of them has at least.
+        queue_cost, engine_cost: its parts of the queue, and of the engine from its turn on.
+        min_tokens: tokens that each sequence has at least.
         deadline: the loop's time at which the caller stops waiting; None for none.
+        tag: its place in the order.
+        turn: set when the engine may have it; None if it did not have to wait.
+        has_engine: whether it has taken its part of the engine.
         waited: seconds until its turn.
         started: the loop's time of its turn; None before.
     """
@@ -324,7 +329,8 @@ class Admission:
         seconds = self.pace.least_seconds(ticket.min_tokens)
         remaining = ticket.deadline - asyncio.get_running_loop().time()
         if seconds > remaining:
-            self.pace.relax()
+            if remaining > 0:
+                self.pace.relax()
             raise DeadlineTooShortError(
                 f"the request cannot finish before its deadline: {ticket.min_tokens} tokens take at least "
                 f"{seconds:.3g} s, and {max(0, remaining):.3g} s are left"

@@ -138,7 +138,7 @@ class GenerationService:
                 current_share(),
                 request_cost(request, info),
                 limits_of(info),
-                min_tokens=least_tokens(request),
+                min_tokens=least_tokens(request, info),
                 remaining=None if is_partial else remaining,
             ) as ticket,
             self.inflight.track(request.request_id, owner),
