@@ -9,6 +9,8 @@ RELEASE_READY := .venv-release/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` runs the tests last
+# The tests start hundreds of processes, and each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 IN_TWO_PROCESSES := -n 2 --dist worksteal
 .PHONY: help setup install serve test test-fast newcomer coverage check proto proto-check proto-release lint format lock \
   release-files image-check clean

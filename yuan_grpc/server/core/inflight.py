@@ -1,6 +1,7 @@
 """The running calls, by connection and request id, and their cancellation."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class InflightRequests:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stopping = False
-        self._last_refusal = float("-inf")
+        self._last_refusal = self._last_end = float("-inf")
 
     @contextmanager
     def track_unnamed(self) -> Iterator[None]:
@@ -54,6 +55,7 @@ class InflightRequests:
             yield
         finally:
             self._count -= 1
+            self._last_end = time.monotonic()
             if not self._count:
                 self._idle.set()
 
@@ -66,7 +68,7 @@ class InflightRequests:
             ServerStoppingError: the server is stopping.
         """
         if self._is_stopping:
-            self._last_refusal = asyncio.get_running_loop().time()
+            self._last_refusal = time.monotonic()
             raise ServerStoppingError
         if limit is not None:
             sequences = min(sequences, limit)  # a request that is always too large fails validation
@@ -144,7 +146,12 @@ class InflightRequests:
     @property
     def seconds_since_refusal(self) -> float:
         """Seconds since a call was refused because the server is stopping; infinite if none was."""
-        return asyncio.get_running_loop().time() - self._last_refusal
+        return time.monotonic() - self._last_refusal
+
+    @property
+    def seconds_since_end(self) -> float:
+        """Seconds since the last call ended; infinite if there was none."""
+        return time.monotonic() - self._last_end
 
     async def wait_idle(self) -> None:
         """Wait until no call is running and every one has freed its resources."""
