@@ -11,8 +11,11 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from one_thread import set_one_thread
 
 from yuan_grpc.server.settings import DEMO
+
+set_one_thread()
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WAIT_SECONDS = 10

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
+from one_thread import default_environment
 
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.engine
 
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
 COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
-ENVIRONMENT = dict(os.environ)  # before an engine in this process sets variables
+ENVIRONMENT = default_environment()  # before an engine in this process sets variables
 
 
 class ServerProcess:

@@ -44,7 +44,7 @@ class Options:
     grace_seconds: float = 30.0
     tokenize_seconds: float = 0.0
     log_texts: int = log_queue.MAX_TEXTS
-    lame_duck_seconds: float = server.LAME_DUCK_SECONDS
+    lame_duck_seconds: int = server.LAME_DUCK_SECONDS
 
 
 class PacedEngine(FakeEngine):
