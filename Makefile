@@ -46,7 +46,7 @@ newcomer: $(READY) ## start the server with each mistake of newcomers, and check
 
 coverage: $(READY) ## measure the code that the tests run, engine processes included
 	.venv/bin/coverage erase
-	.venv/bin/coverage run -m pytest -p no:randomly
+	.venv/bin/coverage run -m pytest $(IN_TWO_PROCESSES)
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report
 

@@ -20,6 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
 from servers import serve_grpc
 
+from yuan_grpc.server import server
+from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.server import seconds_since_command, serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
@@ -94,6 +96,23 @@ async def test_the_server_waits_for_running_calls_before_it_stops(settings: Sett
     assert not engine.stopped
     stream.cancel()
     assert await server.wait_for_exit() == 0
+
+
+async def test_only_a_server_with_a_recent_call_waits_long_for_its_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    inflight = InflightRequests()
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    await server._wait_until_quiet(inflight)
+    assert slept == [server.SHORT_FLUSH_SECONDS]
+    monkeypatch.setattr(server, "FLUSH_SECONDS", 3600)
+    with inflight.track_unnamed():
+        pass
+    await server._wait_until_quiet(inflight)
+    assert slept[1] > 1800
 
 
 class WaitingEngine(FakeEngine):

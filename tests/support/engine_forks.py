@@ -11,6 +11,7 @@ from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import pytest
+from vllm.platforms import current_platform
 from vllm.utils import system_utils
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.executor import multiproc_executor
@@ -20,7 +21,7 @@ from yuan_grpc.server.engine.vllm import warm_fork
 
 def fork_engines() -> None:
     """Let vLLM fork its processes from the fork server, if the engine does not run on a GPU. Safe to call twice."""
-    if not warm_fork.current_platform.is_cpu():
+    if not current_platform.is_cpu():
         return
     multiprocessing.set_forkserver_preload(["engine_forks_preload"])
     with pytest.MonkeyPatch.context() as patch:

@@ -1,8 +1,8 @@
 """Runs the engine programs of this folder, each in its own process.
 
 Importing vLLM takes longer than starting a small engine. So a server process imports it once and forks for each
-program. On a machine with a GPU, and for a test that changes a variable of `READ_ONCE`, a program gets a new interpreter
-instead: CUDA does not survive a fork, and vLLM or PyTorch read these variables once.
+program. On a machine with a GPU, and for a test that changes a variable of `READ_ONCE`, a program gets a new
+interpreter instead: CUDA does not survive a fork, and vLLM or PyTorch read these variables once.
 
 The server is this file run as a program: it reads a JSON line for each request and answers with the exit status.
 """
