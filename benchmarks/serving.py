@@ -7,7 +7,8 @@ Servers are measured one after the other with the same engine options, in `--rou
 machine affects all of them. `offline` is vLLM's `LLM.generate` with the same requests, from the first prompt in to the
 last text out. The table has the median of all rounds.
 
-    yuan, yuan-unary   `yuan-grpc serve`, GenerateStream and Generate
+    yuan, yuan-unary   `yuan-grpc serve`, GenerateStream and Generate; options may follow, as in "yuan --frontends 4"
+    yuan@N             the same with N front ends, each called on a port of its own
     vllm-http[-N]      vLLM's OpenAI server, with N processes
     vllm-grpc          `vllm serve --grpc` (needs smg-grpc-servicer); token ids only, no text
     vllm-rust          vLLM's Rust front end
@@ -48,11 +49,13 @@ class Server:
         protocol: a key of `stream_client.PROTOCOLS`.
         command: the arguments after the interpreter, without engine options.
         environment: additional environment variables.
+        ports: the ports to call, if it is not the one of the command.
     """
 
     protocol: str
     command: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
+    ports: tuple[int, ...] = ()
 
 
 def server_of(name: str, model: str, port: int) -> Server:
@@ -65,7 +68,13 @@ def server_of(name: str, model: str, port: int) -> Server:
     kind, _, count = name.partition("-http-")
     if name.startswith("yuan"):
         protocol, *options = name.split(" ")
-        return Server(protocol, ("-m", "yuan_grpc", "serve", "--model", model, "--port", str(port), *options))
+        protocol, _, front_ends = protocol.partition("@")
+        ports: tuple[int, ...] = ()
+        if front_ends:
+            ports = tuple(range(port + 1, port + 1 + int(front_ends)))
+            options += ["--frontends", front_ends, "--frontend-ports", str(ports[0])]
+        command = ("-m", "yuan_grpc", "serve", "--model", model, "--port", str(port), *options)
+        return Server(protocol, command, ports=ports)
     if kind == "vllm" and count.isdecimal():
         return Server("openai", (*vllm, "--api-server-count", count))
     if name == "vllm-http":
@@ -142,7 +151,7 @@ def measure_server(name: str, arguments: argparse.Namespace, log: Path) -> Itera
     port = _free_port()
     server = server_of(name, arguments.model, port)
     with running(server, arguments.engine, port, log) as process:
-        load = load_of(arguments, server.protocol, f"127.0.0.1:{port}")
+        load = load_of(arguments, server.protocol, tuple(f"127.0.0.1:{number}" for number in server.ports or (port,)))
         measure(replace(load, streams=min(64, max(arguments.streams)), max_tokens=32))  # warm-up
         for streams in arguments.streams:
             cpu = server_cpu_seconds(process)
@@ -192,11 +201,11 @@ def run_offline_job(job: dict[str, Any]) -> None:
         print(json.dumps(record), flush=True)
 
 
-def load_of(arguments: argparse.Namespace, protocol: str, address: str) -> Load:
+def load_of(arguments: argparse.Namespace, protocol: str, addresses: tuple[str, ...]) -> Load:
     """Return the load of the arguments, for one stream."""
     return Load(
         protocol,
-        (address,),
+        addresses,
         arguments.model,
         streams=1,
         processes=arguments.clients,

@@ -9,9 +9,9 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -19,6 +19,9 @@ from typing import Any
 
 Arrivals = AsyncIterator[int]
 """Number of tokens in each message as it arrives."""
+
+CHANNELS = 8
+"""Connections of each client process over gRPC, over which a server with several processes spreads the streams."""
 
 FIRST_TOKEN_ID = 300
 """Lowest token id of the prompts: those below are special tokens and bytes."""
@@ -30,7 +33,7 @@ class Load:
 
     Attributes:
         protocol: a key of `PROTOCOLS`.
-        addresses: addresses of the server, over which the processes are spread.
+        addresses: addresses of the server, over which the streams of each process are spread.
         model: the model's name, for HTTP.
         streams: number of concurrent requests.
         processes: number of client processes.
@@ -130,8 +133,7 @@ async def _run_streams(load: Load, index: int, count: int, barrier: Barrier) -> 
     generator = random.Random(f"{index} {time.time_ns()}")
     streams = range(index, load.streams, count)
     prompts = [generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=load.prompt_tokens) for _ in streams]
-    address = load.addresses[index % len(load.addresses)]
-    async with PROTOCOLS[load.protocol](load, address) as stream:
+    async with PROTOCOLS[load.protocol](load, index) as stream:
         await asyncio.to_thread(barrier.wait)
         return list(await asyncio.gather(*(_time(stream(prompt)) for prompt in prompts)))
 
@@ -146,20 +148,33 @@ async def _time(arrivals: Arrivals) -> Timing:
 
 
 @asynccontextmanager
-async def _yuan(load: Load, address: str, *, is_stream: bool) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
+async def _channels(load: Load, index: int) -> AsyncIterator[list[Any]]:
+    """Yield connected channels, no more than there are streams; each process begins with another address."""
     import grpc
 
+    async with AsyncExitStack() as stack:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        count = min(CHANNELS, load.streams)
+        addresses = [load.addresses[(index + number) % len(load.addresses)] for number in range(count)]
+        channels = [await stack.enter_async_context(grpc.aio.insecure_channel(each, options)) for each in addresses]
+        for channel in channels:
+            await channel.channel_ready()
+        yield channels
+
+
+@asynccontextmanager
+async def _yuan(load: Load, index: int, *, is_stream: bool) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
     from yuan_grpc.v1 import yuan_pb2 as pb
     from yuan_grpc.v1 import yuan_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address) as channel:
-        await channel.channel_ready()
-        stub: Any = yuan_pb2_grpc.YuanServiceStub(channel)
+    async with _channels(load, index) as channels:
+        stubs: Any = cycle([yuan_pb2_grpc.YuanServiceStub(channel) for channel in channels])
 
         async def run(prompt: list[int]) -> Arrivals:
             request = pb.GenerateRequest(
                 prompt_token_ids=pb.TokenIds(ids=prompt), temperature=0, max_tokens=load.max_tokens, ignore_eos=True
             )
+            stub = next(stubs)
             if is_stream:
                 async for message in stub.GenerateStream(request):
                     yield sum(len(choice.token_ids) for choice in message.choices)
@@ -170,14 +185,12 @@ async def _yuan(load: Load, address: str, *, is_stream: bool) -> AsyncIterator[C
 
 
 @asynccontextmanager
-async def _vllm_grpc(load: Load, address: str) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
-    import grpc
+async def _vllm_grpc(load: Load, index: int) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
     from smg_grpc_proto import vllm_engine_pb2 as pb
     from smg_grpc_proto import vllm_engine_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address) as channel:
-        await channel.channel_ready()
-        stub: Any = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+    async with _channels(load, index) as channels:
+        stubs: Any = cycle([vllm_engine_pb2_grpc.VllmEngineStub(channel) for channel in channels])
 
         async def run(prompt: list[int]) -> Arrivals:
             request = pb.GenerateRequest(
@@ -188,14 +201,14 @@ async def _vllm_grpc(load: Load, address: str) -> AsyncIterator[Callable[[list[i
                     temperature=0.0, top_p=1.0, n=1, max_tokens=load.max_tokens, ignore_eos=True
                 ),
             )
-            async for message in stub.Generate(request):
+            async for message in next(stubs).Generate(request):
                 yield len(message.chunk.token_ids)
 
         yield run
 
 
 @asynccontextmanager
-async def _openai(load: Load, address: str) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
+async def _openai(load: Load, index: int) -> AsyncIterator[Callable[[list[int]], Arrivals]]:
     import aiohttp
 
     body = {
@@ -206,6 +219,7 @@ async def _openai(load: Load, address: str) -> AsyncIterator[Callable[[list[int]
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    address = load.addresses[index % len(load.addresses)]
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, raise_for_status=True) as session:
 
@@ -222,10 +236,10 @@ async def _openai(load: Load, address: str) -> AsyncIterator[Callable[[list[int]
         yield run
 
 
-Protocol = Callable[[Load, str], AbstractAsyncContextManager[Callable[[list[int]], Arrivals]]]
+Protocol = Callable[[Load, int], AbstractAsyncContextManager[Callable[[list[int]], Arrivals]]]
 PROTOCOLS: dict[str, Protocol] = {
-    "yuan": lambda load, address: _yuan(load, address, is_stream=True),
-    "yuan-unary": lambda load, address: _yuan(load, address, is_stream=False),
+    "yuan": lambda load, index: _yuan(load, index, is_stream=True),
+    "yuan-unary": lambda load, index: _yuan(load, index, is_stream=False),
     "vllm-grpc": _vllm_grpc,
     "openai": _openai,
 }

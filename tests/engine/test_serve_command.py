@@ -1,10 +1,8 @@
 """The command `yuan-grpc serve` as a process: startup, shutdown, and the death of its engine."""
 
 import os
-import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,59 +11,13 @@ from threading import Semaphore, Thread
 import grpc
 import psutil
 import pytest
-from grpc_health.v1 import health_pb2
-from health_client import health_stub
-from one_thread import default_environment
+from server_process import COMMAND, ENVIRONMENT, ServerProcess
 
 from yuan_grpc.v1 import yuan_pb2 as pb
-from yuan_grpc.v1 import yuan_pb2_grpc
 
 pytestmark = pytest.mark.engine
 
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
-COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
-ENVIRONMENT = default_environment()  # before an engine in this process sets variables
-
-
-class ServerProcess:
-    """A `yuan-grpc serve` process."""
-
-    def __init__(self, *options: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=ENVIRONMENT | environment,
-            umask=0o022,
-        )
-        assert self.process.stderr is not None
-        log = ""
-        while not (found := re.search(r"gRPC listening on port (\d+)", log)):
-            line = self.process.stderr.readline()
-            assert line, log
-            log += line
-        assert log.startswith("yuan-grpc ")
-        self.start_log = log
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{found[1]}")
-        self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
-
-    def wait_until_serving(self) -> None:
-        """Return when health is SERVING."""
-        for response in health_stub(self.channel).Watch(health_pb2.HealthCheckRequest()):
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
-                return
-
-    def engine_processes(self) -> list[psutil.Process]:
-        """Return the processes of the engine."""
-        children: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
-        return children
-
-    def wait_for_exit(self) -> tuple[int, str]:
-        """Return the exit status and the remaining log."""
-        _, log = self.process.communicate(timeout=60)
-        self.channel.close()
-        return self.process.returncode, log
 
 
 @pytest.fixture
@@ -79,12 +31,7 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
 
     yield start
     for server in started:
-        is_running = server.process.poll() is None
-        for process in (*server.engine_processes(), server.process) if is_running else ():
-            process.kill()
-        assert server.process.stderr is not None
-        server.process.stderr.close()
-        server.process.wait()
+        server.kill()
 
 
 def have_exited(processes: list[psutil.Process]) -> bool:

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 
+CPUS_EACH, MAX_DEFAULT = 4, 8
+"""Number of CPUs for each front end, and maximum number of front ends, without `--frontends`."""
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line, like any other cause that keeps the server from starting."""
@@ -86,6 +89,9 @@ def _serve(config: Settings) -> int:
     print(server.startup_banner(config), end="", file=sys.stderr, flush=True)
     logger.info("importing vLLM")
     from yuan_grpc.server.engine.vllm import warm_fork
+
+    if (count := config.frontends or default_front_ends()) > 1:
+        return _serve_with_front_ends(config, count)
     from yuan_grpc.server.engine.vllm.args import parse_engine_flags
     from yuan_grpc.server.engine.vllm.engine import VllmEngine
 
@@ -93,3 +99,23 @@ def _serve(config: Settings) -> int:
     engine = VllmEngine(parse_engine_flags(config.vllm_flags), config.lora_folder, owns_process=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(server.serve(config, engine))
+
+
+def _serve_with_front_ends(config: Settings, count: int) -> int:
+    from yuan_grpc.server.engine.vllm import warm_fork
+    from yuan_grpc.server.engine.vllm.args import parse_engine_flags
+
+    env.share_metrics()
+    warm_fork.start(warm_fork.FRONT_END)
+    from yuan_grpc.server.frontends import supervisor
+
+    options = parse_engine_flags(config.vllm_flags)
+    with asyncio.Runner() as runner:
+        return runner.run(supervisor.serve(config, options, count))
+
+
+def default_front_ends() -> int:
+    """Return the number of front ends: a quarter of the CPUs with a GPU; 1 if the engine itself uses the CPUs."""
+    from yuan_grpc.preflight import machine
+
+    return 1 if machine.is_cpu_build() else max(1, min(MAX_DEFAULT, len(os.sched_getaffinity(0)) // CPUS_EACH))

@@ -17,6 +17,7 @@ def register() -> None:
     from yuan_grpc.model.config import ARCHITECTURE, TOKENIZER_MODE, Yuan2Config, YuanConfig
     from yuan_grpc.model.lfa.ops import PLAN_OP
     from yuan_grpc.model.patches import (
+        client_requests,
         cpu_amx,
         cpu_busy_wait,
         cpu_logprob_ranks,
@@ -44,6 +45,7 @@ def register() -> None:
     # The op reads metadata that changes with every step, so CUDA graphs are split around it.
     CompilationConfig._attention_ops.append(PLAN_OP)
     patches = (
+        client_requests,
         cpu_amx,
         cpu_busy_wait,
         cpu_logprob_ranks,

@@ -57,6 +57,10 @@ class InvalidRequestError(ServiceError):
         self.violations = [Violation(v.field, _shorten(v.description, MAX_DESCRIPTION)) for v in reported]
         super().__init__(_shorten("; ".join(violation.description for violation in self.violations), MAX_MESSAGE))
 
+    def __reduce__(self) -> tuple[type["InvalidRequestError"], tuple[Sequence[Violation]]]:
+        """Let the error be passed between processes."""
+        return type(self), (self.violations,)
+
     def details(self) -> Sequence[Message]:
         """Return all violations, not only the first."""
         violations = [BadRequest.FieldViolation(field=v.field, description=v.description) for v in self.violations]

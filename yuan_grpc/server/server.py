@@ -4,9 +4,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import grpc
 
@@ -47,7 +47,6 @@ POLL_SECONDS = 0.5
 """Interval between checks that the gRPC server is still running, in seconds."""
 
 CHANNEL_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # otherwise a second server on the same port would silently get half of the calls
     # Keepalive notices a vanished client within a minute, which frees its engine requests. A client that is only
     # suspended still acknowledges at the level of TCP: the ping's own timeout, a minute by default, notices it.
     ("grpc.keepalive_time_ms", 30_000),
@@ -60,6 +59,23 @@ CHANNEL_OPTIONS = [
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
     ("grpc.server_max_unrequested_time_in_server", 24 * 60 * 60),
 ]
+
+
+class Supervision(Protocol):
+    """The supervisor of a server that is one of several front ends, in another process.
+
+    Attributes:
+        stop_requested: set when the server must stop.
+        force_stop_requested: set when the server must end its calls.
+        own_address: a second address to listen on, of this front end alone; None for none.
+    """
+
+    stop_requested: asyncio.Event
+    force_stop_requested: asyncio.Event
+    own_address: str | None
+
+    def attach(self, inflight: InflightRequests) -> None:
+        """Let calls be aborted from other front ends. Called once the server listens."""
 
 
 def startup_banner(settings: Settings) -> str:
@@ -80,8 +96,11 @@ def _displayed_address(settings: Settings, port: int) -> str:
     return f"{address} (plaintext)"
 
 
-async def serve(settings: Settings, engine: Engine) -> int:
+async def serve(settings: Settings, engine: Engine, supervision: Supervision | None = None) -> int:
     """Serve until a stop signal.
+
+    Args:
+        supervision: the supervisor of this front end; None if there is only one.
 
     Returns:
         The exit status of the process: 0 after a stop signal, 1 if the server lost its engine.
@@ -90,29 +109,35 @@ async def serve(settings: Settings, engine: Engine) -> int:
         StartError: an address cannot be bound, or the engine cannot be started.
     """
     health, generation_service = Health(NAME), GenerationService(engine)
-    server, port, http = await _create_servers(settings, generation_service, health)
-    stop_requested, force_stop_requested = _handle_stop_signals()
+    server, port, http = await _create_servers(settings, generation_service, health, supervision)
+    if supervision:
+        stop_requested, force_stop_requested = supervision.stop_requested, supervision.force_stop_requested
+    else:
+        stop_requested, force_stop_requested = handle_stop_signals()
+    log_progress = logger.debug if supervision else logger.info  # the supervisor logs it once for all
     await server.start()
-    logger.info("gRPC listening on port %d; health is NOT_SERVING until the engine is ready", port)
+    log_progress("gRPC listening on port %d; health is NOT_SERVING until the engine is ready", port)
     if http:
         http.start()
-        logger.info("HTTP listening on port %d", http.port)
+        log_progress("HTTP listening on port %d", http.port)
+    if supervision:
+        supervision.attach(generation_service.inflight)
     grpc_failure = asyncio.ensure_future(_wait_for_grpc_failure(server))
     try:
-        return await _run_engine(engine, health, stop_requested, grpc_failure)
+        return await _run_engine(engine, health, stop_requested, grpc_failure, log_progress)
     finally:
         if grpc_failure.done():
             _exit_now(engine)
         grpc_failure.cancel()
         if was_serving := engine.is_ready:
-            logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
+            log_progress("stopping: running calls have %g seconds to finish", settings.grace_seconds)
         await health.set_stopping()
         engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
         await _stop_servers(server, port, http, generation_service, settings.grace_seconds, force_stop_requested)
         await engine_stop
         access_log.flush()
         if was_serving:
-            logger.info("stopped")
+            log_progress("stopped")
 
 
 async def _stop_when_idle(engine: Engine, inflight: InflightRequests) -> None:
@@ -123,7 +148,7 @@ async def _stop_when_idle(engine: Engine, inflight: InflightRequests) -> None:
 
 
 async def _create_servers(
-    settings: Settings, generation_service: GenerationService, health: Health
+    settings: Settings, generation_service: GenerationService, health: Health, supervision: Supervision | None
 ) -> "tuple[grpc.aio.Server, int, Listener | None]":
     """Return the gRPC server, its port, and the HTTP listener if enabled.
 
@@ -132,9 +157,14 @@ async def _create_servers(
     """
     http, address = None, settings.address_of(settings.http_port or 0)
     try:
-        http = _create_http_listener(settings, generation_service)
+        http = _create_http_listener(settings, generation_service, shares_port=supervision is not None)
         address = settings.address
-        return *await create_server(YuanService(generation_service), health, address), http
+        service = YuanService(generation_service)
+        server, port = await create_server(service, health, address, shares_port=supervision is not None)
+        if supervision and supervision.own_address:
+            address = supervision.own_address
+            server.add_insecure_port(address)
+        return server, port, http
     except (OSError, RuntimeError):
         if http:
             await http.close()
@@ -144,13 +174,18 @@ async def _create_servers(
         ) from None
 
 
-def _create_http_listener(settings: Settings, generation_service: GenerationService) -> "Listener | None":
+def _create_http_listener(
+    settings: Settings, generation_service: GenerationService, *, shares_port: bool
+) -> "Listener | None":
     if settings.http_port is None:
         return None
     from yuan_grpc.server.http import Listener  # imported only if HTTP is enabled
 
     # The original demo server accepted the value of `--model` as the model's name.
-    return Listener(generation_service, settings.host, settings.http_port, [settings.model], settings.http)
+    aliases = [settings.model]
+    return Listener(
+        generation_service, settings.host, settings.http_port, aliases, settings.http, shares_port=shares_port
+    )
 
 
 async def _stop_servers(
@@ -169,9 +204,9 @@ async def _stop_servers(
     if http:
         http.start_draining()
     # Wait only for generation calls: health watches never end by themselves.
-    await _wait_for_first(inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait())
+    await wait_for_first(inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait())
     inflight.end_all()
-    await _wait_for_first(_wait_until_quiet(inflight), asyncio.sleep(LAME_DUCK_SECONDS), force_stop_requested.wait())
+    await wait_for_first(_wait_until_quiet(inflight), asyncio.sleep(LAME_DUCK_SECONDS), force_stop_requested.wait())
     sockets.shut_down(port)
     await server.stop(None)
     if http:
@@ -203,13 +238,21 @@ async def _wait_for_grpc_failure(server: Any) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def create_server(service: YuanService, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
+async def create_server(
+    service: YuanService, health: Health, address: str, *, shares_port: bool = False
+) -> tuple[grpc.aio.Server, int]:
     """Return a gRPC server with all services, bound but not started, and its port.
+
+    Args:
+        shares_port: whether other processes may listen on the port, too. Otherwise, a second server on the same port
+            would silently get half of the calls.
 
     Raises:
         RuntimeError: the address cannot be bound.
     """
-    server = unknown_methods.create_server([StatusInterceptor(NAME)], CHANNEL_OPTIONS)
+    server = unknown_methods.create_server(
+        [StatusInterceptor(NAME)], [*CHANNEL_OPTIONS, ("grpc.so_reuseport", int(shares_port))]
+    )
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
     reflection.attach(server, (NAME, HEALTH_NAME))
@@ -217,7 +260,11 @@ async def create_server(service: YuanService, health: Health, address: str) -> t
 
 
 async def _run_engine(
-    engine: Engine, health: Health, stop_requested: asyncio.Event, grpc_failure: asyncio.Future[None]
+    engine: Engine,
+    health: Health,
+    stop_requested: asyncio.Event,
+    grpc_failure: asyncio.Future[None],
+    log_progress: Callable[..., None],
 ) -> int:
     """Start the engine and wait for a stop signal or a failure; return the exit status.
 
@@ -225,7 +272,7 @@ async def _run_engine(
         StartError: the engine cannot be started.
     """
     starting = asyncio.ensure_future(engine.start())
-    if starting in await _wait_for_first(starting, stop_requested.wait(), asyncio.shield(grpc_failure)):
+    if starting in await wait_for_first(starting, stop_requested.wait(), asyncio.shield(grpc_failure)):
         try:
             await starting
         except StartError:
@@ -234,9 +281,9 @@ async def _run_engine(
             logger.exception("the engine failed to start")
             raise StartError(f"{type(error).__name__}: {error}") from error
         await health.set_serving()
-        logger.info("ready after %.1f s", seconds_since_command())
+        log_progress("ready after %.1f s", seconds_since_command())
         engine_death = asyncio.ensure_future(engine.wait_until_dead())
-        if engine_death in await _wait_for_first(engine_death, stop_requested.wait(), asyncio.shield(grpc_failure)):
+        if engine_death in await wait_for_first(engine_death, stop_requested.wait(), asyncio.shield(grpc_failure)):
             logger.error("the engine was lost")
             return 1
     if grpc_failure.done():
@@ -251,7 +298,7 @@ def seconds_since_command() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+def handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     """Return an event set by the first stop signal, and an event set by the second."""
     stop_requested, force_stop_requested = asyncio.Event(), asyncio.Event()
 
@@ -263,7 +310,7 @@ def _handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     return stop_requested, force_stop_requested
 
 
-async def _wait_for_first(*awaitables: Awaitable[object]) -> set[asyncio.Future[object]]:
+async def wait_for_first(*awaitables: Awaitable[object]) -> set[asyncio.Future[object]]:
     """Return those that are done when the first one is; cancel the others."""
     futures: list[asyncio.Future[object]] = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)

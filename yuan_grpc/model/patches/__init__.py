@@ -2,6 +2,7 @@
 
 | patch | fault in vLLM 0.32 | remove when |
 | --- | --- | --- |
+| `client_requests` | requests of a dead front end run to their end | the engine notices that a client has died |
 | `cpu_amx` | no process requests the AMX registers: illegal instruction at the first request | vLLM requests them |
 | `cpu_busy_wait` | waiting processes poll with `sched_yield` and delay all others | vLLM sleeps between polls |
 | `cpu_logprob_ranks` | the first request compiles for 8 s, and needs g++ | vLLM compiles nothing if it must not |

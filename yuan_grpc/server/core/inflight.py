@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,12 @@ class _Call:
 
 
 class InflightRequests:
-    """Tracks running calls by id, unique on a connection; calls without an id are only counted."""
+    """Tracks running calls by id, unique on a connection; calls without an id are only counted.
+
+    Attributes:
+        abort_elsewhere: aborts a call whose id the server generated in the other processes that serve the engine, and
+            returns whether one of them has it; None if there are no others.
+    """
 
     def __init__(self) -> None:
         self._by_id: dict[tuple[str, str], _Call] = {}
@@ -45,6 +50,7 @@ class InflightRequests:
         self._idle.set()
         self._is_stopping = False
         self._last_refusal = self._last_end = float("-inf")
+        self.abort_elsewhere: Callable[[str], Awaitable[bool]] | None = None
 
     @contextmanager
     def track_unnamed(self) -> Iterator[None]:
@@ -126,13 +132,23 @@ class InflightRequests:
         Raises:
             RequestNotFoundError: no running call of the connection has this id.
         """
-        call = self._by_id.get((connection, request_id)) or self._by_id.get((ANY_CONNECTION, request_id))
-        if call is None:
+        call = self._by_id.get((connection, request_id))
+        if call is not None:
+            await _abort(call)
+        elif not await self.abort_generated(request_id) and not await self._abort_elsewhere(request_id):
             raise RequestNotFoundError(
                 f"`request_id` must be the id of a running call of this connection, not {request_id:.256}"
             )
-        call.end(AbortedError("the call was ended by Abort"))
-        await call.ended.wait()
+
+    async def abort_generated(self, request_id: str) -> bool:
+        """Cancel a call whose id the server generated; return False if it is not running in this process."""
+        if (call := self._by_id.get((ANY_CONNECTION, request_id))) is None:
+            return False
+        await _abort(call)
+        return True
+
+    async def _abort_elsewhere(self, request_id: str) -> bool:
+        return self.abort_elsewhere is not None and await self.abort_elsewhere(request_id)
 
     def stop_admitting(self) -> None:
         """Refuse new calls from now on."""
@@ -156,3 +172,8 @@ class InflightRequests:
     async def wait_idle(self) -> None:
         """Wait until no call is running and every one has freed its resources."""
         await self._idle.wait()
+
+
+async def _abort(call: _Call) -> None:
+    call.end(AbortedError("the call was ended by Abort"))
+    await call.ended.wait()

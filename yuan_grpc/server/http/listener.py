@@ -57,6 +57,7 @@ class Listener:
         port: the port to listen on, or 0 for any free port.
         aliases: additional names of the served model in the body of a request.
         settings: limits on connections, and the allowed hosts and origins.
+        shares_port: whether other processes may listen on the port, too.
 
     Raises:
         OSError: the address cannot be bound.
@@ -69,8 +70,10 @@ class Listener:
         port: int,
         aliases: Iterable[str] = (),
         settings: HttpSettings = _DEFAULTS,
+        *,
+        shares_port: bool = False,
     ) -> None:
-        self._socket = _bind_socket(host, port)
+        self._socket = _bind_socket(host, port, shares_port)
         self._state = AppState(
             service, frozenset(alias.rstrip("/") or alias for alias in aliases), int(time.time()), settings.body_timeout
         )
@@ -174,11 +177,13 @@ def _default_hosts(host: str, address: str) -> Collection[str]:
     return [host] if ip_address(address.partition("%")[0]).is_loopback else [ANY]
 
 
-def _bind_socket(host: str, port: int) -> socket.socket:
+def _bind_socket(host: str, port: int, shares_port: bool) -> socket.socket:
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
     is_dual_stack = address[0] == "::" and socket.has_dualstack_ipv6()
-    bound = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=is_dual_stack)
+    bound = socket.create_server(
+        address, family=family, backlog=2048, dualstack_ipv6=is_dual_stack, reuse_port=shares_port
+    )
     for level, option, value in _SOCKET_OPTIONS:
         bound.setsockopt(level, option, value)
     return bound

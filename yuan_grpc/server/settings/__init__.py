@@ -58,6 +58,8 @@ class Settings:
         grace_seconds: time for running calls to finish after a stop signal, in seconds.
         engine_flags: vLLM flags, passed through unparsed.
         log_level: debug, info, warning or error.
+        frontends: the number of processes that serve calls; None to choose it from the number of CPUs.
+        frontend_ports: the first of the ports that the front ends have in addition, one each; None for none.
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
         http: settings of the HTTP port.
@@ -72,6 +74,8 @@ class Settings:
     http_port: int | None = None
     http: HttpSettings = HttpSettings()
     log_level: str = "info"
+    frontends: int | None = None
+    frontend_ports: int | None = None
 
     @property
     def address(self) -> str:
@@ -120,6 +124,14 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
         "LEVEL",
         "debug, info, warning or error; debug shows all (default: info)",
     )
+    add(
+        "--frontends",
+        "",
+        parse.optional_count,
+        "N",
+        "processes that serve calls (default: CPUs / 4 on GPUs, 1 on CPUs)",
+    )
+    add("--frontend-ports", "", parse.optional_port, "PORT", "first of N gRPC ports, one for each front end")
     _add_http_options(partial(add_option, parser.add_argument_group("limits of the HTTP port"), environment))
 
 
@@ -180,4 +192,6 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
             allowed_origins=options.http_allowed_origins,
         ),
         log_level=options.log_level,
+        frontends=options.frontends,
+        frontend_ports=options.frontend_ports,
     )

@@ -2,16 +2,11 @@
 
 import asyncio
 import gc
-import multiprocessing
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import xgrammar
 from vllm.envs import enable_envs_cache
@@ -21,25 +16,32 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelInfo, Sampling, StepOutput
-from yuan_grpc.server.engine.vllm import convert, engine_log, env, failure
+from yuan_grpc.server.engine.vllm import convert
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.constraints.compiler import ConstraintCompiler
-from yuan_grpc.server.engine.vllm.lora import LoraRegistry
+from yuan_grpc.server.engine.vllm.launch import Launch
+from yuan_grpc.server.engine.vllm.lora import LoraRegistry, create_registry
+from yuan_grpc.server.engine.vllm.shared_engine import ClientLink
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
-from yuan_grpc.server.start_error import StartError
 
 INLINE_CHARACTERS = 16_384
 """Length of the longest text to tokenize on the event loop. Longer ones would block every stream, and are tokenized in
 a thread; sentencepiece releases the GIL."""
 
 TERMINATION_SECONDS = 10
-POLL_SECONDS = 0.1
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class Shared:
+    """An engine that another process has started: the connection to it, and the adapters loaded there."""
+
+    link: ClientLink
+    adapters: LoraRegistry
 
 
 class VllmEngine:
@@ -49,16 +51,23 @@ class VllmEngine:
         options: the result of `parse_engine_flags`.
         lora_folder: the folder of the adapters that can be loaded; None for none.
         owns_process: whether nothing else in this process uses vLLM, so that its environment variables are read once.
+        shared: the connection to an engine that another process has started; None to start one.
     """
 
-    def __init__(self, options: EngineOptions, lora_folder: Path | None = None, *, owns_process: bool = False) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        lora_folder: Path | None = None,
+        *,
+        owns_process: bool = False,
+        shared: Shared | None = None,
+    ) -> None:
         self._options = options
         self._owns_process = owns_process
-        lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
-        self._adapters = LoraRegistry(lora_folder, lora.max_cpu_loras if lora else 0, name)
-        self._temporary_folder: TemporaryDirectory[str] | None = None
+        self._shared = shared
+        self._adapters = shared.adapters if shared else create_registry(options, lora_folder)
         self._constraints = ConstraintCompiler(self._describe_grammars)
-        self._start_thread: Thread | None = None
+        self._launch = Launch()
         self._started: AsyncLLM | None = None
         self._info: ModelInfo | None = None
         self._is_warm = False
@@ -69,15 +78,9 @@ class VllmEngine:
         Raises:
             StartError: the engine could not be started.
         """
-        self._temporary_folder = TemporaryDirectory(
-            prefix=env.PREFIX, dir=env.socket_parent(), ignore_cleanup_errors=True
-        )
-        with engine_log.failure_file(self._temporary_folder.name) as failures:
-            try:
-                await self._start_processes(self._temporary_folder.name)
-                await self._warm_up()
-            except Exception as error:
-                raise StartError(failure.describe(error, engine_log.read_failures(failures))) from error
+        with self._launch.failures_described():
+            self._started = await self._launch.run(self._connect)
+            await self._warm_up()
         # The objects that importing vLLM creates are permanent. Scanning them blocked every stream for 0.28 s.
         gc.collect()
         gc.freeze()
@@ -85,9 +88,8 @@ class VllmEngine:
             enable_envs_cache()  # vLLM reads several variables for each token
         self._is_warm = True
 
-    async def _start_processes(self, folder: str) -> None:
-        self._start_thread, started = _in_daemon_thread(partial(self._options.start, folder))
-        self._started = await started
+    def _connect(self, folder: str) -> AsyncLLM:
+        return self._shared.link.connect(self._options) if self._shared else self._options.start(folder)
 
     async def _warm_up(self) -> None:
         for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
@@ -102,8 +104,15 @@ class VllmEngine:
         await asyncio.wait([handler])
         self._is_warm = False
 
+    def set_lost(self) -> None:
+        """End all requests, because the process that started the engine reports that it has died."""
+        if self._started is not None:
+            core = cast(AsyncMPClient, self._started.engine_core)
+            core.resources.engine_dead = True
+            core.outputs_queue.put_nowait(EngineDeadError())
+
     def stop(self) -> None:
-        """Stop the engine's processes in any state, including during their start."""
+        """Stop the engine's processes, or the connection to them, in any state, including during their start."""
         self._is_warm = False
         self._constraints.stop()
         if self._started is not None:
@@ -111,13 +120,9 @@ class VllmEngine:
                 cancel_task_threadsafe(handler)  # otherwise it reports the end of the engine as an error
             self._started.shutdown(timeout=TERMINATION_SECONDS)
             self._started = None
-        elif self._start_thread is not None:
-            while self._start_thread.is_alive() or multiprocessing.active_children():  # it may start another process
-                for process in multiprocessing.active_children():
-                    process.kill()  # during its setup, the engine ignores other signals
-                self._start_thread.join(POLL_SECONDS)
-        if self._temporary_folder is not None:
-            self._temporary_folder.cleanup()
+        else:
+            self._launch.kill()
+        self._launch.clean_up()
 
     @property
     def info(self) -> ModelInfo:
@@ -311,19 +316,3 @@ async def _abort(llm: AsyncLLM, request: EngineRequest, outputs: RequestOutputCo
             await llm.abort(request.request_id)
         else:
             await llm.abort(outputs.request_id, internal=True)
-
-
-def _in_daemon_thread(call: Callable[[], Result]) -> tuple[Thread, asyncio.Future[Result]]:
-    """Run a call that blocks for long, in a thread that does not keep the process from ending."""
-    done: Future[Result] = Future()
-    done.set_running_or_notify_cancel()  # cancelling the waiting task must not cancel the call
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    thread = Thread(target=run, name="engine-start", daemon=True)
-    thread.start()
-    return thread, asyncio.wrap_future(done)

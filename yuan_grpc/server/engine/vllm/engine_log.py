@@ -44,6 +44,7 @@ HARMLESS = (
     "%s is not found in LD_PRELOAD",
     "CPU backend doesn't allow to use `torch.set_num_threads`",
     "Selected CPU core number",
+    "AsyncLLM created with api_server_count more than 1",  # vLLM does not log statistics
     "Found duplicate keys",  # an option replaces a default of the demo
 )
 """Start of warnings that call for no action: they describe what was chosen, or do not apply to Yuan."""

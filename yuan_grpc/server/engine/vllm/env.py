@@ -40,6 +40,9 @@ CACHE_FOLDERS = {
 OWN_UMASK = 0o077
 """Umask of the server: no other user can read or write the files it creates."""
 
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Names the folder in which the processes of a server share their metrics, for `prometheus_client`."""
+
 MAX_SOCKET_PATH = 107
 """Longest path of a unix socket on Linux, in bytes."""
 PREFIX = "yuan-grpc-"
@@ -76,6 +79,13 @@ def set_defaults(log_level: str | None = None) -> None:
     cache = _cache_folder() if unset else Path()
     for variable in unset:
         os.environ[variable] = str(create_private_folder(cache / CACHE_FOLDERS[variable]))
+
+
+def share_metrics() -> None:
+    """Let the processes that are started later share their metrics, in a private folder. Before vLLM is imported."""
+    folder = tempfile.mkdtemp(prefix=PREFIX)
+    os.environ[METRICS_FOLDER] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _is_torch_default(variable: str) -> bool:

@@ -4,12 +4,13 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vllm.lora.request import LoRARequest
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from yuan_grpc.server.engine.model_names import model_not_found
+from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.errors import (
     DuplicateLoraError,
     InvalidRequestError,
@@ -21,9 +22,29 @@ from yuan_grpc.server.errors import (
 
 CONFIG = "adapter_config.json"
 
+AdapterRequest = LoRARequest
+"""A loaded adapter, as vLLM knows it."""
+
+
+class LoraEngine(Protocol):
+    """An object that loads adapters into an engine and removes them, such as `AsyncLLM`."""
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter; return whether all workers could."""
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Remove an adapter; return whether it was loaded."""
+
 
 @dataclass
-class _Adapter:
+class Adapter:
+    """A loaded adapter.
+
+    Attributes:
+        pins: the number of running requests that use it.
+        is_unloaded: whether it is to be removed once no request uses it.
+    """
+
     request: LoRARequest
     pins: int = 0
     is_unloaded: bool = False
@@ -47,9 +68,9 @@ class LoraRegistry:
         self._capacity = capacity
         self._model = model
         self._loading: set[str] = set()
-        self._loaded: dict[str, _Adapter] = {}
+        self._loaded: dict[str, Adapter] = {}
         self._in_memory: dict[str, LoRARequest] = {}  # by vLLM's name for the adapter
-        self._pinned: dict[str, _Adapter] = {}  # by vLLM's name, too
+        self._pinned: dict[str, Adapter] = {}  # by vLLM's name, too
         self._last_id = 0
 
     @property
@@ -63,6 +84,11 @@ class LoraRegistry:
         return sorted(self._loaded)
 
     @property
+    def requests(self) -> dict[str, LoRARequest]:
+        """The loaded adapters by name, as vLLM knows them."""
+        return {name: adapter.request for name, adapter in self._loaded.items()}
+
+    @property
     def available(self) -> list[str]:
         """The names of adapters in the folder that can be loaded."""
         if self._folder is None or not self.can_load:
@@ -70,7 +96,7 @@ class LoraRegistry:
         names = (path.parent.name for path in self._folder.glob(f"*/{CONFIG}") if self._is_inside(path.parent))
         return sorted(name for name in names if _is_valid_name(name) and not self._is_taken(name))
 
-    async def load(self, llm: AsyncLLM, name: str) -> None:
+    async def load(self, llm: LoraEngine, name: str) -> None:
         """Load an adapter; see `Engine.load_lora`."""
         folder = self._adapter_folder(name)
         if len(self._in_memory) >= self._capacity:
@@ -90,20 +116,24 @@ class LoraRegistry:
             raise
         finally:
             self._loading.discard(name)
-        self._loaded[name] = _Adapter(request)
+        self._loaded[name] = Adapter(request)
 
-    async def unload(self, llm: AsyncLLM, name: str) -> None:
+    async def unload(self, llm: LoraEngine, name: str) -> None:
         """Unload an adapter; see `Engine.unload_lora`."""
         if not self.can_load:
             raise _not_enabled()
         if (adapter := self._loaded.pop(name, None)) is None:
             raise ModelNotFoundError(f"`name` must be that of a loaded adapter, not {name:.256}")
+        await self._retire(llm, adapter)
+
+    async def _retire(self, llm: LoraEngine, adapter: Adapter) -> None:
+        """Remove an adapter that has been unloaded, once no request uses it."""
         adapter.is_unloaded = True
         if not adapter.pins:
             await self._remove(llm, adapter.request)
 
     @asynccontextmanager
-    async def pin_lora(self, llm: AsyncLLM, name: str) -> AsyncGenerator[LoRARequest, None]:
+    async def pin_lora(self, llm: LoraEngine, name: str) -> AsyncGenerator[LoRARequest, None]:
         """Keep an adapter in memory.
 
         Args:
@@ -148,7 +178,7 @@ class LoraRegistry:
             raise ModelNotFoundError(f"`name` must be that of an adapter in the server's folder, not {name}")
         return folder
 
-    async def _remove(self, llm: AsyncLLM, request: LoRARequest) -> None:
+    async def _remove(self, llm: LoraEngine, request: LoRARequest) -> None:
         try:
             with suppress(EngineDeadError):
                 await llm.remove_lora(request.lora_int_id)
@@ -156,11 +186,22 @@ class LoraRegistry:
             del self._in_memory[request.lora_name]
 
 
+def create_registry(options: EngineOptions, folder: Path | None) -> LoraRegistry:
+    """Return the registry of an engine, without adapters."""
+    return LoraRegistry(folder, *registry_arguments(options))
+
+
+def registry_arguments(options: EngineOptions) -> tuple[int, str]:
+    """Return the number of adapters that an engine keeps in memory, and the served model's name."""
+    lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
+    return (lora.max_cpu_loras or 0) if lora else 0, name
+
+
 def _is_valid_name(name: str) -> bool:
     return bool(name) and name[0] != "." and "/" not in name and name.isprintable() and len(name.encode()) <= 255
 
 
-async def _add(llm: AsyncLLM, request: LoRARequest, name: str) -> None:
+async def _add(llm: LoraEngine, request: LoRARequest, name: str) -> None:
     try:
         if await llm.add_lora(request):
             return

@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing import forkserver, resource_tracker
@@ -36,6 +37,9 @@ logger = logging.getLogger("vllm.yuan_grpc.server")
 
 PRELOADED = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "yuan_grpc.model.yuan")
 """Modules of the engine and its workers that the server's own process does not need."""
+
+FRONT_END = ("vllm.v1.engine.async_llm", "yuan_grpc.server.engine.vllm.engine")
+"""Modules of a front end that runs in a process of its own."""
 
 EXIT_SECONDS = 0.5
 POLL_SECONDS = 0.01
@@ -68,10 +72,13 @@ class _Context(ForkServerContext):
     Process = _Process
 
 
-def start() -> None:
+def start(modules: Sequence[str] = ()) -> None:
     """Fork the process that the engine's processes are forked from; do nothing if the engine runs on a GPU.
 
     The caller's only other thread may be that of its log, which the forks do not use.
+
+    Args:
+        modules: more modules to import before the first fork.
     """
     if not current_platform.is_cpu():
         return
@@ -87,7 +94,7 @@ def start() -> None:
     server._forkserver_address = f"{folder}/fork"
     if not (pid := os.fork()):
         os.close(alive_writer)
-        _run(folder, listener, alive_reader)
+        _run(folder, listener, alive_reader, (*PRELOADED, *modules))
     listener.close()
     os.close(alive_reader)
     server._forkserver_alive_fd = alive_writer
@@ -106,7 +113,7 @@ def _stop(pid: int, alive_writer: int, folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(folder: str, listener: socket.socket, alive_reader: int) -> NoReturn:
+def _run(folder: str, listener: socket.socket, alive_reader: int, modules: Sequence[str]) -> NoReturn:
     """Fork on request until the server and all forks have ended."""
     try:
         os.setpgid(0, 0)  # Ctrl-C is for the server
@@ -115,7 +122,7 @@ def _run(folder: str, listener: socket.socket, alive_reader: int) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         logging.root.handlers.clear()
-        for module in PRELOADED:
+        for module in modules:
             import_module(module)
         gc.collect()
         gc.freeze()

@@ -1,0 +1,68 @@
+"""A `yuan-grpc serve` process with a real engine."""
+
+import re
+import subprocess
+import sys
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2
+from health_client import health_stub
+from one_thread import default_environment
+
+from yuan_grpc.v1 import yuan_pb2_grpc
+
+COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
+ENVIRONMENT = default_environment()  # before an engine in this process sets variables
+
+
+class ServerProcess:
+    """A `yuan-grpc serve` process."""
+
+    def __init__(self, *options: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *options],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=ENVIRONMENT | environment,
+            umask=0o022,
+        )
+        assert self.process.stderr is not None
+        log = ""
+        while not (found := re.search(r"gRPC listening on port (\d+)", log)):
+            line = self.process.stderr.readline()
+            assert line, log
+            log += line
+        assert log.startswith("yuan-grpc ")
+        self.start_log = log
+        self.address = f"127.0.0.1:{found[1]}"
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
+
+    def wait_until_serving(self) -> None:
+        """Return when health is SERVING."""
+        for response in health_stub(self.channel).Watch(health_pb2.HealthCheckRequest()):
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+
+    def engine_processes(self) -> list[psutil.Process]:
+        """Return the processes of the engine."""
+        children: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return children
+
+    def wait_for_exit(self) -> tuple[int, str]:
+        """Return the exit status and the remaining log."""
+        _, log = self.process.communicate(timeout=60)
+        self.channel.close()
+        return self.process.returncode, log
+
+    def kill(self) -> None:
+        """Kill all processes, if the server is running."""
+        is_running = self.process.poll() is None
+        for process in (*self.engine_processes(), self.process) if is_running else ():
+            process.kill()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        self.process.wait()
+        self.channel.close()
