@@ -53,6 +53,7 @@ async def test_a_long_text_is_tokenized(length: int) -> None:
     assert content["token_strs"] == ["世"] * length
 
 
+@pytest.mark.timeout(60)
 async def test_a_long_request_id_in_a_header_has_space_for_the_prompts() -> None:
     async with serve_http_client(FakeEngine(last())) as client:
         for length in (MAX_HEADER_ID, MAX_HEADER_ID + 1):
