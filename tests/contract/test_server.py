@@ -21,6 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from health_client import health_stub
 from servers import serve_grpc
 
+from yuan_grpc.server import server
+from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.server import seconds_since_command, serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
@@ -128,6 +130,23 @@ async def test_a_certificate_that_cannot_be_read_stops_the_start(settings: Setti
     security = SecuritySettings(tls_cert_file=tmp_path / "none.pem", tls_key_file=tmp_path / "none.key")
     with pytest.raises(StartError, match="--tls-cert-file must be a file that this user can read"):
         await serve(replace(settings, security=security), FakeEngine())
+
+
+async def test_only_a_server_with_a_recent_call_waits_long_for_its_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    inflight = InflightRequests()
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    await server._wait_until_quiet(inflight)
+    assert slept == [server.SHORT_FLUSH_SECONDS]
+    monkeypatch.setattr(server, "FLUSH_SECONDS", 3600)
+    with inflight.track_unnamed():
+        pass
+    await server._wait_until_quiet(inflight)
+    assert slept[1] > 1800
 
 
 class WaitingEngine(FakeEngine):

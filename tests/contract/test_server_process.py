@@ -106,7 +106,7 @@ async def test_a_stopping_server_cancels_no_call(port: int, kind: str) -> None:
             return error.code
         return OK
 
-    options = Options(tokens=3, token_seconds=0.01)
+    options = Options(tokens=3, token_seconds=0.01, lame_duck_seconds=2)
     with fake_server(port, options, stderr=subprocess.DEVNULL) as process:
         async with stub_of(port) as stub, AsyncClient(f"127.0.0.1:{port}", timeout=60) as client:
             calls = {"raw": lambda: code_of(stub.Generate(REQUEST)), "client": lambda: call_client(client)}
@@ -175,12 +175,12 @@ async def test_a_log_that_nobody_reads_does_not_block_the_server(port: int) -> N
 
 
 async def test_dropped_log_lines_are_counted_when_the_log_is_read_again(port: int) -> None:
-    with fake_server(port, Options(), stderr=subprocess.PIPE) as process:
+    with fake_server(port, Options(log_texts=16), stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
         async with stub_of(port) as stub:
             for _ in range(3):
-                await asyncio.gather(*[code_of(stub.Generate(REQUEST)) for _ in range(2000)])
+                await asyncio.gather(*[code_of(stub.Generate(REQUEST)) for _ in range(200)])
         reading = asyncio.ensure_future(asyncio.to_thread(process.stderr.read))
         process.send_signal(signal.SIGTERM)
         log = await reading
@@ -198,18 +198,18 @@ async def test_a_full_disk_for_the_log_does_not_keep_the_server_from_serving(por
     os.close(full)
 
 
-HEAVY: dict[str, pb.GenerateRequest] = {
-    "long prompt": pb.GenerateRequest(prompt="A" * 4_000_000),
-    "long prompt that is truncated": pb.GenerateRequest(prompt="A" * 3_900_000, truncate_prompt_tokens=10),
-    "many messages": pb.GenerateRequest(messages=[pb.Message()] * 1_390_000),
-    "many token ids": pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[1] * 4_000_000)),
+HEAVY: dict[str, Callable[[], pb.GenerateRequest]] = {
+    "long prompt": lambda: pb.GenerateRequest(prompt="A" * 4_000_000),
+    "long prompt that is truncated": lambda: pb.GenerateRequest(prompt="A" * 3_900_000, truncate_prompt_tokens=10),
+    "many messages": lambda: pb.GenerateRequest(messages=[pb.Message()] * 1_390_000),
+    "many token ids": lambda: pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[1] * 4_000_000)),
 }
 
 
 @pytest.mark.parametrize("kind", HEAVY)
 async def test_a_rejected_request_does_not_delay_the_tokens_of_others(port: int, kind: str) -> None:
     """The fake engine takes 1 ms for 1,000 characters, on the event loop."""
-    raw = HEAVY[kind].SerializeToString()
+    raw = HEAVY[kind]().SerializeToString()
     options = Options(tokens=100_000, token_seconds=0.005, tokenize_seconds=1e-6)
     with fake_server(port, options, stderr=subprocess.DEVNULL):
         async with stub_of(port) as stub, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as other:

@@ -126,9 +126,12 @@ async def serve_demo(flags: tuple[str, ...], lora_folder: Path) -> AsyncIterator
     settings = Settings(model=DEMO, host="127.0.0.1", port=0, grace_seconds=0, engine_flags=flags)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM and torch warn while they are imported
+        from engine_forks import fork_engines
+
         from yuan_grpc.server.engine.vllm.args import parse_engine_flags
         from yuan_grpc.server.engine.vllm.engine import VllmEngine
 
+        fork_engines()
         engine = VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)
         await engine.start()
     server, port = await create_server(YuanService(GenerationService(engine)), Health(NAME), "127.0.0.1:0")

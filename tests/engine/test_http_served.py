@@ -51,7 +51,7 @@ async def port(session_server: Served) -> AsyncIterator[int]:
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(port: int) -> AsyncIterator[openai.AsyncOpenAI]:
     """OpenAI's client, without retries."""
-    address, direct = f"http://127.0.0.1:{port}/v1", openai.DefaultAsyncHttpxClient(trust_env=False)
+    address, direct = f"http://127.0.0.1:{port}/v1", openai.DefaultAsyncHttpxClient(trust_env=False, verify=False)
     async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, http_client=direct) as client:
         yield client
 
@@ -157,7 +157,7 @@ async def test_the_synchronous_openai_client_works(served: Served, port: int) ->
 
     def call() -> tuple[str, str, list[str]]:
         with (
-            openai.DefaultHttpxClient(trust_env=False) as direct,
+            openai.DefaultHttpxClient(trust_env=False, verify=False) as direct,
             openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=direct) as client,
         ):
             response = client.completions.create(model="yuan-demo", prompt=PROMPT, max_tokens=8, temperature=0)

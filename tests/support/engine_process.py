@@ -1,8 +1,8 @@
 """Runs the engine programs of this folder, each in its own process.
 
 Importing vLLM takes longer than starting a small engine. So a server process imports it once and forks for each
-program. On a machine with a GPU, and for a test that sets a variable of `READ_ONCE`, a program gets a new interpreter
-instead: CUDA does not survive a fork, and vLLM or PyTorch read these variables once.
+program. On a machine with a GPU, and for a test that changes a variable of `READ_ONCE`, a program gets a new
+interpreter instead: CUDA does not survive a fork, and vLLM or PyTorch read these variables once.
 
 The server is this file run as a program: it reads a JSON line for each request and answers with the exit status.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 READ_ONCE = ("OMP_NUM_THREADS", "VLLM_BATCH_INVARIANT", "VLLM_CPU_OMP_THREADS_BIND")
+_READ = {variable: os.environ.get(variable) for variable in READ_ONCE}
 PRELOADED = ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "yuan_grpc.model.yuan")
 
 
@@ -32,7 +33,7 @@ def run_program(program: str, job: dict[str, Any], out: Path) -> Any:
         out: the file that the program writes its result to.
     """
     text = json.dumps(job, default=str)
-    if _has_gpu() or any(variable in os.environ for variable in READ_ONCE):
+    if _has_gpu() or any(os.environ.get(variable) != value for variable, value in _READ.items()):
         completed = subprocess.run([sys.executable, FOLDER / program, out], input=text, text=True, capture_output=True)
         assert completed.returncode == 0, completed.stderr
     else:

@@ -20,9 +20,8 @@ import grpc
 from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from yuan_grpc.server import log_queue, signals
+from yuan_grpc.server import log_queue, server, signals
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
-from yuan_grpc.server.server import serve
 from yuan_grpc.server.settings import DEMO, Settings
 
 
@@ -35,6 +34,8 @@ class Options:
         limit: maximum running choices; None for no limit.
         grace_seconds: as in `Settings`.
         tokenize_seconds: time to tokenize a character, on the event loop.
+        log_texts: number of texts that wait to be written to the log.
+        lame_duck_seconds: limit on the time that a stopping server refuses calls.
     """
 
     tokens: int = 1
@@ -42,6 +43,8 @@ class Options:
     limit: int | None = None
     grace_seconds: float = 30.0
     tokenize_seconds: float = 0.0
+    log_texts: int = log_queue.MAX_TEXTS
+    lame_duck_seconds: int = server.LAME_DUCK_SECONDS
 
 
 class PacedEngine(FakeEngine):
@@ -94,12 +97,13 @@ def wait_until_serving(port: int) -> None:
 
 def main() -> int:
     """Serve until a stop signal, with the same log as `yuan-grpc serve`."""
+    options = Options(**json.loads(sys.argv[2]))
+    log_queue.MAX_TEXTS, server.LAME_DUCK_SECONDS = options.log_texts, options.lame_duck_seconds
     log_queue.install()
     signals.exit_on_stop_signals()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    options = Options(**json.loads(sys.argv[2]))
     settings = Settings(DEMO, "127.0.0.1", int(sys.argv[1]), options.grace_seconds, ())
-    return asyncio.run(serve(settings, PacedEngine(options)))
+    return asyncio.run(server.serve(settings, PacedEngine(options)))
 
 
 if __name__ == "__main__":

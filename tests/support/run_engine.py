@@ -7,7 +7,7 @@ greedily, with `tokens` tokens each. Optional are `n`, the number of consecutive
 levels to use before the later rounds; `load`, folders of LoRA adapters to load first; `adapters`, the folder or null
 for each prompt of every round; `priorities`, one per prompt, with which each prompt arrives a step after the previous
 one; and `unpatched`, the names of patches to leave out. The result of an engine that does not start is
-`{"error": "…"}`. The engine runs in this process.
+`{"error": "…"}`. The engine runs in this process, and its parallel workers are forks, as those of the server are.
 """
 
 import json
@@ -16,6 +16,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+PARALLEL = {"tensor_parallel_size", "pipeline_parallel_size"}
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -27,6 +29,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
+    if PARALLEL & job["engine"].keys():
+        from yuan_grpc.server.engine.vllm import warm_fork
+
+        warm_fork.start()
     try:
         llm = LLM(job["model"], disable_log_stats=False, **job["engine"])
     except Exception as error:

@@ -1,6 +1,5 @@
 """A `yuan-grpc serve` process with a real engine."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,11 +8,12 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
+from one_thread import default_environment
 
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
-ENVIRONMENT = dict(os.environ)  # before an engine in this process sets variables
+ENVIRONMENT = default_environment()  # before an engine in this process sets variables
 
 
 class ServerProcess:

@@ -77,8 +77,8 @@ async def serve_http(
 
 
 def http_client(port: int) -> httpx.AsyncClient:
-    """Return an HTTP client of a local port."""
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60)
+    """Return an HTTP client of a local port. It loads no certificates, which would take longer than most tests."""
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60, verify=False)
 
 
 @asynccontextmanager

@@ -13,10 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 from fake_engine import INFO, FakeEngine
-from hf_search import HfYuan, Search, hf_choices, our_choices, rare_tokens
-from reference import ReferenceYuan
 
-from yuan_grpc.model.tokenizer import YuanTokenizer
 from yuan_grpc.server.core import backoff
 from yuan_grpc.server.core.beam_search import BeamSearch
 from yuan_grpc.server.core.limits import BeamSlots
@@ -603,6 +600,11 @@ async def test_scores_decrease_and_no_text_is_repeated() -> None:
 
 @pytest.mark.timeout(60)
 async def test_on_the_reference_model_the_choices_equal_those_of_transformers(demo: Path) -> None:
+    from hf_search import HfYuan, Search, hf_choices, our_choices, rare_tokens  # takes six seconds
+    from reference import ReferenceYuan
+
+    from yuan_grpc.model.tokenizer import YuanTokenizer
+
     tokenizer = YuanTokenizer.from_pretrained(demo)
     model = HfYuan(reference := ReferenceYuan(demo, len(tokenizer)))
     engine = TableEngine(

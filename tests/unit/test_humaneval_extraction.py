@@ -43,6 +43,7 @@ def test_every_golden_case_is_exact(published: Path, prompts: dict[str, str]) ->
     assert different == []
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("extract", "result"),
     [

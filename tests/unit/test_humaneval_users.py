@@ -47,8 +47,12 @@ SCORE_NEIGHBOURS = f"""
 from concurrent.futures import ThreadPoolExecutor
 from yuan_grpc.humaneval.sandbox.runner import Limits, Sandbox
 kinds = set()
-with Sandbox(Limits(seconds=5), packages=()) as sandbox, ThreadPoolExecutor() as pool:
-    hog = pool.submit(sandbox.run, {HOG!r})
+with (
+    Sandbox(Limits(seconds=2), packages=()) as short,
+    Sandbox(Limits(seconds=30), packages=()) as sandbox,
+    ThreadPoolExecutor() as pool,
+):
+    hog = pool.submit(short.run, {HOG!r})
     while not hog.done():
         kinds.add(sandbox.run({NEIGHBOUR!r}).kind)
 print(*kinds, hog.result().kind, sep=", ")

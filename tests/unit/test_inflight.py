@@ -87,3 +87,11 @@ async def test_a_stopping_server_admits_no_call() -> None:
     with pytest.raises(ServerStoppingError):
         inflight.check_admitting()
     assert inflight.seconds_since_refusal < 60
+
+
+async def test_the_time_since_the_last_call_counts_from_its_end() -> None:
+    inflight = InflightRequests()
+    assert inflight.seconds_since_end == float("inf")
+    with inflight.track_unnamed():
+        assert inflight.seconds_since_end == float("inf")
+    assert inflight.seconds_since_end < 60

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 1
 """Time for the last responses to be sent, in seconds. gRPC does not report when they are."""
 
+SHORT_FLUSH_SECONDS = 0.2
+"""The same for calls that do not generate, whose responses are small and whose end is not recorded."""
+
 QUIET_SECONDS = 1
 """Time without a refused call after which no client expects an answer any more, in seconds."""
 
@@ -249,9 +252,10 @@ async def _stop_servers(
 
 async def _wait_until_quiet(inflight: InflightRequests) -> None:
     """Wait until the last responses are sent, and no client calls any more."""
-    await asyncio.sleep(FLUSH_SECONDS)
-    while (remaining := QUIET_SECONDS - inflight.seconds_since_refusal) > 0:  # noqa: ASYNC110 - a known time
+    remaining = max(SHORT_FLUSH_SECONDS, FLUSH_SECONDS - inflight.seconds_since_end)
+    while remaining > 0:
         await asyncio.sleep(remaining)
+        remaining = QUIET_SECONDS - inflight.seconds_since_refusal
 
 
 def _exit_now(engine: Engine) -> NoReturn:

@@ -1,6 +1,7 @@
 """The running calls, by owner and request id, and their cancellation."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class InflightRequests:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stopping = False
-        self._last_refusal = float("-inf")
+        self._last_refusal = self._last_end = float("-inf")
         self.abort_elsewhere: Callable[[str, str, bool], Awaitable[bool]] | None = None
 
     @contextmanager
@@ -69,13 +70,14 @@ class InflightRequests:
             yield
         finally:
             self._count -= 1
+            self._last_end = time.monotonic()
             if not self._count:
                 self._idle.set()
 
     def check_admitting(self) -> None:
         """Raise ServerStoppingError if the server is stopping."""
         if self._is_stopping:
-            self._last_refusal = asyncio.get_running_loop().time()
+            self._last_refusal = time.monotonic()
             raise ServerStoppingError
 
     @contextmanager
@@ -161,7 +163,12 @@ class InflightRequests:
     @property
     def seconds_since_refusal(self) -> float:
         """Seconds since a call was refused because the server is stopping; infinite if none was."""
-        return asyncio.get_running_loop().time() - self._last_refusal
+        return time.monotonic() - self._last_refusal
+
+    @property
+    def seconds_since_end(self) -> float:
+        """Seconds since the last call ended; infinite if there was none."""
+        return time.monotonic() - self._last_end
 
     async def wait_idle(self) -> None:
         """Wait until no call is running and every one has freed its resources."""

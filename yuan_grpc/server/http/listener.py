@@ -4,7 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Collection, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, cast
@@ -27,6 +27,12 @@ KEEP_ALIVE_SECONDS = 75
 
 FLUSH_SECONDS = 1
 """Time to send errors to the calls that a shutdown ends, in seconds."""
+
+DATE_SECONDS = 1
+"""Interval between updates of the date in responses, in seconds."""
+
+CLOSE_POLL_SECONDS = 0.01
+"""Interval between checks that the last connection has closed, in seconds. uvicorn has no event for it."""
 
 _SOCKET_OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -113,7 +119,7 @@ class Listener:
     async def close(self) -> None:
         """End running calls with an error; return when all connections are closed and the engine requests freed."""
         self.start_draining()
-        self._server.should_exit = True
+        self._server.request_exit()
         self._state.shutdown.set()
         if self._serving is None:
             self._socket.close()
@@ -126,10 +132,18 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
+    """uvicorn's server, which wakes once a second and closes within milliseconds; uvicorn polls each 100 ms."""
+
     def __init__(self, config: uvicorn.Config, settings: HttpSettings, certificates: Certificates | None) -> None:
         super().__init__(config)
         self._settings = settings
         self._certificates = certificates
+        self._exit_requested = asyncio.Event()
+
+    def request_exit(self) -> None:
+        """Let `serve` shut down and return."""
+        self.should_exit = True
+        self._exit_requested.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections on the only socket, within the limit."""
@@ -143,6 +157,24 @@ class _Server(uvicorn.Server):
         tls = Tls(self._certificates, self._settings.header_timeout) if self._certificates else None
         self.servers = cast(Any, [Acceptor(sockets[0], limit, connections, create_connection, tls)])
         self.started = True
+
+    async def main_loop(self) -> None:
+        """Update the date in responses until an exit is requested."""
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._exit_requested.wait(), DATE_SECONDS)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the socket and all connections, each after its response."""
+        for server in self.servers:
+            server.close()
+            await server.wait_closed()
+        for listening in sockets or ():
+            listening.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:  # noqa: ASYNC110
+            await asyncio.sleep(CLOSE_POLL_SECONDS)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

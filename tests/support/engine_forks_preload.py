@@ -1,0 +1,12 @@
+"""Preparation of the process that the engine processes of a test session are forked from."""
+
+from importlib import import_module
+
+from engine_forks import keep_fork_server, use_fork_server
+
+from yuan_grpc.server.engine.vllm import warm_fork
+
+for module in warm_fork.PRELOADED:
+    import_module(module)
+use_fork_server()
+keep_fork_server()
