@@ -10,6 +10,8 @@ from contextlib import suppress
 from queue import Full, Queue
 from threading import Thread
 
+from yuan_grpc.server.log_format import format_line
+
 MAX_TEXTS = 4096
 """Number of texts, usually lines, that wait to be written."""
 FLUSH_SECONDS = 1.0
@@ -24,9 +26,13 @@ class QueuedStream(io.TextIOBase):
 
     A pipe that nobody reads, or a full disk, does not block the process. When stderr can be written again, the number
     of dropped lines is written.
+
+    Args:
+        log_format: the format of that line, text or json.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_format: str = "text") -> None:
+        self._log_format = log_format
         self._texts: Queue[str | None] = Queue(MAX_TEXTS)
         self._dropped = 0
         self._thread = Thread(target=self._run, name="log", daemon=True)
@@ -57,7 +63,7 @@ class QueuedStream(io.TextIOBase):
     def _run(self) -> None:
         while (text := self._texts.get()) is not None:
             dropped, self._dropped = self._dropped, 0
-            notice = f"{dropped} log lines were dropped\n" if dropped else ""
+            notice = format_line(self._log_format, "WARNING", f"{dropped} log lines were dropped") if dropped else ""
             if not _write_all(text + notice):
                 self._dropped += dropped + text.count("\n")
 
@@ -77,10 +83,10 @@ def _write_all(text: str) -> bool:
     return True
 
 
-def install() -> None:
+def install(log_format: str = "text") -> None:
     """Replace `sys.stderr`, before libraries are imported that keep a reference to it."""
     _make_stderr_non_blocking()
-    sys.stderr = QueuedStream()
+    sys.stderr = QueuedStream(log_format)
     atexit.register(sys.stderr.drain)
 
 

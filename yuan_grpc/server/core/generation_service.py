@@ -1,7 +1,7 @@
 """Generation for gRPC and HTTP: parse, validate, plan and run a request, and build its response."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from uuid import uuid4
@@ -14,16 +14,13 @@ from yuan_grpc.server.core.heartbeat import with_heartbeats
 from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests
 from yuan_grpc.server.core.limits import MAX_INLINE_CHARACTERS, BeamSlots, Slots
 from yuan_grpc.server.core.plan import RequestPlan, plan_request, run_plan
+from yuan_grpc.server.core.request_stats import RequestStats
 from yuan_grpc.server.core.response import ResponseBuilder
 from yuan_grpc.server.core.validation import prompt_size, validate_generate, validate_prompt_size
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, StepOutput
 from yuan_grpc.server.errors import UnavailableError
 from yuan_grpc.v1 import yuan_pb2 as pb
-
-TRACE_HEADERS = ("traceparent", "tracestate")
-"""Headers of the W3C trace context, which the engine's spans continue."""
-_NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,13 @@ class GenerationService:
 
     Attributes:
         inflight: the requests that are running.
+        is_stalled: whether the engine makes no progress, so that new requests are refused.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.inflight = InflightRequests()
+        self.is_stalled = False
         self._tokenizing = Slots(1)
         self._beam_slots = BeamSlots()
 
@@ -62,10 +61,12 @@ class GenerationService:
         """The engine, ready for requests.
 
         Raises:
-            UnavailableError: the engine is not ready.
+            UnavailableError: the engine is not ready, or makes no progress.
         """
         if not self._engine.is_ready:
             raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
+        if self.is_stalled:
+            raise UnavailableError("the engine makes no progress")
         return self._engine
 
     @property
@@ -82,7 +83,6 @@ class GenerationService:
         request: pb.GenerateRequest,
         remaining: float | None = None,
         connection: str | None = None,
-        trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> pb.GenerateResponse:
         """Return the response once all choices have finished. Cancellation frees the engine request.
 
@@ -90,11 +90,10 @@ class GenerationService:
             request: gets a `request_id` if it has none.
             remaining: seconds until the caller's deadline, used with `partial_on_deadline`; None without one.
             connection: the caller's connection, on which its request id is valid; None if it is valid nowhere.
-            trace_headers: those of `TRACE_HEADERS` that the caller sent.
         """
         with self._track(request, remaining, connection) as deadline:
-            plan = await self._plan(request, trace_headers)
-            output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n)
+            plan = await self._plan(request, stats := RequestStats())
+            output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n, stats)
             builder = _response_builder(request, plan)
             if output.num_entries > INLINE_ENTRIES:
                 return await asyncio.to_thread(builder.build_response, output)
@@ -106,13 +105,12 @@ class GenerationService:
         request: pb.GenerateRequest,
         remaining: float | None = None,
         connection: str | None = None,
-        trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> AsyncGenerator[ResponseStream, None]:
         """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
         with self._track(request, remaining, connection) as deadline:
-            plan = await self._plan(request, trace_headers)
-            outputs = self._run(plan, stream=True, deadline=deadline)
-            messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
+            plan = await self._plan(request, stats := RequestStats(stream=True))
+            outputs = with_heartbeats(self._run(plan, stream=True, deadline=deadline), plan.heartbeat_seconds)
+            messages = _messages(_response_builder(request, plan), outputs, stats)
             async with aclosing(messages):
                 yield ResponseStream(plan.echo, messages)
 
@@ -131,14 +129,14 @@ class GenerationService:
         ):
             yield deadline
 
-    async def _plan(self, request: pb.GenerateRequest, trace_headers: Mapping[str, str]) -> RequestPlan:
-        engine = self.engine
+    async def _plan(self, request: pb.GenerateRequest, stats: RequestStats) -> RequestPlan:
+        engine, outcome = self.engine, current_outcome()
         validate_prompt_size(request, engine.info)
         async with self.turn_to_tokenize(prompt_size(request)):
             parsed = await parse_request(request, engine)
         validate_generate(parsed, engine.info, engine.loras)
-        plan = plan_request(parsed, engine, trace_headers)
-        current_outcome().begin(plan.model, len(plan.engine_request.prompt))
+        plan = plan_request(parsed, engine, outcome.trace_headers)
+        outcome.begin(stats, plan.model, len(plan.engine_request.prompt))
         return plan
 
     def _run(
@@ -152,22 +150,21 @@ def _response_builder(request: pb.GenerateRequest, plan: RequestPlan) -> Respons
     return ResponseBuilder(request, plan.model, engine_request.prompt, plan.echo, engine_request.sampling.seed)
 
 
-async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int) -> StepOutput:
-    accumulator, outcome = OutputAccumulator(choices), current_outcome()
+async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int, stats: RequestStats) -> StepOutput:
+    accumulator = OutputAccumulator(choices)
     async with aclosing(outputs):
         async for output in outputs:
-            outcome.observe(output)
+            stats.observe(output)
             accumulator.add(output)
     return accumulator.combined()
 
 
 async def _messages(
-    builder: ResponseBuilder, outputs: AsyncGenerator[StepOutput | None, None]
+    builder: ResponseBuilder, outputs: AsyncGenerator[StepOutput | None, None], stats: RequestStats
 ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-    outcome = current_outcome()
     async with aclosing(outputs):
         async for output in outputs:
             if output is not None:
-                outcome.observe(output)
+                stats.observe(output)
             for message in builder.heartbeat() if output is None else builder.build_stream_messages(output):
                 yield message

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from yuan_grpc.server.core.access_log import log_call, log_error
+from yuan_grpc.server.core.access_log import TRACE_HEADERS, log_call, log_error
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.errors import InvalidRequestError, Violation, to_status, to_trailers
 
@@ -47,15 +47,17 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
 def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
     async def wrapped(raw: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        with log_call(name) as outcome:
-            request = None
+        with log_call(name, _trace_headers(context)) as outcome:
+            request, outcome.peer = None, context.peer()
             try:
                 request = parse(raw)
                 response = await handler(request, context)
                 outcome.code = grpc.StatusCode.OK
                 return response
-            except asyncio.CancelledError:
-                raise  # the client has cancelled or disconnected and receives no status
+            except asyncio.CancelledError:  # the client receives no status
+                if context.time_remaining() == 0:
+                    outcome.code = grpc.StatusCode.DEADLINE_EXCEEDED
+                raise
             except Exception as error:
                 code, status = to_status(error)
                 outcome.set_error(error, code)
@@ -63,9 +65,13 @@ def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
                 trailers = (*to_trailers(error, status), *_request_id_trailer(request))
                 await context.abort(outcome.code, status.message, trailers)
             finally:
-                outcome.subject, outcome.peer = _subject(request), context.peer()
+                outcome.subject = _subject(request)
 
     return wrapped
+
+
+def _trace_headers(context: "grpc.aio.ServicerContext[Any, Any]") -> dict[str, str]:
+    return {key: str(value) for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}
 
 
 def _subject(request: Any) -> str:

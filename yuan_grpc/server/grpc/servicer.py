@@ -7,7 +7,7 @@ import grpc
 
 from yuan_grpc import __version__
 from yuan_grpc.server.core import response, tokenization, validation
-from yuan_grpc.server.core.generation_service import TRACE_HEADERS, GenerationService
+from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.queue_feeder import QueueFeeder
 from yuan_grpc.server.grpc.batch import run_batch
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
@@ -30,7 +30,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Return one response when all choices are finished."""
-        return await self._service.generate(request, context.time_remaining(), context.peer(), _trace_headers(context))
+        return await self._service.generate(request, context.time_remaining(), context.peer())
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Write the response incrementally.
@@ -38,9 +38,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         Messages are written, not yielded, so that a cancelled write raises in this method and frees the request.
         """
         writer = StreamWriter(context)
-        async with self._service.stream(
-            request, context.time_remaining(), context.peer(), _trace_headers(context)
-        ) as messages:
+        async with self._service.stream(request, context.time_remaining(), context.peer()) as messages:
             async for message in messages:
                 await writer.write(message)
 
@@ -48,9 +46,8 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Write the result of each request of the batch when it is finished."""
 
         async def generate(request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._service.generate(request, context.time_remaining(), context.peer(), trace_headers)
+            return await self._service.generate(request, context.time_remaining(), context.peer())
 
-        trace_headers = _trace_headers(context)
         with self._service.inflight.track_unnamed():
             feeder = QueueFeeder(self._service.queue_limit)
             await run_batch(items, generate, StreamWriter(context).write, feeder)
@@ -88,7 +85,3 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Unload an adapter by name."""
         await self._service.engine.unload_lora(request.name)
         return pb.UnloadLoraResponse()
-
-
-def _trace_headers(context: "Context") -> dict[str, str]:
-    return {key: str(value) for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}

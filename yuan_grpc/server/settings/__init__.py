@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from yuan_grpc.server.settings import lifecycle, telemetry
 from yuan_grpc.server.settings import parsers as parse
 from yuan_grpc.server.settings.environment import add_option
+from yuan_grpc.server.settings.lifecycle import LifecycleSettings
+from yuan_grpc.server.settings.telemetry import TelemetrySettings
 
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
@@ -61,6 +64,8 @@ class Settings:
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
         http: settings of the HTTP port.
+        telemetry: settings of metrics and logs.
+        lifecycle: settings of a stop and of the stall watchdog.
     """
 
     model: str
@@ -72,6 +77,8 @@ class Settings:
     http_port: int | None = None
     http: HttpSettings = HttpSettings()
     log_level: str = "info"
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
 
     @property
     def address(self) -> str:
@@ -105,32 +112,20 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     """
     parser.description = "Serve a Yuan 2.0 model over gRPC."
     parser.usage = "yuan-grpc serve [OPTIONS]"  # not all of them: argparse would also print them with each error
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
     parser.epilog = EPILOG
     add_model_options(parser, environment)
     add = partial(add_option, parser, environment)
     add("--host", "127.0.0.1", parse.non_empty, "HOST", "address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     add("--port", "50051", parse.port, "PORT", "gRPC port, 0 for any free port (default: 50051)")
-    add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: HTTP is disabled)")
-    add("--grace-seconds", "30", parse.seconds, "S", "time for running calls to finish at SIGTERM (default: 30)")
-    add(
-        "--log-level",
-        "info",
-        parse.log_level,
-        "LEVEL",
-        "debug, info, warning or error; debug shows all (default: info)",
-    )
+    add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: none)")
+    lifecycle.add_options(parser, environment)
+    telemetry.add_options(parser, environment)
     _add_http_options(partial(add_option, parser.add_argument_group("limits of the HTTP port"), environment))
 
 
 def _add_http_options(add: Callable[..., None]) -> None:
-    add(
-        "--http-header-timeout",
-        "10",
-        parse.positive_seconds,
-        "S",
-        "time to send a request's head over HTTP (default: 10)",
-    )
+    add("--http-header-timeout", "10", parse.positive_seconds, "S", "time to send the head of a request (default: 10)")
     add("--http-body-timeout", "30", parse.positive_seconds, "S", "time to send a body over HTTP (default: 30)")
     add(
         "--http-max-connections",
@@ -159,7 +154,7 @@ def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str,
         "PATH_OR_ID",
         "checkpoint folder or hub id (default: embedded random demo model)",
     )
-    add("--lora-folder", "", parse.optional_folder, "FOLDER", "folder of loadable LoRA adapters (needs --enable-lora)")
+    add("--lora-folder", "", parse.optional_folder, "FOLDER", "folder of LoRA adapters (needs --enable-lora)")
 
 
 def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
@@ -180,4 +175,6 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
             allowed_origins=options.http_allowed_origins,
         ),
         log_level=options.log_level,
+        telemetry=telemetry.read(options),
+        lifecycle=lifecycle.read(options),
     )

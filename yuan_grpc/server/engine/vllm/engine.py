@@ -9,7 +9,6 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -25,10 +24,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelInfo, Sampling, StepOutput
-from yuan_grpc.server.engine.vllm import convert, engine_log, env, failure
+from yuan_grpc.server.engine.vllm import convert, engine_log, failure
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.constraints.compiler import ConstraintCompiler
+from yuan_grpc.server.engine.vllm.folders import TemporaryFolder
 from yuan_grpc.server.engine.vllm.lora import LoraRegistry
+from yuan_grpc.server.engine.vllm.processes import ProcessTree
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
 from yuan_grpc.server.start_error import StartError
 
@@ -56,12 +57,14 @@ class VllmEngine:
         self._owns_process = owns_process
         lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
         self._adapters = LoraRegistry(lora_folder, lora.max_cpu_loras if lora else 0, name)
-        self._temporary_folder: TemporaryDirectory[str] | None = None
+        self._temporary_folder: TemporaryFolder | None = None
         self._constraints = ConstraintCompiler(self._describe_grammars)
         self._start_thread: Thread | None = None
         self._started: AsyncLLM | None = None
         self._info: ModelInfo | None = None
+        self._processes: ProcessTree | None = None
         self._is_warm = False
+        self._progress = 0
 
     async def start(self) -> None:
         """Load the model and run warm-up requests, so that no caller's request is the first.
@@ -69,9 +72,7 @@ class VllmEngine:
         Raises:
             StartError: the engine could not be started.
         """
-        self._temporary_folder = TemporaryDirectory(
-            prefix=env.PREFIX, dir=env.socket_parent(), ignore_cleanup_errors=True
-        )
+        self._temporary_folder = TemporaryFolder()
         with engine_log.failure_file(self._temporary_folder.name) as failures:
             try:
                 await self._start_processes(self._temporary_folder.name)
@@ -88,6 +89,21 @@ class VllmEngine:
     async def _start_processes(self, folder: str) -> None:
         self._start_thread, started = _in_daemon_thread(partial(self._options.start, folder))
         self._started = await started
+        core = self._started.engine_core
+        self._count_outputs(core)
+        manager = core.resources.engine_manager
+        self._processes = ProcessTree(process.pid for process in getattr(manager, "processes", ()))
+
+    def _count_outputs(self, core: Any) -> None:
+        """Count what the engine returns: each step at least its statistics, also while it computes a long prompt."""
+        get_output = core.get_output_async
+
+        async def get_and_count() -> Any:
+            outputs = await get_output()
+            self._progress += 1
+            return outputs
+
+        core.get_output_async = get_and_count
 
     async def _warm_up(self) -> None:
         for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
@@ -109,7 +125,11 @@ class VllmEngine:
         if self._started is not None:
             if handler := self._started.output_handler:
                 cancel_task_threadsafe(handler)  # otherwise it reports the end of the engine as an error
+            if self._processes:
+                self._processes.resume()
             self._started.shutdown(timeout=TERMINATION_SECONDS)
+            if self._processes:
+                self._processes.kill()
             self._started = None
         elif self._start_thread is not None:
             while self._start_thread.is_alive() or multiprocessing.active_children():  # it may start another process
@@ -118,6 +138,7 @@ class VllmEngine:
                 self._start_thread.join(POLL_SECONDS)
         if self._temporary_folder is not None:
             self._temporary_folder.cleanup()
+            self._temporary_folder = None
 
     @property
     def info(self) -> ModelInfo:
@@ -135,6 +156,16 @@ class VllmEngine:
     def is_ready(self) -> bool:
         """Whether the engine has completed its warm-up and is alive."""
         return self._is_warm and not self._llm.errored
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has requests that have not ended."""
+        return self._started is not None and self._started.output_processor.has_unfinished_requests()
+
+    @property
+    def progress(self) -> int:
+        """Number of the engine's outputs so far."""
+        return self._progress
 
     async def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens added."""
