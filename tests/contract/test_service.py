@@ -292,7 +292,7 @@ async def test_a_write_to_a_disconnected_client_raises_cancelled_error() -> None
 
     context: Any = DisconnectedContext()
     with pytest.raises(asyncio.CancelledError):
-        await StreamWriter(context).write(pb.GenerateStreamResponse())
+        await StreamWriter(context, lambda: "").write(pb.GenerateStreamResponse())
 
 
 async def test_a_call_past_its_deadline_frees_its_engine_request() -> None:
@@ -308,8 +308,9 @@ async def test_health_lists_all_services(caplog: pytest.LogCaptureFixture) -> No
     proto: Any = health_pb2
     async with connect(FakeEngine()) as channel:
         response = await health_stub(channel).List(proto.HealthListRequest())
-    status = health_pb2.HealthCheckResponse.NOT_SERVING
-    assert {name: health.status for name, health in response.statuses.items()} == {"": status, NAME: status}
+    serving, status = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    probes = {"startup": status, "readiness": status, "liveness": serving}
+    assert {name: health.status for name, health in response.statuses.items()} == {"": status, NAME: status} | probes
     assert caplog.messages == []
 
 

@@ -94,7 +94,7 @@ class GenerationService:
         with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request, stats := RequestStats())
             output = await _all_outputs(self._run(plan, stream=False, deadline=deadline), plan.n, stats)
-            builder = _response_builder(request, plan)
+            builder = _response_builder(request, plan, stats)
             if output.num_entries > INLINE_ENTRIES:
                 return await asyncio.to_thread(builder.build_response, output)
             return builder.build_response(output)
@@ -110,7 +110,7 @@ class GenerationService:
         with self._track(request, remaining, connection) as deadline:
             plan = await self._plan(request, stats := RequestStats(stream=True))
             outputs = with_heartbeats(self._run(plan, stream=True, deadline=deadline), plan.heartbeat_seconds)
-            messages = _messages(_response_builder(request, plan), outputs, stats)
+            messages = _messages(_response_builder(request, plan, stats), outputs, stats)
             async with aclosing(messages):
                 yield ResponseStream(plan.echo, messages)
 
@@ -145,9 +145,9 @@ class GenerationService:
         return run_plan(plan, self._engine, self._beam_slots, stream=stream, deadline=deadline)
 
 
-def _response_builder(request: pb.GenerateRequest, plan: RequestPlan) -> ResponseBuilder:
+def _response_builder(request: pb.GenerateRequest, plan: RequestPlan, stats: RequestStats) -> ResponseBuilder:
     engine_request = plan.engine_request
-    return ResponseBuilder(request, plan.model, engine_request.prompt, plan.echo, engine_request.sampling.seed)
+    return ResponseBuilder(request, plan.model, engine_request.prompt, plan.echo, engine_request.sampling.seed, stats)
 
 
 async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int, stats: RequestStats) -> StepOutput:

@@ -118,6 +118,10 @@ class InflightRequests:
         finally:
             del self._by_id[connection, request_id]
 
+    def is_running(self, request_id: str, connection: str) -> bool:
+        """Return whether a running call of the connection has this id."""
+        return (connection, request_id) in self._by_id
+
     async def abort(self, request_id: str, connection: str = ANY_CONNECTION) -> None:
         """Cancel a call, and return when it has freed its resources.
 

@@ -8,8 +8,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from yuan_grpc.server.core.access_log import TRACE_HEADERS, log_call, log_error
-from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.errors import InvalidRequestError, Violation, to_status, to_trailers
+from yuan_grpc.server.grpc import request_id
 
 Method = Callable[[Any, Any], Awaitable[Any]]
 Deserializer = Callable[[bytes], Any]
@@ -41,8 +41,19 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_stream:
             stream = _wrap(handler.unary_stream, _parse_one(deserialize), name)
             return grpc.unary_stream_rpc_method_handler(stream, response_serializer=serialize)
-        unary = _wrap(handler.unary_unary, _parse_one(deserialize), name)
+        unary = _wrap(_with_headers(handler.unary_unary), _parse_one(deserialize), name)
         return grpc.unary_unary_rpc_method_handler(unary, response_serializer=serialize)
+
+
+def _with_headers(handler: Any) -> Method:
+    """Send the request id before the response."""
+
+    async def respond(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        response = await handler(request, context)
+        await request_id.send_headers(context, _id_of(request, context))
+        return response
+
+    return respond
 
 
 def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
@@ -61,11 +72,12 @@ def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
             except Exception as error:
                 code, status = to_status(error)
                 outcome.set_error(error, code)
-                log_error(error, outcome.code, _subject(request))
-                trailers = (*to_trailers(error, status), *_request_id_trailer(request))
+                log_error(error, outcome.code, _subject(request, context))
+                id_trailer = request_id.to_metadata(_id_of(request, context))
+                trailers = (*to_trailers(error, status), *id_trailer)
                 await context.abort(outcome.code, status.message, trailers)
             finally:
-                outcome.subject = _subject(request)
+                outcome.subject = _subject(request, context)
 
     return wrapped
 
@@ -74,16 +86,14 @@ def _trace_headers(context: "grpc.aio.ServicerContext[Any, Any]") -> dict[str, s
     return {key: str(value) for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}
 
 
-def _subject(request: Any) -> str:
-    name: str = getattr(request, "request_id", "") or getattr(request, "name", "")
-    return name
+def _id_of(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    """Return the request id, by which the caller finds the call in the log; that of the metadata if it has none."""
+    own: str = getattr(request, "request_id", "")
+    return own or request_id.from_metadata(context)
 
 
-def _request_id_trailer(request: Any) -> tuple[tuple[str, str], ...]:
-    """Return the trailer with the request id, by which the caller finds the call in the log; none if it has no id."""
-    request_id: str = getattr(request, "request_id", "")
-    can_be_header = request_id.isascii() and request_id.isprintable() and len(request_id) <= MAX_REQUEST_ID
-    return (("x-request-id", request_id),) if request_id and can_be_header else ()
+def _subject(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    return getattr(request, "name", "") or _id_of(request, context)
 
 
 def _parse_one(deserialize: Deserializer) -> Callable[[bytes], Any]:

@@ -9,6 +9,7 @@ from yuan_grpc import __version__
 from yuan_grpc.server.core import response, tokenization, validation
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.queue_feeder import QueueFeeder
+from yuan_grpc.server.grpc import request_id
 from yuan_grpc.server.grpc.batch import run_batch
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -30,15 +31,17 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Return one response when all choices are finished."""
-        return await self._service.generate(request, context.time_remaining(), context.peer())
+        connection = request_id.adopt(request, context, self._service.inflight)
+        return await self._service.generate(request, context.time_remaining(), connection)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Write the response incrementally.
 
         Messages are written, not yielded, so that a cancelled write raises in this method and frees the request.
         """
-        writer = StreamWriter(context)
-        async with self._service.stream(request, context.time_remaining(), context.peer()) as messages:
+        connection = request_id.adopt(request, context, self._service.inflight)
+        writer = StreamWriter(context, lambda: request.request_id)
+        async with self._service.stream(request, context.time_remaining(), connection) as messages:
             async for message in messages:
                 await writer.write(message)
 
@@ -50,7 +53,8 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
         with self._service.inflight.track_unnamed():
             feeder = QueueFeeder(self._service.queue_limit)
-            await run_batch(items, generate, StreamWriter(context).write, feeder)
+            writer = StreamWriter(context, lambda: request_id.from_metadata(context))
+            await run_batch(items, generate, writer.write, feeder)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
         """End a running call of the same connection, or one whose id the server generated, by its request id."""
