@@ -143,7 +143,7 @@ def _enable_telemetry(settings: Settings) -> Iterator["ServerMetrics | None"]:
     """
     with ExitStack() as stack:
         try:
-            metrics = stack.enter_context(telemetry.enable(settings))
+            metrics = stack.enter_context(telemetry.enable(settings, NAME))
         except OSError:
             raise _address_error(settings, settings.telemetry.metrics_port or 0) from None
         yield metrics

@@ -102,7 +102,8 @@ class Settings:
         """
         name = DEMO_NAME if self.is_demo else Path(self.model).name if Path(self.model).is_dir() else self.model
         defaults = DEMO_FLAGS if self.is_demo else ()
-        return ["--model", self.model, "--served-model-name", name, *defaults, *self.engine_flags]
+        flags = [*defaults, *self.telemetry.vllm_flags, *self.engine_flags]
+        return ["--model", self.model, "--served-model-name", name, *flags]
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:

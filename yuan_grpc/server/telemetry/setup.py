@@ -17,8 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def enable(settings: Settings) -> Iterator["ServerMetrics | None"]:
-    """Measure calls and serve metrics in the block, as far as enabled.
+def enable(settings: Settings, service: str) -> Iterator["ServerMetrics | None"]:
+    """Measure and trace calls and serve metrics in the block, as far as enabled.
+
+    Args:
+        settings: the settings of the server.
+        service: the name of the gRPC service.
 
     Yields:
         The metrics of the server; None if they are not enabled.
@@ -26,19 +30,37 @@ def enable(settings: Settings) -> Iterator["ServerMetrics | None"]:
     Raises:
         OSError: the address of the metrics cannot be bound.
     """
-    port = settings.telemetry.metrics_port
-    if port is None:
-        yield None
-        return
+    with ExitStack() as stack:
+        if endpoint := settings.telemetry.otlp_traces_endpoint:
+            stack.enter_context(_trace_calls(endpoint, service))
+        port = settings.telemetry.metrics_port
+        yield None if port is None else stack.enter_context(_serve_metrics(settings.host, port))
+
+
+@contextmanager
+def _serve_metrics(host: str, port: int) -> Iterator["ServerMetrics"]:
     from yuan_grpc.server.telemetry.metrics_server import MetricsServer
 
-    with ExitStack() as stack:
-        server = MetricsServer(settings.host, port)
-        server.start()
-        stack.callback(server.close)
-        stack.enter_context(observe_calls(call_metrics()))
-        logger.info("metrics listening on port %d", server.port)
-        yield server_metrics()
+    server = MetricsServer(host, port)
+    server.start()
+    logger.info("metrics listening on port %d", server.port)
+    try:
+        with observe_calls(call_metrics()):
+            yield server_metrics()
+    finally:
+        server.close()
+
+
+@contextmanager
+def _trace_calls(endpoint: str, service: str) -> Iterator[None]:
+    from yuan_grpc.server.telemetry.tracing import CallTracer, create_provider
+
+    provider = create_provider(endpoint)
+    try:
+        with observe_calls(CallTracer(provider.get_tracer(service), service)):
+            yield
+    finally:
+        provider.shutdown()  # sends the last spans
 
 
 @cache
