@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,9 +30,11 @@ from yuan_grpc.server.settings.telemetry import TelemetrySettings
 from yuan_grpc.server.start_error import StartError
 from yuan_grpc.server.telemetry.call_metrics import MAX_CALLERS, CallMetrics
 from yuan_grpc.server.telemetry.metrics_server import MAX_CONNECTIONS, MetricsServer
+from yuan_grpc.server.telemetry.server_metrics import ServerMetrics
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
+REPOSITORY = Path(__file__).parents[2]
 Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -236,6 +239,20 @@ def test_silent_clients_do_not_keep_others_from_the_metrics() -> None:
         for connection in silent:
             connection.close()
         server.close()
+
+
+def test_the_documentation_has_each_metric_with_its_labels_and_the_dashboard_no_other() -> None:
+    registry = CollectorRegistry()
+    CallMetrics(registry)
+    ServerMetrics(registry)
+    text = (REPOSITORY / "docs/observability.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(yuan_grpc_[a-z_]+)` \| ([a-z, ]*)\|", text, re.MULTILINE)
+    documented = {name.removesuffix("_total"): labels.strip() for name, labels in rows}
+    collectors: set[Any] = set(registry._collector_to_names)
+    assert documented == {collector._name: ", ".join(collector._labelnames) for collector in collectors}
+    for file in ("grafana/dashboard.json", "prometheus/yuan-grpc.rules.yaml"):
+        used = set(re.findall(r"yuan_grpc_[a-z_]+", (REPOSITORY / "deploy" / file).read_text("utf-8")))
+        assert used <= {name + suffix for name in documented for suffix in ("", "_total", "_bucket")}
 
 
 _PROCESS = """
