@@ -18,7 +18,7 @@ import pytest
 from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from yuan_grpc.server.core.access_log import Outcome
@@ -223,6 +223,24 @@ def test_times_between_messages_are_counted_in_their_bucket(monkeypatch: pytest.
     assert [bucket(bound) for bound in ("0.002", "0.005", "0.5", "1.0", "+Inf")] == [0, 1, 2, 2, 2]
     total = registry.get_sample_value("yuan_grpc_inter_token_seconds_sum")
     assert total == pytest.approx(0.504)
+
+
+OPEN_METRICS = "application/openmetrics-text;version=1.0.0;escaping=underscores,text/plain;version=0.0.4;q=0.5"
+
+
+def test_names_have_their_colon_also_for_a_prometheus_that_prefers_open_metrics() -> None:
+    registry = CollectorRegistry()
+    Gauge("vllm:num_requests_waiting", "Waiting.", registry=registry).set(3)
+    server = MetricsServer("127.0.0.1", 0, registry)
+    server.start()
+    try:
+        with httpx.Client(trust_env=False, base_url=f"http://127.0.0.1:{server.port}") as client:
+            response = client.get("/metrics", headers={"accept": OPEN_METRICS})
+            assert client.get("/").status_code == 404
+    finally:
+        server.close()
+    assert parse(response.text) == {("vllm:num_requests_waiting", ()): 3}
+    assert response.headers["content-type"].startswith("text/plain")
 
 
 def test_silent_clients_do_not_keep_others_from_the_metrics() -> None:

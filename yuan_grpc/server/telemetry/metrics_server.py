@@ -3,11 +3,13 @@
 import os
 import socket
 import socketserver
+from collections.abc import Callable, Iterable
 from threading import BoundedSemaphore, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector
 
 MAX_CONNECTIONS = 8
@@ -50,7 +52,8 @@ class MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
         self.address_family = socket.getaddrinfo(host, port, flags=socket.AI_PASSIVE)[0][0]
         self._slots = BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__((host, port), _Handler)
-        self.set_app(make_wsgi_app(registry or source_registry()))
+        self._registry = registry or source_registry()
+        self.set_app(self._respond)
 
     @property
     def port(self) -> int:
@@ -65,6 +68,18 @@ class MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
         """Stop listening. The server must have been started."""
         self.shutdown()
         self.server_close()
+
+    def _respond(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Respond with the metrics as text, whatever the client accepts.
+
+        As OpenMetrics, which Prometheus prefers, prometheus_client 0.26 writes `vllm:` names with an underscore.
+        """
+        if environ["PATH_INFO"] != "/metrics":
+            start_response("404 Not Found", [("Content-Type", "text/plain"), ("Content-Length", "0")])
+            return []
+        body = generate_latest(self._registry)
+        start_response("200 OK", [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4), ("Content-Length", str(len(body)))])
+        return [body]
 
     def server_bind(self) -> None:
         """Bind the socket, without the look-up of the host's name that the base class makes."""
