@@ -828,7 +828,7 @@ async def test_every_call_is_logged_in_one_line(caplog: pytest.LogCaptureFixture
         async with serve_http_client(FakeEngine(last())) as client:
             await client.post(GENERATE, json={"prompt": "AB", "request_id": "good"})
             await client.post(COMPLETIONS, json={"prompt": "", "request_id": "bad"})
-    lines = [record.message.rpartition(" after ")[0] for record in caplog.records]
+    lines = [record.message.partition(" after ")[0] for record in caplog.records]
     assert lines == ["POST /generate 'good': OK", "POST /v1/completions 'bad': INVALID_ARGUMENT (prompt)"]
     assert [record.message.rpartition(", peer ")[2].split(":")[0] for record in caplog.records] == ["http", "http"]
     assert ", model fake, 2 tokens in, 1 out" in caplog.messages[0]

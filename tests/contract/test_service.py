@@ -130,7 +130,7 @@ async def test_every_call_is_logged_in_one_line(caplog: pytest.LogCaptureFixture
     lines = [line.split(" after")[0] for line in caplog.messages if line.startswith("Generate")]
     assert lines == ["Generate 'bad': INVALID_ARGUMENT (prompt)", "GenerateStream 'cancelled': CANCELLED"]
     assert all(", peer ipv4:127.0.0.1:" in line for line in caplog.messages if line.startswith("Generate"))
-    assert any(line.endswith(", model fake, 2 tokens in, 1 out") for line in caplog.messages)
+    assert any(", model fake, 2 tokens in, 1 out, first token after " in line for line in caplog.messages)
 
 
 async def test_a_lost_engine_is_unavailable() -> None:
@@ -293,7 +293,7 @@ async def test_a_write_to_a_disconnected_client_raises_cancelled_error() -> None
 
     context: Any = DisconnectedContext()
     with pytest.raises(asyncio.CancelledError):
-        await StreamWriter(context).write(pb.GenerateStreamResponse())
+        await StreamWriter(context, lambda: "").write(pb.GenerateStreamResponse())
 
 
 async def test_a_call_past_its_deadline_frees_its_engine_request() -> None:
@@ -309,8 +309,9 @@ async def test_health_lists_all_services(caplog: pytest.LogCaptureFixture) -> No
     proto: Any = health_pb2
     async with connect(FakeEngine()) as channel:
         response = await health_stub(channel).List(proto.HealthListRequest())
-    status = health_pb2.HealthCheckResponse.NOT_SERVING
-    assert {name: health.status for name, health in response.statuses.items()} == {"": status, NAME: status}
+    serving, status = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    probes = {"startup": status, "readiness": status, "liveness": serving}
+    assert {name: health.status for name, health in response.statuses.items()} == {"": status, NAME: status} | probes
     assert caplog.messages == []
 
 

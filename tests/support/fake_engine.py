@@ -48,6 +48,7 @@ class FakeEngine:
         may_start: `start` waits for it.
         died: set to make the engine die.
         running: number of running requests.
+        progress: number of outputs of all requests.
         began, freed: set when a request begins and when one has been freed.
     """
 
@@ -63,7 +64,7 @@ class FakeEngine:
         self.may_start = asyncio.Event()
         self.died = asyncio.Event()
         self.stopped = self.freed_before_stop = False
-        self.running = 0
+        self.running = self.progress = 0
         self.began = asyncio.Event()
         self.freed = asyncio.Event()
 
@@ -78,6 +79,10 @@ class FakeEngine:
     def stop(self) -> None:
         self.stopped = True
         self.freed_before_stop = self.freed.is_set()
+
+    @property
+    def is_busy(self) -> bool:
+        return self.running > 0
 
     async def tokenize(self, text: str) -> list[int]:
         return [ord(character) for character in text]
@@ -134,6 +139,7 @@ class FakeEngine:
             for output in self.script:
                 if isinstance(output, Exception):
                     raise output
+                self.progress += 1
                 yield output
             if self.hangs:
                 await (deadline or asyncio.Event()).wait()

@@ -148,7 +148,7 @@ _SEARCH_FIELDS = ("use_beam_search", "best_of", "length_penalty", "early_stoppin
 _ALLOWED_IN_BEAM_SEARCH = (
     *("n", "best_of", "length_penalty", "early_stopping", "max_tokens", "min_tokens", "ignore_eos", "stop"),
     *("stop_token_ids", "include_stop_str_in_output", "logprobs", "prompt_logprobs", "flat_logprobs", "echo", "model"),
-    *("seed", "partial_on_deadline", "heartbeat_interval", "return_prompt_token_ids", "cache_salt"),
+    *("seed", "partial_on_deadline", "heartbeat_interval", "return_prompt_token_ids", "return_timings", "cache_salt"),
 )
 
 _short_requests = st.builds(

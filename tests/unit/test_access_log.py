@@ -5,8 +5,9 @@ import logging
 import grpc
 import pytest
 
-from yuan_grpc.server.core import access_log
+from yuan_grpc.server.core import access_log, request_stats
 from yuan_grpc.server.core.access_log import log_call, log_error
+from yuan_grpc.server.core.request_stats import RequestStats
 from yuan_grpc.server.engine.types import ChoiceDelta, StepOutput
 from yuan_grpc.server.errors import InvalidRequestError, OverloadedError, Violation
 
@@ -36,14 +37,17 @@ async def test_refused_calls_are_summed_up(code: grpc.StatusCode, caplog: pytest
     ]
 
 
-def test_a_line_has_caller_model_tokens_and_times(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_has_caller_model_tokens_and_times(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_stats, "monotonic", lambda: 0.0)
+    stats = RequestStats()
     with caplog.at_level(logging.INFO), log_call("Generate") as outcome:
         outcome.code, outcome.subject, outcome.peer = grpc.StatusCode.OK, "id", "ipv4:192.0.2.1:5"
-        current = access_log.current_outcome()
-        current.begin("yuan", prompt_tokens=7)
-        current.observe(StepOutput())
-        current.observe(StepOutput([ChoiceDelta(0, "a", (1, 2))], queue_seconds=0.25, first_token_seconds=0.5))
-        current.observe(StepOutput([ChoiceDelta(0, "b", (3,))], queue_seconds=9, first_token_seconds=9))
+        access_log.current_outcome().begin(stats, "yuan", prompt_tokens=7)
+        stats.observe(StepOutput())
+        stats.observe(StepOutput([ChoiceDelta(0, "a", (1, 2))], queue_seconds=0.25, first_token_seconds=0.5))
+        stats.observe(StepOutput([ChoiceDelta(0, "b", (3,))], queue_seconds=9, first_token_seconds=9))
     (line,) = caplog.messages
     assert line.startswith("Generate 'id': OK after 0.")
     details = "peer ipv4:192.0.2.1:5, model yuan, 7 tokens in, 3 out, queued 0.250 s, first token after 0.500 s"
@@ -60,7 +64,7 @@ def test_a_refused_call_names_the_fields(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_outside_of_a_call_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    access_log.current_outcome().begin("yuan", prompt_tokens=1)
+    access_log.current_outcome().begin(RequestStats(), "yuan", prompt_tokens=1)
     assert caplog.messages == []
 
 

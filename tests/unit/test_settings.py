@@ -8,7 +8,9 @@ import pytest
 from yuan_grpc.server import settings
 from yuan_grpc.server.settings import DEMO, HttpSettings, Settings
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
+from yuan_grpc.server.settings.lifecycle import LifecycleSettings
 from yuan_grpc.server.settings.security import SecuritySettings
+from yuan_grpc.server.settings.telemetry import TelemetrySettings
 
 
 def read(*arguments: str, **environment: str) -> Settings:
@@ -161,3 +163,17 @@ def test_the_served_name_of_a_folder_is_its_last_path_component(tmp_path: Path) 
 def test_the_served_name_of_a_hub_model_is_its_id() -> None:
     flags = read("--model", "IEITYuan/Yuan2-2B-hf").vllm_flags
     assert flags[flags.index("--served-model-name") + 1] == "IEITYuan/Yuan2-2B-hf"
+
+
+def test_metrics_logs_and_lifecycle_are_settings() -> None:
+    assert read().telemetry == TelemetrySettings(metrics_port=None, log_format="text")
+    assert read("--metrics-port=9100", YUAN_GRPC_LOG_FORMAT="JSON").telemetry == TelemetrySettings(9100, "json")
+    assert read().lifecycle == LifecycleSettings(0, 60, None)
+    flags = ("--withdraw-seconds=5", "--stall-seconds=0", "--stall-exit-seconds=30")
+    assert read(*flags).lifecycle == LifecycleSettings(5, 0, 30)
+
+
+def test_an_invalid_log_format_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read("--log-format=xml")
+    assert "argument --log-format: must be text or json, not 'xml'" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from yuan_grpc.cli.common.suggestions import suggestion
 
 SUMMARIES = {
     "serve": "serve a model over gRPC",
+    "probe": "check the health of a server",
     "generate": "complete one prompt, or every prompt of a file",
     "chat": "chat with the model",
     "bench": "measure throughput and latency under load",

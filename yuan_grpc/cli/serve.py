@@ -11,8 +11,8 @@ from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.engine_help import add_help_option
 from yuan_grpc.cli.common.install import missing_package
 from yuan_grpc.cli.common.suggestions import suggestion
-from yuan_grpc.server import log_queue, settings, signals
-from yuan_grpc.server.engine.vllm import engine_log, env, openmp
+from yuan_grpc.server import log_format, log_queue, settings, signals
+from yuan_grpc.server.engine.vllm import env, openmp
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.start_error import StartError
 
@@ -60,8 +60,8 @@ def _run(options: argparse.Namespace) -> int:
     if machine.is_cpu_build():
         openmp.restart_with_library("serve")
     config = settings.read(options, options.engine_flags)
-    log_queue.install()
-    logging.basicConfig(level=config.log_level.upper(), format=engine_log.FORMAT)
+    signals.exit_on_stop_signals(config.telemetry.log_format)
+    log_queue.configure(config.log_level, config.telemetry.log_format)
     if config.log_level != "debug":
         logging.getLogger("vllm").setLevel(logging.WARNING)  # until vLLM has read `engine_log.json`
     os.umask(env.OWN_UMASK)
@@ -73,20 +73,22 @@ def _run(options: argparse.Namespace) -> int:
         cause = missing_package(error)
     except (OSError, ValueError) as error:
         cause = str(error)
-    print(f"yuan-grpc: cannot start: {cause}", file=sys.stderr)
+    line = log_format.format_line(config.telemetry.log_format, "ERROR", f"yuan-grpc: cannot start: {cause}")
+    print(line, end="", file=sys.stderr)
     return EXIT_FAILURE
 
 
 def _serve(config: Settings) -> int:
     from yuan_grpc import preflight
 
-    env.set_defaults(config.log_level)
+    env.set_defaults(config.log_level, config.telemetry.log_format)
     preflight.check(config)
     import uvloop
 
     from yuan_grpc.server import server
 
-    print(server.startup_banner(config), end="", file=sys.stderr, flush=True)
+    if config.telemetry.log_format == "text":
+        print(server.startup_banner(config), end="", file=sys.stderr, flush=True)
     logger.info("importing vLLM")
     from yuan_grpc.server.engine.vllm import warm_fork
 

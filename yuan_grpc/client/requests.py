@@ -69,6 +69,7 @@ class Parameters(TypedDict, total=False):
     partial_on_deadline: bool | None
     heartbeat_interval: float | None
     return_prompt_token_ids: bool | None
+    return_timings: bool | None
     # The fields of `structured_outputs`.
     json: str | Mapping[str, Any] | None
     json_object: bool | None

@@ -71,6 +71,25 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """The times of a request on the server, in seconds; None if unknown.
+
+    Attributes:
+        queue: time that it waited for the engine.
+        prefill: time from then to the first token.
+        first_token: time from the arrival of the request to its first token.
+        decode: time from the first token to the last.
+        total: time from the arrival of the request to its last token.
+    """
+
+    queue: float | None
+    prefill: float | None
+    first_token: float | None
+    decode: float | None
+    total: float | None
+
+
+@dataclass(frozen=True)
 class Completion:
     """The response to one request.
 
@@ -83,6 +102,7 @@ class Completion:
         prompt_token_ids: the prompt as the model received it, if requested.
         prompt_logprobs: one entry per prompt token, if requested.
         message: the protobuf message with all fields.
+        timings: the times of the request, if requested.
     """
 
     choices: tuple[Choice, ...]
@@ -93,6 +113,7 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[TokenLogprob, ...]
     message: pb.GenerateResponse = field(repr=False, compare=False)
+    timings: Timings | None = None
 
     @property
     def text(self) -> str:
@@ -241,7 +262,14 @@ def completion_from_proto(message: pb.GenerateResponse) -> Completion:
         prompt_token_ids=tuple(message.prompt_token_ids),
         prompt_logprobs=_logprobs(message.prompt_logprobs),
         message=message,
+        timings=_timings(message.timings) if message.HasField("timings") else None,
     )
+
+
+def _timings(message: pb.Timings) -> Timings:
+    names = [name for name in Timings.__dataclass_fields__ if message.HasField(name)]
+    seconds = {name: getattr(message, name).ToTimedelta().total_seconds() for name in names}
+    return Timings(**{name: seconds.get(name) for name in Timings.__dataclass_fields__})
 
 
 def tokens_from_proto(message: pb.TokenizeResponse) -> list[Token]:
@@ -298,6 +326,8 @@ class CompletionBuilder:
         response.request_id, response.model = message.request_id, message.model
         if message.HasField("usage"):
             response.usage.CopyFrom(message.usage)
+        if message.HasField("timings"):
+            response.timings.CopyFrom(message.timings)
         if message.HasField("seed"):
             response.seed = message.seed
         response.prompt_token_ids.extend(message.prompt_token_ids)

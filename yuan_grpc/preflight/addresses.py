@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from itertools import combinations
 
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.start_error import StartError
@@ -13,12 +14,14 @@ def check(settings: Settings) -> None:
     Raises:
         StartError: a port is taken or not allowed, or the host is not an address of this machine.
     """
-    ports = {"--port": settings.port, "--http-port": settings.http_port}
-    if settings.port and settings.port == settings.http_port:
-        raise StartError(f"--port and --http-port must differ, and both are {settings.port}")
-    for flag, port in ports.items():
-        if port is not None:
-            _check_port(settings, flag, port)
+    metrics_port = settings.telemetry.metrics_port
+    ports = {"--port": settings.port, "--http-port": settings.http_port, "--metrics-port": metrics_port}
+    for (flag, port), (other_flag, other_port) in combinations(ports.items(), 2):
+        if port and port == other_port:
+            raise StartError(f"{flag} and {other_flag} must differ, and both are {port}")
+    for flag, number in ports.items():
+        if number is not None:
+            _check_port(settings, flag, number)
 
 
 def _check_port(settings: Settings, flag: str, port: int) -> None:

@@ -166,12 +166,16 @@ def public_error(error: Exception) -> ServiceError:
     return error if isinstance(error, ServiceError) else ServiceError(INTERNAL_MESSAGE)
 
 
+def reason_name(error: Exception) -> str:
+    """Return the name of an error's reason, as in `ErrorInfo`."""
+    return pb.ErrorReason.Name(public_error(error).reason).removeprefix("ERROR_REASON_")
+
+
 def to_status(error: Exception) -> tuple[grpc.StatusCode, Status]:
     """Return the status code of an error, and the status with its details."""
     reported = public_error(error)
     status = Status(code=reported.code.value[0], message=str(reported))
-    reason = pb.ErrorReason.Name(reported.reason).removeprefix("ERROR_REASON_")
-    for detail in (ErrorInfo(reason=reason, domain=DOMAIN), *reported.details()):
+    for detail in (ErrorInfo(reason=reason_name(error), domain=DOMAIN), *reported.details()):
         status.details.add().Pack(detail)
     return reported.code, status
 

@@ -2,6 +2,7 @@
 
 import atexit
 import io
+import logging
 import os
 import select
 import stat
@@ -9,6 +10,8 @@ import sys
 from contextlib import suppress
 from queue import Full, Queue
 from threading import Thread
+
+from yuan_grpc.server.log_format import create_formatter, format_line
 
 MAX_TEXTS = 4096
 """Number of texts, usually lines, that wait to be written."""
@@ -24,9 +27,13 @@ class QueuedStream(io.TextIOBase):
 
     A pipe that nobody reads, or a full disk, does not block the process. When stderr can be written again, the number
     of dropped lines is written.
+
+    Args:
+        log_format: the format of that line, text or json.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_format: str = "text") -> None:
+        self._log_format = log_format
         self._texts: Queue[str | None] = Queue(MAX_TEXTS)
         self._dropped = 0
         self._thread = Thread(target=self._run, name="log", daemon=True)
@@ -57,7 +64,7 @@ class QueuedStream(io.TextIOBase):
     def _run(self) -> None:
         while (text := self._texts.get()) is not None:
             dropped, self._dropped = self._dropped, 0
-            notice = f"{dropped} log lines were dropped\n" if dropped else ""
+            notice = format_line(self._log_format, "WARNING", f"{dropped} log lines were dropped") if dropped else ""
             if not _write_all(text + notice):
                 self._dropped += dropped + text.count("\n")
 
@@ -77,11 +84,25 @@ def _write_all(text: str) -> bool:
     return True
 
 
-def install() -> None:
+def install(log_format: str = "text") -> None:
     """Replace `sys.stderr`, before libraries are imported that keep a reference to it."""
     _make_stderr_non_blocking()
-    sys.stderr = QueuedStream()
+    sys.stderr = QueuedStream(log_format)
     atexit.register(sys.stderr.drain)
+
+
+def configure(level: str, log_format: str) -> None:
+    """Send the log of this process to stderr without blocking.
+
+    Args:
+        level: the lowest level of the log, such as "info".
+        log_format: text or json.
+    """
+    install(log_format)
+    handler = logging.StreamHandler()
+    handler.setFormatter(create_formatter(log_format))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(log_format == "json")
 
 
 def drain() -> None:

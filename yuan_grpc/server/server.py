@@ -4,7 +4,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -27,12 +28,17 @@ from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.signals import stop_signals
 from yuan_grpc.server.start_error import StartError
+from yuan_grpc.server.telemetry import setup as telemetry
+from yuan_grpc.server.watchdog import Watchdog
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 if TYPE_CHECKING:
     from yuan_grpc.server.http import Listener
+    from yuan_grpc.server.telemetry.server_metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
+
+EXIT_FAILURE = 1
 
 FLUSH_SECONDS = 1
 """Time for the last responses to be sent, in seconds. gRPC does not report when they are."""
@@ -86,10 +92,12 @@ def startup_banner(settings: Settings) -> str:
     model = "embedded demo model with random weights; its output is noise" if settings.is_demo else settings.model
     http = "" if settings.http_port is None else f"\n  http     {_displayed_address(settings, settings.http_port)}"
     socket = f"\n           unix:{settings.grpc.unix_socket}" if settings.grpc.unix_socket else ""
+    metrics_port = settings.telemetry.metrics_port
+    metrics = "" if metrics_port is None else f"\n  metrics  {_displayed_address(settings, metrics_port)}"
     return f"""\
 yuan-grpc {__version__}
   model    {model}
-  grpc     {_displayed_address(settings, settings.port)}{socket}{http}
+  grpc     {_displayed_address(settings, settings.port)}{socket}{http}{metrics}
   try      {_example_command(settings)}
 """
 
@@ -121,43 +129,104 @@ async def serve(settings: Settings, engine: Engine, supervision: Supervision | N
     Raises:
         StartError: an address cannot be bound, or the engine cannot be started.
     """
-    health, generation_service = Health(NAME), GenerationService(engine)
+    with _enable_telemetry(settings, serves_port=supervision is None) as metrics:
+        health = Health(NAME, on_change=metrics.ready.set) if metrics else Health(NAME)
+        return await _serve(settings, engine, supervision, health, metrics)
+
+
+async def _serve(
+    settings: Settings,
+    engine: Engine,
+    supervision: Supervision | None,
+    health: Health,
+    metrics: "ServerMetrics | None",
+) -> int:
+    generation_service = GenerationService(engine)
     server, port, http = await _create_servers(settings, generation_service, health, supervision)
     if supervision:
         stop_requested, force_stop_requested = supervision.stop_requested, supervision.force_stop_requested
     else:
         stop_requested, force_stop_requested = handle_stop_signals()
-    log_progress = logger.debug if supervision else logger.info  # the supervisor logs it once for all
     await server.start()
-    log_progress("gRPC listening on port %d; health is NOT_SERVING until the engine is ready", port)
+    logger.info("gRPC listening on port %d; health is NOT_SERVING until the engine is ready", port)
     if http:
         http.start()
-        log_progress("HTTP listening on port %d", http.port)
+        logger.info("HTTP listening on port %d", http.port)
     if supervision:
         supervision.attach(generation_service.inflight)
     grpc_failure = asyncio.ensure_future(_wait_for_grpc_failure(server))
+    watchdog = _create_watchdog(settings, generation_service, engine, health, metrics)
+    status, was_alive = EXIT_FAILURE, True
     try:
-        return await _run_engine(engine, health, stop_requested, grpc_failure, log_progress)
+        status = await _run_engine(engine, health, stop_requested, grpc_failure, watchdog, metrics)
     finally:
         if grpc_failure.done():
             _exit_now(engine)
         grpc_failure.cancel()
-        if was_serving := engine.is_ready:
-            log_progress("stopping: running calls have %g seconds to finish", settings.grace_seconds)
+        is_clean_stop = engine.is_ready and status == 0
         await health.set_stopping()
+        if is_clean_stop:
+            await _withdraw(settings.lifecycle.withdraw_seconds, force_stop_requested)
+            logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
+        grace_seconds = settings.grace_seconds if is_clean_stop else 0
         engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
-        await _stop_servers(server, port, http, generation_service, settings, force_stop_requested)
-        await engine_stop
+        grace_seconds = settings.grace_seconds if is_clean_stop else 0
+        engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
+        await _stop_servers(server, port, http, generation_service, settings, grace_seconds, force_stop_requested)
+        was_alive = await engine_stop or not is_clean_stop
         access_log.flush()
-        if was_serving:
-            log_progress("stopped")
+        if is_clean_stop:
+            logger.info("stopped")
+    if not was_alive:
+        logger.error("the engine was lost while the last calls were running")
+    return status if was_alive else EXIT_FAILURE
 
 
-async def _stop_when_idle(engine: Engine, inflight: InflightRequests) -> None:
-    """Stop the engine once no call runs, while the last responses are being sent."""
+@contextmanager
+def _enable_telemetry(settings: Settings, *, serves_port: bool) -> Iterator["ServerMetrics | None"]:
+    """Enable the telemetry of the settings in the block.
+
+    Raises:
+        StartError: the address of the metrics cannot be bound.
+    """
+    with ExitStack() as stack:
+        try:
+            metrics = stack.enter_context(telemetry.enable(settings, NAME, serves_port=serves_port))
+        except OSError:
+            raise _address_error(settings, settings.telemetry.metrics_port or 0) from None
+        yield metrics
+
+
+def _create_watchdog(
+    settings: Settings, service: GenerationService, engine: Engine, health: Health, metrics: "ServerMetrics | None"
+) -> Watchdog:
+    async def on_stall() -> None:
+        service.is_stalled = True
+        if metrics:
+            metrics.stalls.inc()
+        await health.set_stalled()
+
+    async def on_recovery() -> None:
+        service.is_stalled = False
+        await health.set_serving()
+
+    return Watchdog(engine, settings.lifecycle, on_stall, on_recovery)
+
+
+async def _withdraw(seconds: float, force_stop_requested: asyncio.Event) -> None:
+    """Keep serving while load balancers learn that health is NOT_SERVING."""
+    if seconds:
+        logger.info("health is NOT_SERVING; new calls are served for %g seconds", seconds)
+        await wait_for_first(asyncio.sleep(seconds), force_stop_requested.wait())
+
+
+async def _stop_when_idle(engine: Engine, inflight: InflightRequests) -> bool:
+    """Stop the engine once no call runs, while the last responses are being sent; return whether it was alive."""
     inflight.stop_admitting()
     await inflight.wait_idle()
+    was_alive = engine.is_ready
     await asyncio.to_thread(engine.stop)
+    return was_alive
 
 
 async def _create_servers(
@@ -168,27 +237,30 @@ async def _create_servers(
     Raises:
         StartError: an address cannot be bound.
     """
-    http, address = None, settings.address_of(settings.http_port or 0)
+    http, port = None, settings.http_port or 0
     certificates, authenticator = _read_certificates(settings), Authenticator.from_settings(settings.security)
+    shares_port = supervision is not None
     try:
-        shares_port = supervision is not None
         http = _create_http_listener(settings, generation_service, certificates, authenticator, shares_port=shares_port)
-        address = settings.address
-        service = YuanService(generation_service)
-        server, port = await create_server(
-            service, health, address, settings.grpc, certificates, authenticator, shares_port=shares_port
+        port = settings.port
+        service, grpc_settings = YuanService(generation_service), settings.grpc
+        server, bound_port = await create_server(
+            service, health, settings.address, grpc_settings, certificates, authenticator, shares_port=shares_port
         )
         if supervision and supervision.own_address:
-            address = supervision.own_address
-            _add_port(server, address, certificates)
-        return server, port, http
+            _add_port(server, supervision.own_address, certificates)
+        return server, bound_port, http
     except (OSError, RuntimeError):
         if http:
             await http.close()
-        raise StartError(
-            f"cannot listen on {address}: the port is in use, or this machine does not have the address; "
-            "choose others with --host, --port and --http-port"
-        ) from None
+        raise _address_error(settings, port) from None
+
+
+def _address_error(settings: Settings, port: int) -> StartError:
+    return StartError(
+        f"cannot listen on {settings.address_of(port)}: the port is in use, or this machine does not have the address; "
+        "choose others with --host, --port, --http-port and --metrics-port"
+    )
 
 
 def _read_certificates(settings: Settings) -> Certificates | None:
@@ -230,6 +302,7 @@ async def _stop_servers(
     http: "Listener | None",
     generation_service: GenerationService,
     settings: Settings,
+    grace_seconds: float,
     force_stop_requested: asyncio.Event,
 ) -> None:
     """Refuse new calls, let the running ones finish, and close all connections.
@@ -240,7 +313,7 @@ async def _stop_servers(
     if http:
         http.start_draining()
     # Wait only for generation calls: health watches never end by themselves.
-    await wait_for_first(inflight.wait_idle(), asyncio.sleep(settings.grace_seconds), force_stop_requested.wait())
+    await wait_for_first(inflight.wait_idle(), asyncio.sleep(grace_seconds), force_stop_requested.wait())
     inflight.end_all()
     await wait_for_first(_wait_until_quiet(inflight), asyncio.sleep(LAME_DUCK_SECONDS), force_stop_requested.wait())
     sockets.shut_down(port, settings.grpc.unix_socket)
@@ -337,7 +410,8 @@ async def _run_engine(
     health: Health,
     stop_requested: asyncio.Event,
     grpc_failure: asyncio.Future[None],
-    log_progress: Callable[..., None],
+    watchdog: Watchdog,
+    metrics: "ServerMetrics | None",
 ) -> int:
     """Start the engine and wait for a stop signal or a failure; return the exit status.
 
@@ -354,14 +428,19 @@ async def _run_engine(
             logger.exception("the engine failed to start")
             raise StartError(f"{type(error).__name__}: {error}") from error
         await health.set_serving()
-        log_progress("ready after %.1f s", seconds_since_command())
+        logger.info("ready after %.1f s", seconds_since_command())
+        if metrics:
+            metrics.describe(__version__, engine.info.name)
+            metrics.start_seconds.set(seconds_since_command())
         engine_death = asyncio.ensure_future(engine.wait_until_dead())
-        if engine_death in await wait_for_first(engine_death, stop_requested.wait(), asyncio.shield(grpc_failure)):
-            logger.error("the engine was lost")
-            return 1
+        stall = asyncio.ensure_future(watchdog.run())
+        done = await wait_for_first(engine_death, stall, stop_requested.wait(), asyncio.shield(grpc_failure))
+        if engine_death in done or stall in done:
+            logger.error("the engine was lost" if engine_death in done else "the engine is stalled; the server exits")
+            return EXIT_FAILURE
     if grpc_failure.done():
         logger.error("the gRPC server stopped unexpectedly; its calls hang until the process exits")
-        return 1
+        return EXIT_FAILURE
     return 0
 
 

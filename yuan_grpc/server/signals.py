@@ -4,7 +4,10 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
+
+from yuan_grpc.server.log_format import format_line
 
 
 def stop_signals() -> Sequence[signal.Signals]:
@@ -13,14 +16,15 @@ def stop_signals() -> Sequence[signal.Signals]:
     return (signal.SIGTERM, signal.SIGINT) if ignores_hangup else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def exit_on_stop_signals() -> None:
+def exit_on_stop_signals(log_format: str = "text") -> None:
     """Let a stop signal end the process with status 0. The server, once it runs, replaces these handlers."""
     for number in stop_signals():
-        signal.signal(number, _exit)
+        signal.signal(number, partial(_exit, log_format))
 
 
-def _exit(number: int, frame: object) -> NoReturn:
-    # Only a system call: the signal may have interrupted any Python code, which may hold any lock.
+def _exit(log_format: str, number: int, frame: object) -> NoReturn:
+    # Takes no lock: the signal may have interrupted any Python code, which may hold any.
+    message = f"yuan-grpc: stopped by {signal.Signals(number).name} before the server has started"
     with suppress(OSError):
-        os.write(2, f"yuan-grpc: stopped by {signal.Signals(number).name} before the server has started\n".encode())
+        os.write(2, format_line(log_format, "INFO", message).encode())
     os._exit(0)

@@ -39,8 +39,10 @@ class YuanServiceStub(object):
     UNIMPLEMENTED, UNAVAILABLE when the server is unreachable or cuts a call during shutdown, and RESOURCE_EXHAUSTED
     without `RetryInfo` for a message over 4 MiB (a request, or a response to a client that has not raised its own
     limit). A status with `RetryInfo` also has a `grpc-retry-pushback-ms` trailer, between one and two times that delay,
-    for the built-in retries of gRPC. The trailer is -1 with RESOURCE_EXHAUSTED if a retry cannot succeed. The id of the
-    call, if it is known and ASCII, is in an `x-request-id` trailer.
+    for the built-in retries of gRPC. The trailer is -1 with RESOURCE_EXHAUSTED if a retry cannot succeed.
+
+    The id of the call, if it is known and ASCII, is in `x-request-id`: of the headers, and of the trailers of an error. A
+    request without `request_id` gets the id in the `x-request-id` metadata, if there is one.
 
     A call that is cancelled, aborted, past its deadline or disconnected frees its engine resources immediately.
     """
@@ -117,8 +119,10 @@ class YuanServiceServicer(object):
     UNIMPLEMENTED, UNAVAILABLE when the server is unreachable or cuts a call during shutdown, and RESOURCE_EXHAUSTED
     without `RetryInfo` for a message over 4 MiB (a request, or a response to a client that has not raised its own
     limit). A status with `RetryInfo` also has a `grpc-retry-pushback-ms` trailer, between one and two times that delay,
-    for the built-in retries of gRPC. The trailer is -1 with RESOURCE_EXHAUSTED if a retry cannot succeed. The id of the
-    call, if it is known and ASCII, is in an `x-request-id` trailer.
+    for the built-in retries of gRPC. The trailer is -1 with RESOURCE_EXHAUSTED if a retry cannot succeed.
+
+    The id of the call, if it is known and ASCII, is in `x-request-id`: of the headers, and of the trailers of an error. A
+    request without `request_id` gets the id in the `x-request-id` metadata, if there is one.
 
     A call that is cancelled, aborted, past its deadline or disconnected frees its engine resources immediately.
     """
@@ -336,8 +340,10 @@ class YuanService(object):
     UNIMPLEMENTED, UNAVAILABLE when the server is unreachable or cuts a call during shutdown, and RESOURCE_EXHAUSTED
     without `RetryInfo` for a message over 4 MiB (a request, or a response to a client that has not raised its own
     limit). A status with `RetryInfo` also has a `grpc-retry-pushback-ms` trailer, between one and two times that delay,
-    for the built-in retries of gRPC. The trailer is -1 with RESOURCE_EXHAUSTED if a retry cannot succeed. The id of the
-    call, if it is known and ASCII, is in an `x-request-id` trailer.
+    for the built-in retries of gRPC. The trailer is -1 with RESOURCE_EXHAUSTED if a retry cannot succeed.
+
+    The id of the call, if it is known and ASCII, is in `x-request-id`: of the headers, and of the trailers of an error. A
+    request without `request_id` gets the id in the `x-request-id` metadata, if there is one.
 
     A call that is cancelled, aborted, past its deadline or disconnected frees its engine resources immediately.
     """

@@ -37,25 +37,7 @@ _PROXY_URL = re.compile(r"http://[!-~]+:\d+/?")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the connection options to the parser."""
     group = parser.add_argument_group("connection")
-    group.add_argument(
-        "--address",
-        default=os.environ.get("YUAN_GRPC_ADDRESS") or ADDRESS,
-        metavar="HOST:PORT",
-        help=f"server address or gRPC target (env: YUAN_GRPC_ADDRESS; default: {ADDRESS})",
-    )
-    group.add_argument(
-        "--tls",
-        nargs="?",
-        const=True,
-        default=False,
-        type=_file,
-        metavar="CA",
-        help="use TLS; CA: certificate file (default: system CAs)",
-    )
-    group.add_argument("--tls-ca-file", dest="tls", type=_file, metavar="CA", help="the same as --tls CA")
-    group.add_argument(
-        "--identity", nargs=2, type=_file, metavar=("CERT", "KEY"), help="client certificate and key for mutual TLS"
-    )
+    add_channel_options(group, ADDRESS)
     group.add_argument("--token", help="bearer token (env: YUAN_GRPC_TOKEN, hidden from ps)")
     group.add_argument("--token-file", type=_file, metavar="FILE", help="file with the token, read for each call")
     group.add_argument(
@@ -72,6 +54,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_metadata,
         metavar="KEY=VALUE",
         help="metadata sent with each call; repeatable",
+    )
+
+
+def add_channel_options(parser: argparse._ActionsContainer, address: str) -> None:
+    """Add the options for the address, with a default, and for TLS."""
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("YUAN_GRPC_ADDRESS") or address,
+        metavar="HOST:PORT",
+        help=f"server address or gRPC target (env: YUAN_GRPC_ADDRESS; default: {address})",
+    )
+    parser.add_argument(
+        "--tls",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_file,
+        metavar="CA",
+        help="use TLS; CA: certificate file (default: system CAs)",
+    )
+    parser.add_argument("--tls-ca-file", dest="tls", type=_file, metavar="CA", help="the same as --tls CA")
+    parser.add_argument(
+        "--identity", nargs=2, type=_file, metavar=("CERT", "KEY"), help="client certificate and key for mutual TLS"
     )
 
 

@@ -131,7 +131,12 @@ class BeamSearch:
                         yield output
             self._cached_tokens = first.cached_tokens
             if (top := _top_tokens(first)) is not None:
-                yield await self._advance([top], first.prompt_logprobs)
+                yield replace(
+                    await self._advance([top], first.prompt_logprobs),
+                    queue_seconds=first.queue_seconds,
+                    prefill_seconds=first.prefill_seconds,
+                    first_token_seconds=first.first_token_seconds,
+                )
             while self._can_improve() and not self._is_past_deadline:
                 if tops := await self._top_tokens_per_beam():
                     yield await self._advance(tops)

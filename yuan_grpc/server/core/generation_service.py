@@ -1,7 +1,7 @@
 """Generation for gRPC and HTTP: parse, validate, plan and run a request, and build its response."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from uuid import uuid4
@@ -15,6 +15,7 @@ from yuan_grpc.server.core.heartbeat import with_heartbeats
 from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests, call_owner
 from yuan_grpc.server.core.limits import MAX_INLINE_CHARACTERS, BeamSlots, Slots
 from yuan_grpc.server.core.plan import RequestPlan, plan_request, run_plan
+from yuan_grpc.server.core.request_stats import RequestStats
 from yuan_grpc.server.core.response import ResponseBuilder
 from yuan_grpc.server.core.validation import prompt_size, validate_generate, validate_prompt_size
 from yuan_grpc.server.engine.protocol import Engine
@@ -22,10 +23,6 @@ from yuan_grpc.server.engine.types import INLINE_ENTRIES, StepOutput
 from yuan_grpc.server.errors import UnavailableError
 from yuan_grpc.server.security.identity import current_share
 from yuan_grpc.v1 import yuan_pb2 as pb
-
-TRACE_HEADERS = ("traceparent", "tracestate")
-"""Headers of the W3C trace context, which the engine's spans continue."""
-_NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,14 @@ class GenerationService:
 
     Attributes:
         inflight: the requests that are running.
+        is_stalled: whether the engine makes no progress, so that new requests are refused.
     """
 
     def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
         self._engine = engine
         self.inflight = InflightRequests()
         self._admission = admission or Admission()
+        self.is_stalled = False
         self._tokenizing = Slots(1)
         self._beam_slots = BeamSlots()
 
@@ -66,10 +65,12 @@ class GenerationService:
         """The engine, ready for requests.
 
         Raises:
-            UnavailableError: the engine is not ready.
+            UnavailableError: the engine is not ready, or makes no progress.
         """
         if not self._engine.is_ready:
             raise UnavailableError("the model is not being served: it is still loading, or the server is stopping")
+        if self.is_stalled:
+            raise UnavailableError("the engine makes no progress")
         return self._engine
 
     @property
@@ -86,7 +87,6 @@ class GenerationService:
         request: pb.GenerateRequest,
         remaining: float | None = None,
         connection: str | None = None,
-        trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> pb.GenerateResponse:
         """Return the response once all choices have finished. Cancellation frees the engine request.
 
@@ -94,13 +94,13 @@ class GenerationService:
             request: gets a `request_id` if it has none.
             remaining: seconds until the caller's deadline, used with `partial_on_deadline`; None without one.
             connection: the caller's connection, on which its request id is valid; None if it is valid nowhere.
-            trace_headers: those of `TRACE_HEADERS` that the caller sent.
         """
         with self._track(request, remaining, connection) as (ticket, deadline):
-            plan = await self._plan(request, trace_headers)
-            output = await _all_outputs(self._run(plan, ticket, stream=False, deadline=deadline), plan.n)
-            self._observe_pace(ticket)
-            builder = _response_builder(request, plan)
+            plan = await self._plan(request, stats := RequestStats())
+            outputs = self._run(plan, ticket, stats, stream=False, deadline=deadline)
+            output = await _all_outputs(outputs, plan.n, stats)
+            self._observe_pace(ticket, stats)
+            builder = _response_builder(request, plan, stats)
             if output.num_entries > INLINE_ENTRIES:
                 return await asyncio.to_thread(builder.build_response, output)
             return builder.build_response(output)
@@ -111,16 +111,16 @@ class GenerationService:
         request: pb.GenerateRequest,
         remaining: float | None = None,
         connection: str | None = None,
-        trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> AsyncGenerator[ResponseStream, None]:
         """Yield the response as a stream. Leaving the block frees the engine request; arguments as for `generate`."""
         with self._track(request, remaining, connection) as (ticket, deadline):
-            plan = await self._plan(request, trace_headers)
-            outputs = self._run(plan, ticket, stream=True, deadline=deadline)
-            messages = _messages(_response_builder(request, plan), with_heartbeats(outputs, plan.heartbeat_seconds))
+            plan = await self._plan(request, stats := RequestStats(stream=True))
+            outputs = self._run(plan, ticket, stats, stream=True, deadline=deadline)
+            outputs_and_heartbeats = with_heartbeats(outputs, plan.heartbeat_seconds)
+            messages = _messages(_response_builder(request, plan, stats), outputs_and_heartbeats, stats)
             async with aclosing(messages):
                 yield ResponseStream(plan.echo, messages)
-            self._observe_pace(ticket)
+            self._observe_pace(ticket, stats)
 
     @contextmanager
     def _track(
@@ -146,62 +146,65 @@ class GenerationService:
         ):
             yield ticket, deadline
 
-    async def _plan(self, request: pb.GenerateRequest, trace_headers: Mapping[str, str]) -> RequestPlan:
-        engine = self.engine
+    async def _plan(self, request: pb.GenerateRequest, stats: RequestStats) -> RequestPlan:
+        engine, outcome = self.engine, current_outcome()
         validate_prompt_size(request, engine.info)
         async with self.turn_to_tokenize(prompt_size(request)):
             parsed = await parse_request(request, engine)
         validate_generate(parsed, engine.info, engine.loras)
-        plan = plan_request(parsed, engine, trace_headers)
-        current_outcome().begin(plan.model, len(plan.engine_request.prompt))
+        plan = plan_request(parsed, engine, outcome.trace_headers)
+        outcome.begin(stats, plan.model, len(plan.engine_request.prompt))
         return plan
 
     def _run(
-        self, plan: RequestPlan, ticket: Ticket, *, stream: bool, deadline: asyncio.Event | None
+        self, plan: RequestPlan, ticket: Ticket, stats: RequestStats, *, stream: bool, deadline: asyncio.Event | None
     ) -> AsyncGenerator[StepOutput, None]:
         outputs = run_plan(plan, self._engine, self._beam_slots, stream=stream, deadline=deadline)
         if self._admission.try_start(ticket, limits_of(self._engine.info)):
             return outputs
-        return self._after_turn(ticket, outputs, deadline)
+        return self._after_turn(ticket, stats, outputs, deadline)
 
     async def _after_turn(
-        self, ticket: Ticket, outputs: AsyncGenerator[StepOutput, None], deadline: asyncio.Event | None
+        self,
+        ticket: Ticket,
+        stats: RequestStats,
+        outputs: AsyncGenerator[StepOutput, None],
+        deadline: asyncio.Event | None,
     ) -> AsyncGenerator[StepOutput, None]:
         """Yield the outputs of a request, which begins when it is its turn."""
         async with aclosing(outputs):
             await self._admission.wait_for_turn(ticket, deadline)
-            current_outcome().wait_seconds += ticket.waited
+            stats.turn_seconds = ticket.waited
             async for output in outputs:
                 yield output
 
-    def _observe_pace(self, ticket: Ticket) -> None:
+    def _observe_pace(self, ticket: Ticket, stats: RequestStats) -> None:
         if ticket.started is not None:
             seconds = asyncio.get_running_loop().time() - ticket.started
-            tokens = current_outcome().completion_tokens / ticket.engine_cost.sequences
+            tokens = stats.completion_tokens / ticket.engine_cost.sequences
             self._admission.pace.observe(tokens, seconds)
 
 
-def _response_builder(request: pb.GenerateRequest, plan: RequestPlan) -> ResponseBuilder:
+def _response_builder(request: pb.GenerateRequest, plan: RequestPlan, stats: RequestStats) -> ResponseBuilder:
     engine_request = plan.engine_request
-    return ResponseBuilder(request, plan.model, engine_request.prompt, plan.echo, engine_request.sampling.seed)
+    return ResponseBuilder(request, plan.model, engine_request.prompt, plan.echo, engine_request.sampling.seed, stats)
 
 
-async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int) -> StepOutput:
-    accumulator, outcome = OutputAccumulator(choices), current_outcome()
+async def _all_outputs(outputs: AsyncGenerator[StepOutput, None], choices: int, stats: RequestStats) -> StepOutput:
+    accumulator = OutputAccumulator(choices)
     async with aclosing(outputs):
         async for output in outputs:
-            outcome.observe(output)
+            stats.observe(output)
             accumulator.add(output)
     return accumulator.combined()
 
 
 async def _messages(
-    builder: ResponseBuilder, outputs: AsyncGenerator[StepOutput | None, None]
+    builder: ResponseBuilder, outputs: AsyncGenerator[StepOutput | None, None], stats: RequestStats
 ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-    outcome = current_outcome()
     async with aclosing(outputs):
         async for output in outputs:
             if output is not None:
-                outcome.observe(output)
+                stats.observe(output)
             for message in builder.heartbeat() if output is None else builder.build_stream_messages(output):
                 yield message

@@ -120,6 +120,10 @@ class InflightRequests:
         finally:
             del self._by_id[owner, request_id]
 
+    def is_running(self, request_id: str, owner: str) -> bool:
+        """Return whether a running call of the owner has this id."""
+        return (owner, request_id) in self._by_id
+
     async def abort(self, request_id: str, owner: str = ANY_CONNECTION, *, of_all: bool = False) -> None:
         """Cancel a call, and return when it has freed its resources.
 

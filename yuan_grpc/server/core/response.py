@@ -3,7 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from google.protobuf.duration_pb2 import Duration
+
 from yuan_grpc.request.fields import MAX_CHOICES
+from yuan_grpc.server.core.request_stats import RequestStats
 from yuan_grpc.server.engine.types import (
     INLINE_ENTRIES,
     ChoiceDelta,
@@ -39,10 +42,17 @@ class ResponseBuilder:
         prompt: the prompt's token ids.
         echo: text that each choice begins with.
         seed: the sampling seed; None for greedy decoding and beam search.
+        stats: the times of the request, if it returns them.
     """
 
     def __init__(
-        self, request: pb.GenerateRequest, model: str, prompt: Sequence[int], echo: str, seed: int | None
+        self,
+        request: pb.GenerateRequest,
+        model: str,
+        prompt: Sequence[int],
+        echo: str,
+        seed: int | None,
+        stats: RequestStats | None = None,
     ) -> None:
         self._request_id = request.request_id
         self._model = model
@@ -54,6 +64,7 @@ class ResponseBuilder:
         self._shows_cached_tokens = bool(request.cache_salt or current_identity().has_own_cache)
         self._echoed: set[int] = set()
         self._wants_prompt_logprobs = request.HasField("prompt_logprobs")
+        self._stats = stats if request.return_timings else None
         self._has_begun = False
 
     def build_response(self, output: StepOutput) -> pb.GenerateResponse:
@@ -65,6 +76,7 @@ class ResponseBuilder:
             usage=self._add_usage(output),
             seed=self._seed,
             prompt_token_ids=self._prompt_token_ids,
+            timings=_timings(self._stats),
         )
         self._add_prompt_logprobs(response, output.prompt_logprobs)
         return response
@@ -113,7 +125,7 @@ class ResponseBuilder:
             message = self._empty_message()
             message.choices.extend([self._choice(delta) for delta in deltas])
             if any(delta.finish_reason for delta in deltas):
-                message.usage.CopyFrom(usage)
+                message.MergeFrom(pb.GenerateStreamResponse(usage=usage, timings=_timings(self._stats)))
             if progress:
                 message.progress.CopyFrom(_progress(progress))
             yield message
@@ -233,6 +245,26 @@ def _split_delta(delta: ChoiceDelta) -> Iterator[ChoiceDelta]:
             logprobs=delta.logprobs[start:end],
         )
         yield part if end >= tokens else replace(part, cumulative_logprob=None, finish_reason=None, stop_reason=None)
+
+
+def _timings(stats: RequestStats | None) -> pb.Timings | None:
+    if stats is None:
+        return None
+    return pb.Timings(
+        queue=_duration(stats.queue_seconds),
+        prefill=_duration(stats.prefill_seconds),
+        first_token=_duration(stats.first_token_seconds),
+        decode=_duration(stats.decode_seconds),
+        total=_duration(stats.total_seconds),
+    )
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
 
 
 def _progress(progress: Progress) -> pb.Progress:

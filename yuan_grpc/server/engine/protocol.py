@@ -32,6 +32,14 @@ class Engine(Protocol):
     def is_ready(self) -> bool:
         """Whether the engine accepts requests now."""
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has requests that have not ended."""
+
+    @property
+    def progress(self) -> int:
+        """A number that changes whenever the engine has computed something, for any request."""
+
     async def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text."""
 

@@ -238,8 +238,10 @@ class StepOutput:
         prompt_logprobs: of the whole prompt, in one output, before any delta.
         progress: of a search.
         discarded_tokens: number of tokens generated for choices that are not returned.
-        queue_seconds: time that the request waited for the engine; None if unknown.
-        first_token_seconds: time from the request to its first token; None if unknown.
+        queue_seconds: time that the request waited for the engine, on the first output with tokens; None if unknown.
+        prefill_seconds: time from then to the first token, on the same output; None if unknown.
+        first_token_seconds: time from the engine's acceptance of the request to its first token, on the same output;
+            None if unknown.
     """
 
     deltas: Sequence[ChoiceDelta] = ()
@@ -248,6 +250,7 @@ class StepOutput:
     progress: Progress | None = None
     discarded_tokens: int = 0
     queue_seconds: float | None = None
+    prefill_seconds: float | None = None
     first_token_seconds: float | None = None
 
     @property

@@ -14,7 +14,7 @@ import uvloop
 
 from yuan_grpc.server import log_queue, server
 from yuan_grpc.server.core.inflight import InflightRequests
-from yuan_grpc.server.engine.vllm import engine_log, env
+from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.engine import Shared, VllmEngine
 from yuan_grpc.server.engine.vllm.lora import AdapterRequest
@@ -52,8 +52,9 @@ def run(task: FrontEndTask, connection: Connection) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    log_queue.install()
-    logging.basicConfig(level=task.settings.log_level.upper(), format=engine_log.FORMAT, force=True)
+    log_queue.configure(task.settings.log_level, task.settings.telemetry.log_format)
+    if task.settings.log_level != "debug":
+        logging.getLogger(server.__name__).setLevel(logging.WARNING)  # the supervisor logs its progress for all
     os.umask(env.OWN_UMASK)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(_serve(task, connection))

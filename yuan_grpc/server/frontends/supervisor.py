@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ from yuan_grpc.server.frontends.control import ControlChannel, Handler, PeerLost
 from yuan_grpc.server.frontends.ports import Ports
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.start_error import StartError
+from yuan_grpc.server.telemetry import setup as telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,9 @@ async def serve(settings: Settings, options: EngineOptions, count: int) -> int:
     Raises:
         StartError: an address cannot be bound, or the engine cannot be started.
     """
-    with Ports(settings, count) as ports:
+    with Ports(settings, count) as ports, ExitStack() as stack:
+        if (port := settings.telemetry.metrics_port) is not None:
+            stack.enter_context(telemetry.serve_metrics(settings.host, port))
         return await Supervisor(ports, options, count).run()
 
 
@@ -199,6 +203,7 @@ class Supervisor:
         self._loop.remove_reader(exited.process.sentinel)
         exited.process.join()
         exited.control.close()
+        telemetry.forget_process(exited.process.pid)
         exited.exited.set()
         if self._is_stopping:
             return

@@ -66,7 +66,7 @@ def _check_size(response: pb.GenerateResponse) -> None:
 
 
 async def _run_one(index: int, request: pb.GenerateRequest, generate: Generate) -> pb.GenerateBatchResponse:
-    with log_call("GenerateBatch") as outcome:
+    with log_call("GenerateBatch", method="GenerateBatch.request") as outcome:
         result = pb.GenerateBatchResponse(index=index)
         try:
             result.response.CopyFrom(await generate(request))

@@ -1,5 +1,6 @@
-"""The standard gRPC health service: SERVING from the end of the engine's warm-up until the server stops."""
+"""The standard gRPC health service: of the whole server, of its services, and of the three probes of Kubernetes."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -7,6 +8,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 NAME: str = health.SERVICE_NAME
 
+STARTUP, READINESS, LIVENESS = "startup", "readiness", "liveness"
+"""Names for probes: whether the engine has become ready once, accepts calls now, and is not stalled."""
+
+_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 _pb: Any = health_pb2  # its published stubs are older than `List`
 
@@ -23,25 +28,45 @@ class _Servicer(health.aio.HealthServicer):
 
 
 class Health:
-    """Health of the whole server (the empty name) and of each named service, always with the same status."""
+    """Health of the server. The empty name, `readiness` and the named services always have the same status.
 
-    def __init__(self, *services: str) -> None:
+    Args:
+        services: names of the services.
+        on_change: called with whether the server is ready, each time that it may have changed.
+    """
+
+    def __init__(self, *services: str, on_change: Callable[[bool], None] = lambda is_ready: None) -> None:
         self._servicer = _Servicer()
-        self._services = ("", *services)
+        self._ready_names = ("", *services, READINESS)
+        self._on_change = on_change
+        self._is_stopping = False
 
     async def attach(self, server: grpc.aio.Server) -> None:
-        """Register the service on a server that has not started yet, with the status NOT_SERVING."""
-        await self._set_all(health_pb2.HealthCheckResponse.NOT_SERVING)
+        """Register the service on a server that has not started yet. It is alive, but not ready."""
+        await self._set(_SERVING, [LIVENESS])
+        await self._set(_NOT_SERVING, [STARTUP])
+        await self._set_ready(False)
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def set_serving(self) -> None:
-        """Report SERVING: the engine has completed its warm-up."""
-        await self._set_all(health_pb2.HealthCheckResponse.SERVING)
+        """Report SERVING: the engine has completed its warm-up, or makes progress again."""
+        await self._set(_SERVING, [STARTUP, LIVENESS])
+        await self._set_ready(not self._is_stopping)
+
+    async def set_stalled(self) -> None:
+        """Report NOT_SERVING, also as liveness: the engine makes no progress."""
+        await self._set(_NOT_SERVING, [LIVENESS])
+        await self._set_ready(False)
 
     async def set_stopping(self) -> None:
-        """Report NOT_SERVING for good: the engine is lost, or the server is about to stop."""
-        await self._servicer.enter_graceful_shutdown()
+        """Report NOT_SERVING for good: the engine is lost, or the server is about to stop. Liveness does not change."""
+        self._is_stopping = True
+        await self._set_ready(False)
 
-    async def _set_all(self, status: int) -> None:
-        for service in self._services:
-            await self._servicer.set(service, status)
+    async def _set_ready(self, is_ready: bool) -> None:
+        await self._set(_SERVING if is_ready else _NOT_SERVING, self._ready_names)
+        self._on_change(is_ready)
+
+    async def _set(self, status: int, names: Sequence[str]) -> None:
+        for name in names:
+            await self._servicer.set(name, status)

@@ -7,9 +7,9 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from yuan_grpc.server.core.access_log import log_call, log_error
-from yuan_grpc.server.core.limits import MAX_REQUEST_ID
+from yuan_grpc.server.core.access_log import TRACE_HEADERS, log_call, log_error
 from yuan_grpc.server.errors import InvalidRequestError, ServiceError, Violation, to_status, to_trailers
+from yuan_grpc.server.grpc import request_id
 from yuan_grpc.server.grpc.callers import identify, required_scope
 from yuan_grpc.server.security.authentication import OPEN, Authenticator
 from yuan_grpc.server.security.identity import Identity, Scope, calling_as
@@ -55,13 +55,13 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_stream:
             stream = self._wrap(handler.unary_stream, _parse_one(deserialize), name)
             return grpc.unary_stream_rpc_method_handler(stream, response_serializer=serialize)
-        unary = self._wrap(handler.unary_unary, _parse_one(deserialize), name)
+        unary = self._wrap(_with_headers(handler.unary_unary), _parse_one(deserialize), name)
         return grpc.unary_unary_rpc_method_handler(unary, response_serializer=serialize)
 
     def _wrap(self, handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
         async def wrapped(raw: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-            with log_call(name) as outcome:
-                request = None
+            with log_call(name, _trace_headers(context)) as outcome:
+                request, outcome.peer = None, context.peer()
                 try:
                     with calling_as(self._identify(context, name), context.peer()) as identity:
                         outcome.caller = identity.name
@@ -69,16 +69,19 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                         response = await handler(request, context)
                     outcome.code = grpc.StatusCode.OK
                     return response
-                except asyncio.CancelledError:
-                    raise  # the client has cancelled or disconnected and receives no status
+                except asyncio.CancelledError:  # the client receives no status
+                    if context.time_remaining() == 0:
+                        outcome.code = grpc.StatusCode.DEADLINE_EXCEEDED
+                    raise
                 except Exception as error:
                     code, status = to_status(error)
                     outcome.set_error(error, code)
-                    log_error(error, outcome.code, _subject(request))
-                    trailers = (*to_trailers(error, status), *_request_id_trailer(request))
+                    log_error(error, outcome.code, _subject(request, context))
+                    id_trailer = request_id.to_metadata(_id_of(request, context))
+                    trailers = (*to_trailers(error, status), *id_trailer)
                     await context.abort(outcome.code, status.message, trailers)
                 finally:
-                    outcome.subject, outcome.peer = _subject(request), context.peer()
+                    outcome.subject = _subject(request, context)
 
         return wrapped
 
@@ -108,16 +111,29 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-def _subject(request: Any) -> str:
-    name: str = getattr(request, "request_id", "") or getattr(request, "name", "")
-    return name
+def _with_headers(handler: Any) -> Method:
+    """Send the request id before the response."""
+
+    async def respond(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        response = await handler(request, context)
+        await request_id.send_headers(context, _id_of(request, context))
+        return response
+
+    return respond
 
 
-def _request_id_trailer(request: Any) -> tuple[tuple[str, str], ...]:
-    """Return the trailer with the request id, by which the caller finds the call in the log; none if it has no id."""
-    request_id: str = getattr(request, "request_id", "")
-    can_be_header = request_id.isascii() and request_id.isprintable() and len(request_id) <= MAX_REQUEST_ID
-    return (("x-request-id", request_id),) if request_id and can_be_header else ()
+def _trace_headers(context: "grpc.aio.ServicerContext[Any, Any]") -> dict[str, str]:
+    return {key: str(value) for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}
+
+
+def _id_of(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    """Return the request id, by which the caller finds the call in the log; that of the metadata if it has none."""
+    own: str = getattr(request, "request_id", "")
+    return own or request_id.from_metadata(context)
+
+
+def _subject(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    return getattr(request, "name", "") or _id_of(request, context)
 
 
 def _parse_one(deserialize: Deserializer) -> Callable[[bytes], Any]:

@@ -7,9 +7,10 @@ import grpc
 
 from yuan_grpc import __version__
 from yuan_grpc.server.core import response, tokenization, validation
-from yuan_grpc.server.core.generation_service import TRACE_HEADERS, GenerationService
+from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.inflight import call_owner
 from yuan_grpc.server.core.queue_feeder import QueueFeeder
+from yuan_grpc.server.grpc import request_id
 from yuan_grpc.server.grpc.batch import run_batch
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
 from yuan_grpc.server.security.identity import current_identity
@@ -32,17 +33,17 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Return one response when all choices are finished."""
-        return await self._service.generate(request, context.time_remaining(), context.peer(), _trace_headers(context))
+        connection = request_id.adopt(request, context, self._service.inflight)
+        return await self._service.generate(request, context.time_remaining(), connection)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Write the response incrementally.
 
         Messages are written, not yielded, so that a cancelled write raises in this method and frees the request.
         """
-        writer = StreamWriter(context)
-        async with self._service.stream(
-            request, context.time_remaining(), context.peer(), _trace_headers(context)
-        ) as messages:
+        connection = request_id.adopt(request, context, self._service.inflight)
+        writer = StreamWriter(context, lambda: request.request_id)
+        async with self._service.stream(request, context.time_remaining(), connection) as messages:
             async for message in messages:
                 await writer.write(message)
 
@@ -50,12 +51,12 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Write the result of each request of the batch when it is finished."""
 
         async def generate(request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._service.generate(request, context.time_remaining(), context.peer(), trace_headers)
+            return await self._service.generate(request, context.time_remaining(), context.peer())
 
-        trace_headers = _trace_headers(context)
         with self._service.inflight.track_unnamed():
             feeder = QueueFeeder(self._service.queue_limit)
-            await run_batch(items, generate, StreamWriter(context).write, feeder)
+            writer = StreamWriter(context, lambda: request_id.from_metadata(context))
+            await run_batch(items, generate, writer.write, feeder)
 
     async def Abort(self, request: pb.AbortRequest, context: "Context") -> pb.AbortResponse:
         """End a running call of the same caller, or of any for an administrator, by its request id."""
@@ -92,7 +93,3 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Unload an adapter by name."""
         await self._service.engine.unload_lora(request.name)
         return pb.UnloadLoraResponse()
-
-
-def _trace_headers(context: "Context") -> dict[str, str]:
-    return {key: str(value) for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}

@@ -54,7 +54,8 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = HttpCall(self._state, scope, receive, send)
-        with log_call(self._name) as outcome:
+        with log_call(self._name, call.trace_headers) as outcome:
+            outcome.peer = peer_of(scope)
             try:
                 if self._state.stopping:
                     raise StoppingError
@@ -68,7 +69,7 @@ class _Endpoint:
                 log_error(error, outcome.code, call.request_id)
                 await call.send_error(error)
             finally:
-                outcome.subject, outcome.peer = call.request_id, peer_of(scope)
+                outcome.subject = call.request_id
 
 
 def create_app(

@@ -13,7 +13,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from yuan_grpc.server.core.generation_service import TRACE_HEADERS, GenerationService, ResponseStream
+from yuan_grpc.server.core.access_log import TRACE_HEADERS
+from yuan_grpc.server.core.generation_service import GenerationService, ResponseStream
 from yuan_grpc.server.core.inflight import ANY_CONNECTION
 from yuan_grpc.server.core.limits import MAX_REQUEST_ID
 from yuan_grpc.server.errors import OverloadedError
@@ -159,12 +160,12 @@ class HttpCall:
     async def generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
         """Return the response to a request of this call."""
         service = self.state.service
-        return await service.generate(request, connection=self.connection, trace_headers=self.trace_headers)
+        return await service.generate(request, connection=self.connection)
 
     def stream(self, request: pb.GenerateRequest) -> AbstractAsyncContextManager[ResponseStream]:
         """Return the streamed response to a request of this call."""
         service = self.state.service
-        return service.stream(request, connection=self.connection, trace_headers=self.trace_headers)
+        return service.stream(request, connection=self.connection)
 
     async def _read_body(self) -> bytes:
         length = self._header_fields.get("content-length", "")

@@ -7,11 +7,13 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-from yuan_grpc.server.settings import grpc_port, security
+from yuan_grpc.server.settings import grpc_port, lifecycle, security, telemetry
 from yuan_grpc.server.settings import parsers as parse
 from yuan_grpc.server.settings.environment import add_option
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
+from yuan_grpc.server.settings.lifecycle import LifecycleSettings
 from yuan_grpc.server.settings.security import SecuritySettings
+from yuan_grpc.server.settings.telemetry import TelemetrySettings
 
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
@@ -68,6 +70,8 @@ class Settings:
         http: settings of the HTTP port.
         grpc: settings of the gRPC port.
         security: settings of who may connect and call.
+        telemetry: settings of metrics and logs.
+        lifecycle: settings of a stop and of the stall watchdog.
     """
 
     model: str
@@ -83,6 +87,8 @@ class Settings:
     log_level: str = "info"
     frontends: int | None = None
     frontend_ports: int | None = None
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
 
     @property
     def address(self) -> str:
@@ -106,7 +112,8 @@ class Settings:
         """
         name = DEMO_NAME if self.is_demo else Path(self.model).name if Path(self.model).is_dir() else self.model
         defaults = DEMO_FLAGS if self.is_demo else ()
-        return ["--model", self.model, "--served-model-name", name, *defaults, *self.engine_flags]
+        flags = [*defaults, *self.telemetry.vllm_flags, *self.engine_flags]
+        return ["--model", self.model, "--served-model-name", name, *flags]
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
@@ -123,16 +130,10 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--host", "127.0.0.1", parse.non_empty, "HOST", "0.0.0.0 for all (default: 127.0.0.1)")
     add("--port", "50051", parse.port, "PORT", "gRPC port, 0 for any (default: 50051)")
     add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: none)")
-    add("--grace-seconds", "30", parse.seconds, "S", "for calls to finish at SIGTERM (default: 30)")
-    add(
-        "--log-level",
-        "info",
-        parse.log_level,
-        "LEVEL",
-        "debug, info, warning, error (default: info)",
-    )
     add("--frontends", "", parse.optional_count, "N", "processes for calls (default: CPUs / 4 on GPUs)")
     add("--frontend-ports", "", parse.optional_port, "PORT", "first of N gRPC ports, one for each process")
+    lifecycle.add_options(parser, environment)
+    telemetry.add_options(parser, environment)
     security.add_options(parser, environment)
     grpc_port.add_options(parser, environment)
     _add_http_options(partial(add_option, parser.add_argument_group("limits of the HTTP port"), environment))
@@ -199,4 +200,6 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
         log_level=options.log_level,
         frontends=options.frontends,
         frontend_ports=options.frontend_ports,
+        telemetry=telemetry.read(options),
+        lifecycle=lifecycle.read(options),
     )

@@ -43,8 +43,14 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--max-request-bytes", "4M", parse.byte_size, "SIZE", "size of a request or body (default: 4M)")
     add("--max-response-bytes", "64M", parse.byte_size, "SIZE", "size of a response (default: 64M)")
     add("--max-concurrent-streams", "8192", parse.count, "N", "calls of a connection (default: 8192)")
-    add("--max-connection-age", "", parse.optional_seconds, "S", "until clients reconnect (default: no limit)")
-    add("--max-connection-age-grace", "", parse.optional_seconds, "S", "for its calls to finish (default: no limit)")
+    add("--max-connection-age", "", parse.optional_positive_seconds, "S", "until clients reconnect (default: no limit)")
+    add(
+        "--max-connection-age-grace",
+        "",
+        parse.optional_positive_seconds,
+        "S",
+        "for its calls to finish (default: no limit)",
+    )
 
 
 def read(options: argparse.Namespace) -> GrpcSettings:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 
 
 def non_empty(text: str) -> str:
@@ -26,6 +27,13 @@ def log_level(text: str) -> str:
     if (level := text.lower()) in LOG_LEVELS:
         return level
     raise argparse.ArgumentTypeError(f"must be {', '.join(LOG_LEVELS[:-1])} or {LOG_LEVELS[-1]}, not {text!r}")
+
+
+def log_format(text: str) -> str:
+    """Return a log format in lower case."""
+    if (name := text.lower()) in LOG_FORMATS:
+        return name
+    raise argparse.ArgumentTypeError(f"must be {' or '.join(LOG_FORMATS)}, not {text!r}")
 
 
 def optional_folder(text: str) -> Path | None:
@@ -77,6 +85,11 @@ def positive_seconds(text: str) -> float:
 
 
 def optional_seconds(text: str) -> float | None:
+    """Return a number of seconds, 0 or more, or None for an empty text."""
+    return seconds(text) if text else None
+
+
+def optional_positive_seconds(text: str) -> float | None:
     """Return a number of seconds above 0, or None for an empty text."""
     return positive_seconds(text) if text else None
 

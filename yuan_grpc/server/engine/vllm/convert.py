@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
@@ -11,6 +12,7 @@ from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, S
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.metrics.stats import RequestStateStats
 
 from yuan_grpc.server.engine.types import (
     CONTEXT_TOKENS,
@@ -160,6 +162,7 @@ class OutputConverter:
         self._deadline = deadline
         self._allowed = frozenset(request.sampling.allowed_token_ids)
         self._needs_prompt_logprobs = request.sampling.prompt_logprobs is not None
+        self._needs_times = True
 
     def step(self, output: RequestOutput) -> StepOutput:
         """Return an output in plain values. The first one has the prompt's log-probabilities.
@@ -172,14 +175,15 @@ class OutputConverter:
         if self._needs_prompt_logprobs and output.prompt_logprobs:
             self._needs_prompt_logprobs = False
             prompt_logprobs = self._prompt_logprobs(output.prompt_logprobs)
-        times = output.metrics  # None with --disable-log-stats
-        return StepOutput(
+        step = StepOutput(
             [self._delta(completion) for completion in output.outputs],
             cached_tokens=output.num_cached_tokens or 0,
             prompt_logprobs=prompt_logprobs,
-            queue_seconds=max(0.0, times.scheduled_ts - times.queued_ts) if times else None,
-            first_token_seconds=times.first_token_latency if times else None,
         )
+        if self._needs_times and step.deltas and output.metrics:  # no metrics with --disable-log-stats
+            self._needs_times = False
+            return _with_times(step, output.metrics)
+        return step
 
     def _delta(self, completion: CompletionOutput) -> ChoiceDelta:
         finish_reason = self._finish_reason(completion.finish_reason)
@@ -220,6 +224,16 @@ class OutputConverter:
         text = self._tokenizer.convert_tokens_to_string(self._tokenizer.convert_ids_to_tokens([first]))
         others = _token_logprobs(logprobs[1:], self._request.sampling.prompt_logprobs or 0, ())
         return [TokenLogprobs(RankedToken(first, text, 0.0, 0), ()), *others]
+
+
+def _with_times(step: StepOutput, times: RequestStateStats) -> StepOutput:
+    """Return the first output of a request with the times of its first token."""
+    return replace(
+        step,
+        queue_seconds=max(0.0, times.scheduled_ts - times.queued_ts),
+        prefill_seconds=max(0.0, times.first_token_ts - times.scheduled_ts),
+        first_token_seconds=times.first_token_latency,
+    )
 
 
 def _token_logprobs(logprobs: FlatLogprobs | None, top: int, requested: Sequence[int]) -> Iterator[TokenLogprobs]:

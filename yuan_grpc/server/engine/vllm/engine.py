@@ -26,6 +26,7 @@ from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.constraints.compiler import ConstraintCompiler
 from yuan_grpc.server.engine.vllm.launch import Launch
 from yuan_grpc.server.engine.vllm.lora import LoraRegistry, create_registry
+from yuan_grpc.server.engine.vllm.processes import ProcessTree
 from yuan_grpc.server.engine.vllm.shared_engine import ClientLink
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
 
@@ -70,7 +71,9 @@ class VllmEngine:
         self._launch = Launch()
         self._started: AsyncLLM | None = None
         self._info: ModelInfo | None = None
+        self._processes: ProcessTree | None = None
         self._is_warm = False
+        self._progress = 0
 
     async def start(self) -> None:
         """Load the model and run warm-up requests, so that no caller's request is the first.
@@ -79,7 +82,11 @@ class VllmEngine:
             StartError: the engine could not be started.
         """
         with self._launch.failures_described():
-            self._started = await self._launch.run(self._connect)
+            self._started = llm = await self._launch.run(self._connect)
+            core: Any = llm.engine_core
+            self._count_outputs(core)
+            manager = core.resources.engine_manager  # None if another process has started the engine
+            self._processes = ProcessTree(process.pid for process in getattr(manager, "processes", ()))
             await self._warm_up()
         # The objects that importing vLLM creates are permanent. Scanning them blocked every stream for 0.28 s.
         gc.collect()
@@ -90,6 +97,17 @@ class VllmEngine:
 
     def _connect(self, folder: str) -> AsyncLLM:
         return self._shared.link.connect(self._options) if self._shared else self._options.start(folder)
+
+    def _count_outputs(self, core: Any) -> None:
+        """Count what the engine returns: each step at least its statistics, also while it computes a long prompt."""
+        get_output = core.get_output_async
+
+        async def get_and_count() -> Any:
+            outputs = await get_output()
+            self._progress += 1
+            return outputs
+
+        core.get_output_async = get_and_count
 
     async def _warm_up(self) -> None:
         for sampling in (Sampling(max_tokens=2, temperature=0, logprobs=1), Sampling(max_tokens=2, top_p=0.9, seed=0)):
@@ -118,7 +136,11 @@ class VllmEngine:
         if self._started is not None:
             if handler := self._started.output_handler:
                 cancel_task_threadsafe(handler)  # otherwise it reports the end of the engine as an error
+            if self._processes:
+                self._processes.resume()
             self._started.shutdown(timeout=TERMINATION_SECONDS)
+            if self._processes:
+                self._processes.kill()
             self._started = None
         else:
             self._launch.kill()
@@ -140,6 +162,16 @@ class VllmEngine:
     def is_ready(self) -> bool:
         """Whether the engine has completed its warm-up and is alive."""
         return self._is_warm and not self._llm.errored
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has requests that have not ended."""
+        return self._started is not None and self._started.output_processor.has_unfinished_requests()
+
+    @property
+    def progress(self) -> int:
+        """Number of the engine's outputs so far."""
+        return self._progress
 
     async def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens added."""

@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-FORMAT = "%(asctime)s %(levelname)s %(message)s"
-"""Format of a line in the server's log."""
+from yuan_grpc.server.log_format import create_formatter
 
 CONFIG_FILE = str(Path(__file__).with_suffix(".json"))
 
 LEVEL_VARIABLE = "YUAN_GRPC_LOG_LEVEL"
+FORMAT_VARIABLE = "YUAN_GRPC_LOG_FORMAT"
 FAILURES_VARIABLE = "YUAN_GRPC_ENGINE_FAILURES"
 """Names the file that the engine's processes write failures to. It exists while they start."""
 
@@ -80,7 +80,7 @@ class EngineLogHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(create_formatter(os.environ.get(FORMAT_VARIABLE, "text")))
         self._level = os.environ.get(LEVEL_VARIABLE, "warning").upper()
         self._shows_all = self._level == "DEBUG" or "VLLM_LOGGING_LEVEL" in os.environ
         self._last_progress = ""

@@ -54,17 +54,19 @@ class UnsafeFolderError(OSError):
     """A folder that another user could have written to."""
 
 
-def set_defaults(log_level: str | None = None) -> None:
+def set_defaults(log_level: str | None = None, log_format: str = "text") -> None:
     """Set the variables of `DEFAULTS` and `CACHE_FOLDERS` that are not set, and create the folders.
 
     Must be called before vLLM is imported.
 
     Args:
         log_level: the level of the server's log; None for that in the environment, if it has one.
+        log_format: the format of the server's log, text or json.
 
     Raises:
         UnsafeFolderError: another user could have written to a folder.
     """
+    os.environ[engine_log.FORMAT_VARIABLE] = log_format
     if log_level:
         os.environ[engine_log.LEVEL_VARIABLE] = log_level
         os.environ.setdefault("TQDM_DISABLE", "1")  # `engine_log` reports progress

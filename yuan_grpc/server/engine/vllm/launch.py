@@ -5,11 +5,11 @@ import multiprocessing
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TypeVar
 
-from yuan_grpc.server.engine.vllm import engine_log, env, failure
+from yuan_grpc.server.engine.vllm import engine_log, failure
+from yuan_grpc.server.engine.vllm.folders import TemporaryFolder
 from yuan_grpc.server.start_error import StartError
 
 POLL_SECONDS = 0.1
@@ -21,7 +21,7 @@ class Launch:
     """One start of an engine: its private folder, its thread, and the cause of its failure."""
 
     def __init__(self) -> None:
-        self._folder: TemporaryDirectory[str] | None = None
+        self._folder: TemporaryFolder | None = None
         self._thread: Thread | None = None
 
     @contextmanager
@@ -31,7 +31,7 @@ class Launch:
         Raises:
             StartError: the engine could not be started.
         """
-        self._folder = TemporaryDirectory(prefix=env.PREFIX, dir=env.socket_parent(), ignore_cleanup_errors=True)
+        self._folder = TemporaryFolder()
         with engine_log.failure_file(self._folder.name) as failures:
             try:
                 yield
@@ -64,6 +64,7 @@ class Launch:
         """Remove the private folder."""
         if self._folder is not None:
             self._folder.cleanup()
+            self._folder = None
 
 
 def _in_daemon_thread(call: Callable[[], Result]) -> tuple[Thread, asyncio.Future[Result]]:

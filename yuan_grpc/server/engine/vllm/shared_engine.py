@@ -27,6 +27,7 @@ from vllm.v1.executor import Executor
 from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.launch import Launch
+from yuan_grpc.server.engine.vllm.processes import ProcessTree
 
 TERMINATION_SECONDS = 10
 
@@ -88,6 +89,7 @@ class SharedEngine:
         self._launch = Launch()
         self._listeners: EngineZmqListeners | None = None
         self._client: AsyncMPClient | None = None
+        self._processes = ProcessTree(())
 
     async def start(self, start_clients: Callable[[Sequence[ClientLink]], Sequence[BaseProcess]]) -> None:
         """Start the engine, and return when it has loaded the model.
@@ -121,6 +123,7 @@ class SharedEngine:
             )
         client.resources.engine_manager, client.resources.coordinator = launch.engine_manager, launch.coordinator
         client.start_engine_core_monitor()
+        self._processes = ProcessTree(process.pid for process in getattr(launch.engine_manager, "processes", ()))
         return client
 
     def _link(self, index: int, inputs: ZmqListener, outputs: ZmqListener, launch: CoreEngineLaunch) -> ClientLink:
@@ -167,7 +170,9 @@ class SharedEngine:
         if self._client is None:
             self._launch.kill()
         else:
+            self._processes.resume()
             self._client.shutdown(timeout=TERMINATION_SECONDS)
+            self._processes.kill()
         if self._listeners:
             self._listeners.cleanup()
         self._launch.clean_up()

@@ -41,7 +41,7 @@ _RESPONSE_FORMAT_NAMES = {
 }
 """The client's names of the constraint, if it is given as `response_format`."""
 
-_NOT_EXPOSED = ("prompt_token_ids", "flat_logprobs", "return_prompt_token_ids")
+_NOT_EXPOSED = ("prompt_token_ids", "flat_logprobs", "return_prompt_token_ids", "return_timings")
 """Fields of `GenerateRequest` that have another name in OpenAI's API, or no counterpart in its responses."""
 
 
