@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from yuan_grpc.server.core.convert import is_prompt_only, num_parallel
+from yuan_grpc.server.core.limits import MAX_MESSAGES
 from yuan_grpc.server.core.pace import Pace
 from yuan_grpc.server.core.validation import prompt_size
 from yuan_grpc.server.engine.types import ModelInfo, Sampling
@@ -89,10 +90,15 @@ def limits_of(info: ModelInfo) -> Limits:
 def request_cost(request: pb.GenerateRequest, info: ModelInfo) -> Cost:
     """Return the cost of a request whose prompt is not tokenized yet, with its choices and beams multiplied in."""
     sequences = max(1, num_parallel(request))
-    prompt = len(request.prompt_token_ids.ids) or prompt_size(request) // CHARACTERS_PER_TOKEN
+    prompt = len(request.prompt_token_ids.ids) or _characters(request, info) // CHARACTERS_PER_TOKEN
     max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
     tokens = min(prompt, info.max_model_len) + min(max(0, max_tokens), EXPECTED_TOKENS, info.max_model_len)
     return Cost(sequences, sequences * max(1, tokens))
+
+
+def _characters(request: pb.GenerateRequest, info: ModelInfo) -> int:
+    """Return the length of the prompt; that of the context if it has too many messages to count before a rejection."""
+    return prompt_size(request) if len(request.messages) <= MAX_MESSAGES else info.max_model_len
 
 
 def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
@@ -101,7 +107,7 @@ def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
         return 0
     max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
     least = max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens)
-    longest_prompt = len(request.prompt_token_ids.ids) or prompt_size(request)
+    longest_prompt = len(request.prompt_token_ids.ids) or _characters(request, info)
     return max(1, min(least, info.max_model_len - longest_prompt))
 
 
