@@ -50,10 +50,6 @@ class Cost:
     def __sub__(self, other: "Cost") -> "Cost":
         return Cost(self.sequences - other.sequences, self.tokens - other.tokens)
 
-    def fits(self, limit: "Cost") -> bool:
-        """Return whether neither number is above that of a limit."""
-        return self.sequences <= limit.sequences and self.tokens <= limit.tokens
-
     def clamp(self, limit: "Cost") -> "Cost":
         """Return the cost of a request that may run alone, however large it is; validation rejects impossible ones."""
         return Cost(min(self.sequences, limit.sequences), min(self.tokens, limit.tokens))
@@ -124,7 +120,11 @@ class Budget(Protocol):
         """Give a part of the queue back."""
 
     def start(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; return False if it has not enough left."""
+        """Take a part of the engine; return False if it has none left.
+
+        The last request may take more than is left. Otherwise a large one would wait for an empty engine, and the
+        others for it.
+        """
 
     def finish(self, cost: Cost) -> None:
         """Give a part of the engine back."""
@@ -157,7 +157,7 @@ class LocalBudget:
 
     def start(self, cost: Cost, limit: Cost) -> bool:
         """Take a part of the engine; see `Budget.start`."""
-        if not (self._started + cost).fits(limit):
+        if self._started.sequences >= limit.sequences or self._started.tokens >= limit.tokens:
             return False
         self._started += cost
         return True
@@ -259,7 +259,7 @@ class Admission:
             self._start_waiting()
 
     def try_start(self, ticket: Ticket, limits: Limits) -> bool:
-        """Give a request its turn, if no other waits and the engine has enough left."""
+        """Give a request its turn, if no other waits and the engine has some left."""
         self._limit = limits.engine
         if self._waiting or not self._starts(ticket):
             return False
@@ -297,7 +297,7 @@ class Admission:
         self._next_tags[ticket.caller] = ticket.tag + ticket.engine_cost.tokens
 
     def _starts(self, ticket: Ticket) -> bool:
-        """Take the request's part of the engine; return False if it has not enough left."""
+        """Take the request's part of the engine; return False if it has none left."""
         if self._limit is None:
             return True
         ticket.has_engine = self._budget.start(ticket.engine_cost, self._limit)
@@ -310,7 +310,7 @@ class Admission:
             self._next_tags = {caller: tag for caller, tag in self._next_tags.items() if tag > self._now}
 
     def _start_waiting(self) -> None:
-        """Give turns to requests in order, as long as the engine has enough left."""
+        """Give turns to requests in order, as long as the engine has some left."""
         while self._waiting:
             ticket = self._waiting[0][2]
             assert ticket.turn is not None
