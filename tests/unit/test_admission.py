@@ -143,7 +143,7 @@ async def test_callers_with_equal_requests_take_turns() -> None:
 
 
 async def test_the_engine_has_no_more_than_its_sequences_and_tokens() -> None:
-    for limit in (Cost(3, 10**9), Cost(100, 35)):
+    for limit in (Cost(3, 10**9), Cost(100, 30)):
         admission, limits, started = Admission(), Limits(WIDE.queue, limit), list[str]()
         async with (
             running(admission, limits, "a", started) as first,
@@ -154,6 +154,21 @@ async def test_the_engine_has_no_more_than_its_sequences_and_tokens() -> None:
             assert started == ["a"] * 3
             first.set()
             await until(lambda started=started: started == ["a", "a", "a", "b"])
+
+
+async def test_a_large_request_does_not_wait_for_an_empty_engine() -> None:
+    admission, limits, started = Admission(), Limits(WIDE.queue, Cost(3, 10**9)), list[str]()
+    async with (
+        running(admission, limits, "small", started) as first,
+        running(admission, limits, "large", started, Cost(128, 10)) as second,
+        running(admission, limits, "next", started),
+    ):
+        assert started == ["small", "large"]
+        first.set()
+        await asyncio.sleep(0)
+        assert started == ["small", "large"]
+        second.set()
+        await until(lambda: started == ["small", "large", "next"])
 
 
 async def test_a_cancelled_request_gives_its_place_up() -> None:

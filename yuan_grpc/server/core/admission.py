@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from yuan_grpc.server.core.convert import is_prompt_only, num_parallel
+from yuan_grpc.server.core.limits import MAX_MESSAGES
 from yuan_grpc.server.core.pace import Pace
 from yuan_grpc.server.core.validation import prompt_size
 from yuan_grpc.server.engine.types import ModelInfo, Sampling
@@ -49,10 +50,6 @@ class Cost:
     def __sub__(self, other: "Cost") -> "Cost":
         return Cost(self.sequences - other.sequences, self.tokens - other.tokens)
 
-    def fits(self, limit: "Cost") -> bool:
-        """Return whether neither number is above that of a limit."""
-        return self.sequences <= limit.sequences and self.tokens <= limit.tokens
-
     def clamp(self, limit: "Cost") -> "Cost":
         """Return the cost of a request that may run alone, however large it is; validation rejects impossible ones."""
         return Cost(min(self.sequences, limit.sequences), min(self.tokens, limit.tokens))
@@ -89,10 +86,15 @@ def limits_of(info: ModelInfo) -> Limits:
 def request_cost(request: pb.GenerateRequest, info: ModelInfo) -> Cost:
     """Return the cost of a request whose prompt is not tokenized yet, with its choices and beams multiplied in."""
     sequences = max(1, num_parallel(request))
-    prompt = len(request.prompt_token_ids.ids) or prompt_size(request) // CHARACTERS_PER_TOKEN
+    prompt = len(request.prompt_token_ids.ids) or _characters(request, info) // CHARACTERS_PER_TOKEN
     max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
     tokens = min(prompt, info.max_model_len) + min(max(0, max_tokens), EXPECTED_TOKENS, info.max_model_len)
     return Cost(sequences, sequences * max(1, tokens))
+
+
+def _characters(request: pb.GenerateRequest, info: ModelInfo) -> int:
+    """Return the length of the prompt; that of the context if it has too many messages to count before a rejection."""
+    return prompt_size(request) if len(request.messages) <= MAX_MESSAGES else info.max_model_len
 
 
 def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
@@ -101,7 +103,7 @@ def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
         return 0
     max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
     least = max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens)
-    longest_prompt = len(request.prompt_token_ids.ids) or prompt_size(request)
+    longest_prompt = len(request.prompt_token_ids.ids) or _characters(request, info)
     return max(1, min(least, info.max_model_len - longest_prompt))
 
 
@@ -118,7 +120,11 @@ class Budget(Protocol):
         """Give a part of the queue back."""
 
     def start(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; return False if it has not enough left."""
+        """Take a part of the engine; return False if it has none left.
+
+        The last request may take more than is left. Otherwise a large one would wait for an empty engine, and the
+        others for it.
+        """
 
     def finish(self, cost: Cost) -> None:
         """Give a part of the engine back."""
@@ -151,7 +157,7 @@ class LocalBudget:
 
     def start(self, cost: Cost, limit: Cost) -> bool:
         """Take a part of the engine; see `Budget.start`."""
-        if not (self._started + cost).fits(limit):
+        if self._started.sequences >= limit.sequences or self._started.tokens >= limit.tokens:
             return False
         self._started += cost
         return True
@@ -253,7 +259,7 @@ class Admission:
             self._start_waiting()
 
     def try_start(self, ticket: Ticket, limits: Limits) -> bool:
-        """Give a request its turn, if no other waits and the engine has enough left."""
+        """Give a request its turn, if no other waits and the engine has some left."""
         self._limit = limits.engine
         if self._waiting or not self._starts(ticket):
             return False
@@ -291,7 +297,7 @@ class Admission:
         self._next_tags[ticket.caller] = ticket.tag + ticket.engine_cost.tokens
 
     def _starts(self, ticket: Ticket) -> bool:
-        """Take the request's part of the engine; return False if it has not enough left."""
+        """Take the request's part of the engine; return False if it has none left."""
         if self._limit is None:
             return True
         ticket.has_engine = self._budget.start(ticket.engine_cost, self._limit)
@@ -304,7 +310,7 @@ class Admission:
             self._next_tags = {caller: tag for caller, tag in self._next_tags.items() if tag > self._now}
 
     def _start_waiting(self) -> None:
-        """Give turns to requests in order, as long as the engine has enough left."""
+        """Give turns to requests in order, as long as the engine has some left."""
         while self._waiting:
             ticket = self._waiting[0][2]
             assert ticket.turn is not None
