@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from fake_engine import FakeEngine, last
 from grpc_health.v1 import health_pb2
@@ -26,12 +27,16 @@ PROBES = ("startup", "readiness", "liveness")
 REQUEST = pb.GenerateRequest(prompt="AB")
 
 
-@pytest.fixture
-def settings() -> Settings:
+def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    return Settings(DEMO, "127.0.0.1", port, 3600, ())
+        port: int = unused.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(DEMO, "127.0.0.1", free_port(), 3600, ())
 
 
 class Server:
@@ -72,15 +77,18 @@ async def run_server(settings: Settings, engine: FakeEngine) -> AsyncIterator[Se
 
 async def test_startup_readiness_and_liveness_differ(settings: Settings) -> None:
     engine = FakeEngine(last("a"))
-    settings = replace(settings, lifecycle=LifecycleSettings(withdraw_seconds=3600))
-    async with run_server(settings, engine) as server:
+    http_port = free_port()
+    settings = replace(settings, http_port=http_port, lifecycle=LifecycleSettings(withdraw_seconds=3600))
+    async with run_server(settings, engine) as server, httpx.AsyncClient(trust_env=False) as client:
         assert await server.probes() == [NOT_SERVING, NOT_SERVING, SERVING]
         engine.may_start.set()
         await server.wait_for(SERVING)
         assert await server.probes() == [SERVING, SERVING, SERVING]
+        assert (await client.get(f"http://127.0.0.1:{http_port}/health")).status_code == 200
         server.send_sigterm()
         await server.wait_for(NOT_SERVING)
         assert await server.probes() == [SERVING, NOT_SERVING, SERVING]
+        assert (await client.get(f"http://127.0.0.1:{http_port}/health")).status_code == 503
         assert (await server.stub.Generate(REQUEST)).choices[0].text == "a"  # new calls are served still
         server.send_sigterm()  # ends the withdrawal
         assert await server.exit_status == 0
@@ -129,4 +137,17 @@ async def test_an_engine_that_dies_while_the_last_calls_run_is_a_failure(setting
         await server.wait_for(NOT_SERVING)
         engine.is_ready = False
         call.cancel()
+        assert await server.exit_status == 1
+
+
+async def test_an_engine_that_dies_ends_the_withdrawal(settings: Settings) -> None:
+    engine = FakeEngine(last("a"))
+    engine.may_start.set()
+    settings = replace(settings, lifecycle=LifecycleSettings(withdraw_seconds=3600))
+    async with run_server(settings, engine) as server:
+        await server.wait_for(SERVING)
+        server.send_sigterm()
+        await server.wait_for(NOT_SERVING)
+        engine.is_ready = False
+        engine.died.set()
         assert await server.exit_status == 1

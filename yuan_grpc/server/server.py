@@ -166,7 +166,8 @@ async def _serve(
         is_clean_stop = engine.is_ready and status == 0
         await health.set_stopping()
         if is_clean_stop:
-            await _withdraw(settings.lifecycle.withdraw_seconds, force_stop_requested)
+            generation_service.is_withdrawing = True
+            await _withdraw(engine, settings.lifecycle.withdraw_seconds, force_stop_requested)
             logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
         grace_seconds = settings.grace_seconds if is_clean_stop else 0
         engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
@@ -213,11 +214,11 @@ def _create_watchdog(
     return Watchdog(engine, settings.lifecycle, on_stall, on_recovery)
 
 
-async def _withdraw(seconds: float, force_stop_requested: asyncio.Event) -> None:
+async def _withdraw(engine: Engine, seconds: float, force_stop_requested: asyncio.Event) -> None:
     """Keep serving while load balancers learn that health is NOT_SERVING."""
     if seconds:
         logger.info("health is NOT_SERVING; new calls are served for %g seconds", seconds)
-        await wait_for_first(asyncio.sleep(seconds), force_stop_requested.wait())
+        await wait_for_first(asyncio.sleep(seconds), force_stop_requested.wait(), engine.wait_until_dead())
 
 
 async def _stop_when_idle(engine: Engine, inflight: InflightRequests) -> bool:

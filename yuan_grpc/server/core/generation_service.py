@@ -50,13 +50,14 @@ class GenerationService:
     Attributes:
         inflight: the requests that are running.
         is_stalled: whether the engine makes no progress, so that new requests are refused.
+        is_withdrawing: whether the server is about to stop, and still serves new requests.
     """
 
     def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
         self._engine = engine
         self.inflight = InflightRequests()
         self._admission = admission or Admission()
-        self.is_stalled = False
+        self.is_stalled = self.is_withdrawing = False
         self._tokenizing = Slots(1)
         self._beam_slots = BeamSlots()
 

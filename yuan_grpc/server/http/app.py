@@ -84,7 +84,7 @@ def create_app(
     """
 
     async def health(request: Request) -> Response:
-        is_serving = not state.stopping and _is_ready(state)
+        is_serving = not state.stopping and not state.service.is_withdrawing and _is_ready(state)
         return Response(status_code=200 if is_serving else 503)
 
     async def metrics(request: Request) -> Response:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from yuan_grpc.server.core.access_log import observe_calls
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from yuan_grpc.server.telemetry.server_metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 2
+"""Limit on the time to send the last spans, in seconds."""
 
 
 @contextmanager
@@ -78,7 +82,9 @@ def _trace_calls(endpoint: str, service: str) -> Iterator[None]:
         with observe_calls(CallTracer(provider.get_tracer(service), service)):
             yield
     finally:
-        provider.shutdown()  # sends the last spans
+        sending = Thread(target=provider.shutdown, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(FLUSH_SECONDS)  # without a collector, it would retry for longer
 
 
 @cache

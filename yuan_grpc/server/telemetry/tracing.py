@@ -41,7 +41,7 @@ def create_provider(endpoint: str) -> TracerProvider:
     """Return a provider that sends spans to a collector. `OTEL_` variables set its name, sampler and batches."""
     name = os.environ.setdefault("OTEL_SERVICE_NAME", SERVICE_NAME)
     resource = Resource.create({"service.name": name, "service.version": __version__})
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(_create_exporter(endpoint)))
     return provider
 
