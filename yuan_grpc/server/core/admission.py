@@ -26,7 +26,7 @@ TOKEN_FACTOR = 16
 MIN_SEQUENCES = 1024
 """Minimum of the limit on sequences, for engines that compute few at a time."""
 
-LOOKAHEAD = 8
+LOOKAHEAD = 4
 """Minimum number of sequences that wait in the engine, so that its next step is never short of them."""
 CACHE_OVERCOMMIT = 2
 """Tokens of the requests in the engine, relative to those that fit into its cache: most requests need fewer tokens."""
