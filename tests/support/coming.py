@@ -1,0 +1,19 @@
+"""Options, commands and folders that `deploy/` uses and that other changes bring. Each leaves with its change."""
+
+OPTIONS = {
+    "--allow-plaintext",
+    "--frontends",
+    "--load-reports",
+    "--log-format",
+    "--metrics-port",
+    "--tls-cert-file",
+    "--tls-client-ca-file",
+    "--tls-key-file",
+    "--token-file",
+    "--vllm-engine",
+    "--withdraw-seconds",
+}
+
+COMMANDS = {"probe"}
+
+FOLDERS = {"../grafana", "../prometheus"}
