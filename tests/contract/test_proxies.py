@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from proxies import Proxy, free_port, run_proxy
 from servers import serve_grpc
 
 from yuan_grpc.client import AsyncClient, YuanError
+from yuan_grpc.server.engine.load import EngineLoad
 from yuan_grpc.server.errors import OverloadedError
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME
+from yuan_grpc.server.settings.mesh import MeshSettings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -198,6 +200,42 @@ async def test_clients_retry_after_the_delay_of_the_server(name: str, tmp_path: 
         async with AsyncClient(proxy.address) as client:
             assert (await client.generate("AB")).text == "yes"
         assert len(engine.requests) == 2
+
+
+LOAD_POLICY = """
+      load_balancing_policy:
+        policies:
+          - typed_extension_config:
+              name: weighted
+              typed_config:
+                "@type": type.googleapis.com/envoy.extensions.load_balancing_policies.client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin
+                blackout_period: 0s
+                weight_update_period: 0.1s
+"""  # noqa: E501 - the name of a type
+
+
+async def test_envoy_sends_more_calls_to_the_server_with_less_load(tmp_path: Path) -> None:
+    engines = FakeEngine(last()), FakeEngine(last())
+    for engine, running in zip(engines, (1, 9), strict=True):
+        engine.loads = [EngineLoad(num_running=running, max_num_seqs=10)]
+    async with AsyncExitStack() as stack:
+        servers = []
+        for engine in engines:
+            health = Health(NAME)
+            servers.append(await stack.enter_async_context(serve_grpc(engine, health, MeshSettings(load_reports=True))))
+            await health.set_serving()
+        edits = [f"\n      lb_policy: LEAST_REQUEST\n=>{LOAD_POLICY}"]
+        starting = run_proxy("envoy", servers, tmp_path, edits=edits)
+        proxy = await asyncio.to_thread(stack.enter_context, starting)  # it waits for the health of the servers
+        await wait_until_served(proxy)
+        stub = stub_of(await stack.enter_async_context(grpc.aio.insecure_channel(proxy.address)))
+        idle = busy = 0
+        while idle < 3 * busy or idle + busy < 40:  # the timeout is the limit
+            before = [len(engine.requests) for engine in engines]
+            await asyncio.gather(*(stub.Generate(REQUEST) for _ in range(40)))
+            idle, busy = (len(engine.requests) - count for engine, count in zip(engines, before, strict=True))
+            await asyncio.sleep(0.1)
+    assert idle + busy == 40
 
 
 async def test_a_proxy_without_servers_is_unavailable(name: str, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ from fake_engine import FakeEngine
 from yuan_grpc.server.grpc import unknown_methods
 unknown_methods._SERVER_NAMES = ("a name that grpcio does not have",)
 from yuan_grpc.server.server import serve
-from yuan_grpc.server.settings import HttpSettings, Settings
+from yuan_grpc.server.settings import HttpSettings, MeshSettings, Settings
 engine = FakeEngine()
 engine.may_start.set()
 raise SystemExit(asyncio.run(serve({settings!r}, engine)))

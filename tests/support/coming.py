@@ -3,14 +3,13 @@
 OPTIONS = {
     "--allow-plaintext",
     "--frontends",
-    "--load-reports",
     "--log-format",
     "--metrics-port",
     "--tls-cert-file",
     "--tls-client-ca-file",
     "--tls-key-file",
     "--token-file",
-    "--vllm-engine",
+    "--unix-socket",
     "--withdraw-seconds",
 }
 

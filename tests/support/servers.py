@@ -12,12 +12,15 @@ from fake_engine import FakeEngine
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.grpc.health import Health
+from yuan_grpc.server.grpc.mesh import Mesh
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.http import Listener
 from yuan_grpc.server.server import create_server
 from yuan_grpc.server.settings import HttpSettings
+from yuan_grpc.server.settings.mesh import MeshSettings
 
 DEFAULTS = HttpSettings()
+NO_MESH = MeshSettings()
 
 ORIGINAL_BODY = {
     "prompt": "AB",
@@ -33,9 +36,13 @@ ORIGINAL_BODY = {
 
 
 @asynccontextmanager
-async def serve_grpc(engine: Engine, health: Health | None = None) -> AsyncIterator[str]:
+async def serve_grpc(
+    engine: Engine, health: Health | None = None, settings: MeshSettings = NO_MESH
+) -> AsyncIterator[str]:
     """Serve an engine over gRPC; yield the address."""
-    server, port = await create_server(YuanService(GenerationService(engine)), health or Health(NAME), "127.0.0.1:0")
+    service = GenerationService(engine)
+    mesh = Mesh(settings, service)
+    server, port = await create_server(YuanService(service), health or Health(NAME), "127.0.0.1:0", mesh)
     await server.start()
     try:
         yield f"127.0.0.1:{port}"

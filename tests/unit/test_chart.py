@@ -241,12 +241,14 @@ def test_every_folder_that_the_server_writes_to_is_a_volume() -> None:
     assert volumes["model"]["persistentVolumeClaim"] == {"claimName": "checkpoints", "readOnly": True}
 
 
-@pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
-def test_probes_ask_for_a_service_of_the_health_protocol(probe: str) -> None:
-    service = "liveness" if probe == "livenessProbe" else "readiness"
+@pytest.mark.parametrize("service", ["startup", "readiness", "liveness"])
+def test_probes_ask_for_a_service_of_the_health_protocol(service: str) -> None:
+    probe = f"{service}Probe"
     assert container({})[probe]["grpc"] == {"port": 50051, "service": service}
-    command = container({"tls": {"secretName": "certificate"}})[probe]["exec"]["command"]
-    assert command == ["yuan-grpc", "probe", service]
+    secured = container({"tls": {"secretName": "certificate"}})
+    command = secured[probe]["exec"]["command"]
+    assert command == ["yuan-grpc", "probe", service, "--address", "unix:/tmp/yuan-grpc.sock"]
+    assert "--unix-socket=/tmp/yuan-grpc.sock" in secured["args"]
     assert command[1] in SUMMARIES.keys() | COMMANDS
 
 

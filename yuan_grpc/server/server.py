@@ -16,10 +16,11 @@ from yuan_grpc.server.core import access_log
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.protocol import Engine
-from yuan_grpc.server.grpc import reflection, sockets, unknown_methods
+from yuan_grpc.server.grpc import channelz, reflection, sockets, unknown_methods
 from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.interceptor import StatusInterceptor
+from yuan_grpc.server.grpc.mesh import Mesh
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.signals import stop_signals
@@ -86,6 +87,11 @@ async def serve(settings: Settings, engine: Engine) -> int:
     Raises:
         StartError: an address cannot be bound, or the engine cannot be started.
     """
+    async with channelz.serve(settings.mesh.channelz_port):
+        return await _serve(settings, engine)
+
+
+async def _serve(settings: Settings, engine: Engine) -> int:
     health, generation_service = Health(NAME), GenerationService(engine)
     server, port, http = await _create_servers(settings, generation_service, health)
     stop_requested, force_stop_requested = _handle_stop_signals()
@@ -125,13 +131,13 @@ async def _create_servers(
     """Return the gRPC server, its port, and the HTTP listener if enabled.
 
     Raises:
-        StartError: an address cannot be bound.
+        StartError: an address cannot be bound, or a package is missing.
     """
-    http, address = None, settings.address_of(settings.http_port or 0)
+    http, address, mesh = None, settings.address_of(settings.http_port or 0), Mesh(settings.mesh, generation_service)
     try:
         http = _create_http_listener(settings, generation_service)
         address = settings.address
-        return *await create_server(YuanService(generation_service), health, address), http
+        return *await create_server(YuanService(generation_service), health, address, mesh), http
     except (OSError, RuntimeError):
         if http:
             await http.close()
@@ -199,16 +205,20 @@ async def _wait_for_grpc_failure(server: Any) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def create_server(service: YuanService, health: Health, address: str) -> tuple[grpc.aio.Server, int]:
+async def create_server(
+    service: YuanService, health: Health, address: str, mesh: Mesh | None = None
+) -> tuple[grpc.aio.Server, int]:
     """Return a gRPC server with all services, bound but not started, and its port.
 
     Raises:
         RuntimeError: the address cannot be bound.
     """
-    server = unknown_methods.create_server([StatusInterceptor(NAME)], CHANNEL_OPTIONS)
+    served, interceptors = (mesh.served, mesh.interceptors) if mesh else ((), ())
+    server = unknown_methods.create_server([StatusInterceptor(NAME, *served), *interceptors], CHANNEL_OPTIONS)
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
-    reflection.attach(server, (NAME, HEALTH_NAME))
+    names, pools = mesh.attach(server) if mesh else ((), ())
+    reflection.attach(server, (NAME, *names, HEALTH_NAME), pools)
     return server, server.add_insecure_port(address)
 
 

@@ -83,6 +83,7 @@ labels:
 {{- if .Values.tls.secretName }}
 - --tls-cert-file=/etc/yuan-grpc/tls/tls.crt
 - --tls-key-file=/etc/yuan-grpc/tls/tls.key
+- --unix-socket=/tmp/yuan-grpc.sock
 {{- if .Values.tls.requireClientCertificate }}
 - --tls-client-ca-file=/etc/yuan-grpc/tls/ca.crt
 {{- end }}
@@ -104,11 +105,11 @@ labels:
 {{- end }}
 {{- end }}
 
-{{/* A probe of a service of grpc.health.v1. The kubelet does not speak TLS in gRPC probes: the command does. */}}
+{{/* A probe of a service of grpc.health.v1. The kubelet does not speak TLS: the command uses a unix socket then. */}}
 {{- define "yuan-grpc.probe" -}}
 {{- if .root.Values.tls.secretName -}}
 exec:
-  command: [yuan-grpc, probe, {{ .service }}]
+  command: [yuan-grpc, probe, {{ .service }}, --address, "unix:/tmp/yuan-grpc.sock"]
 {{- else -}}
 grpc:
   port: {{ .root.Values.server.port }}

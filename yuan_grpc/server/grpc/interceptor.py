@@ -18,22 +18,22 @@ Deserializer = Callable[[bytes], Any]
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """An interceptor that turns handlers' exceptions into statuses. Handlers never abort a call themselves."""
 
-    def __init__(self, service: str) -> None:
-        self._prefix = f"/{service}/"
+    def __init__(self, *services: str) -> None:
+        self._prefixes = tuple(f"/{service}/" for service in services)
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap the handlers of `YuanService`; return those of health and reflection unchanged."""
+        """Wrap the handlers of our services; return those of health and reflection unchanged."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(self._prefix):
+        if handler is None or not method.startswith(self._prefixes):
             return handler
         # Parse messages inside the wrapper: grpcio reports one it cannot parse as UNKNOWN, with a traceback.
         deserialize, serialize = handler.request_deserializer, handler.response_serializer
-        name = method.removeprefix(self._prefix)
+        name = method.rpartition("/")[2]
         assert deserialize is not None
         if handler.stream_stream:
             batch = _wrap(handler.stream_stream, _parse_each(deserialize), name)
@@ -60,7 +60,11 @@ def _wrap(handler: Any, parse: Callable[[Any], Any], name: str) -> Method:
                 code, status = to_status(error)
                 outcome.set_error(error, code)
                 log_error(error, outcome.code, _subject(request))
-                trailers = (*to_trailers(error, status), *_request_id_trailer(request))
+                trailers = (
+                    *to_trailers(error, status),
+                    *_request_id_trailer(request),
+                    *(context.trailing_metadata() or ()),
+                )
                 await context.abort(outcome.code, status.message, trailers)
             finally:
                 outcome.subject, outcome.peer = _subject(request), context.peer()

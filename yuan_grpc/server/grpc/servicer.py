@@ -30,7 +30,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Return one response when all choices are finished."""
-        return await self._service.generate(request, context.time_remaining(), context.peer(), _trace_headers(context))
+        return await self._service.generate(request, context.time_remaining(), context.peer(), trace_headers(context))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
         """Write the response incrementally.
@@ -39,7 +39,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """
         writer = StreamWriter(context)
         async with self._service.stream(
-            request, context.time_remaining(), context.peer(), _trace_headers(context)
+            request, context.time_remaining(), context.peer(), trace_headers(context)
         ) as messages:
             async for message in messages:
                 await writer.write(message)
@@ -48,9 +48,9 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         """Write the result of each request of the batch when it is finished."""
 
         async def generate(request: pb.GenerateRequest) -> pb.GenerateResponse:
-            return await self._service.generate(request, context.time_remaining(), context.peer(), trace_headers)
+            return await self._service.generate(request, context.time_remaining(), context.peer(), headers)
 
-        trace_headers = _trace_headers(context)
+        headers = trace_headers(context)
         with self._service.inflight.track_unnamed():
             feeder = QueueFeeder(self._service.queue_limit)
             await run_batch(items, generate, StreamWriter(context).write, feeder)
@@ -74,6 +74,10 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         engine = self._service.engine
         return response.model_response(engine.info, __version__, engine.loras)
 
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: "Context") -> pb.GetLoadsResponse:
+        """Return the load of the engine."""
+        return response.loads_response(self._service.engine.loads)
+
     async def ListLoras(self, request: pb.ListLorasRequest, context: "Context") -> pb.ListLorasResponse:
         """List the loaded adapters and those that can be loaded."""
         engine = self._service.engine
@@ -90,5 +94,6 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         return pb.UnloadLoraResponse()
 
 
-def _trace_headers(context: "Context") -> dict[str, str]:
+def trace_headers(context: "Context") -> dict[str, str]:
+    """Return the headers of the trace context of a call."""
     return {key: str(value) for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}

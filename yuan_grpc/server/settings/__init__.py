@@ -2,13 +2,15 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from yuan_grpc.server.settings import mesh
 from yuan_grpc.server.settings import parsers as parse
 from yuan_grpc.server.settings.environment import add_option
+from yuan_grpc.server.settings.mesh import MeshSettings
 
 DEMO = str(files("yuan_grpc") / "demo")
 DEMO_NAME = "yuan-demo"
@@ -61,6 +63,7 @@ class Settings:
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
         http: settings of the HTTP port.
+        mesh: settings of what meshes and balancers read.
     """
 
     model: str
@@ -72,6 +75,7 @@ class Settings:
     http_port: int | None = None
     http: HttpSettings = HttpSettings()
     log_level: str = "info"
+    mesh: MeshSettings = field(default_factory=MeshSettings)
 
     @property
     def address(self) -> str:
@@ -121,6 +125,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
         "debug, info, warning or error; debug shows all (default: info)",
     )
     _add_http_options(partial(add_option, parser.add_argument_group("limits of the HTTP port"), environment))
+    mesh.add_options(parser, environment)
 
 
 def _add_http_options(add: Callable[..., None]) -> None:
@@ -180,4 +185,5 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
             allowed_origins=options.http_allowed_origins,
         ),
         log_level=options.log_level,
+        mesh=mesh.read(options),
     )

@@ -24,6 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from yuan_grpc.server.engine.load import EngineLoad, LoadBoard
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelInfo, Sampling, StepOutput
 from yuan_grpc.server.engine.vllm import convert, engine_log, env, failure
 from yuan_grpc.server.engine.vllm.args import EngineOptions
@@ -56,6 +57,7 @@ class VllmEngine:
         self._owns_process = owns_process
         lora, name = options.config.lora_config, str(options.config.model_config.served_model_name)
         self._adapters = LoraRegistry(lora_folder, lora.max_cpu_loras if lora else 0, name)
+        self._board = LoadBoard()
         self._temporary_folder: TemporaryDirectory[str] | None = None
         self._constraints = ConstraintCompiler(self._describe_grammars)
         self._start_thread: Thread | None = None
@@ -86,7 +88,7 @@ class VllmEngine:
         self._is_warm = True
 
     async def _start_processes(self, folder: str) -> None:
-        self._start_thread, started = _in_daemon_thread(partial(self._options.start, folder))
+        self._start_thread, started = _in_daemon_thread(partial(self._options.start, folder, self._board))
         self._started = await started
 
     async def _warm_up(self) -> None:
@@ -135,6 +137,11 @@ class VllmEngine:
     def is_ready(self) -> bool:
         """Whether the engine has completed its warm-up and is alive."""
         return self._is_warm and not self._llm.errored
+
+    @property
+    def loads(self) -> Sequence[EngineLoad]:
+        """The load of each data-parallel rank at its last step."""
+        return self._board.read()
 
     async def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens added."""
