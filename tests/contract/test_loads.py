@@ -177,3 +177,16 @@ async def test_grpc_clients_send_more_calls_to_the_server_with_less_load(out_of_
             counts = Counter(idle=len(idle.requests) - before[0], busy=len(busy.requests) - before[1])
             await asyncio.sleep(0.1)
     assert counts["idle"] + counts["busy"] == 40
+
+
+def test_calls_per_second_are_those_of_the_last_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("yuan_grpc.server.grpc.orca.time.monotonic", lambda: now)
+    rate = orca.CallRate()
+    for step in range(200):
+        now = 1000 + step / 10
+        rate.count(failed=step % 4 == 0)
+    calls, failures = rate.read()
+    assert (calls, failures) == (10, 2.5)
+    now += 20
+    assert rate.read() == (0, 0)

@@ -92,7 +92,7 @@ async def serve(settings: Settings, engine: Engine) -> int:
 
 
 async def _serve(settings: Settings, engine: Engine) -> int:
-    health, generation_service = Health(NAME), GenerationService(engine)
+    health, generation_service = Health(NAME, *settings.mesh.health_names), GenerationService(engine)
     server, port, http = await _create_servers(settings, generation_service, health)
     stop_requested, force_stop_requested = _handle_stop_signals()
     await server.start()

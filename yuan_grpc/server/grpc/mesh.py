@@ -11,13 +11,11 @@ from yuan_grpc.server.engine.load import EngineLoad
 from yuan_grpc.server.errors import UnavailableError
 from yuan_grpc.server.grpc import orca
 from yuan_grpc.server.grpc.servicer import NAME
-from yuan_grpc.server.settings.mesh import MeshSettings
+from yuan_grpc.server.settings.mesh import ENGINE_SERVICE, MeshSettings
 from yuan_grpc.server.start_error import StartError
 
 if TYPE_CHECKING:
     from yuan_grpc.server.grpc.vllm_engine import VllmEngineService
-
-ENGINE_SERVICE = "vllm.grpc.engine.VllmEngine"
 
 
 class Mesh:

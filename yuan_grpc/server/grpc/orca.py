@@ -100,20 +100,28 @@ class CallRate:
     """
 
     def __init__(self) -> None:
-        self._ends = deque[tuple[float, bool]]()
+        self._seconds = deque[tuple[int, int, int]]()
         self._created = time.monotonic()
 
     def count(self, *, failed: bool) -> None:
         """Count a call that has ended."""
-        self._ends.append((time.monotonic(), failed))
+        now, calls, failures = int(time.monotonic()), 0, 0
+        if self._seconds and self._seconds[-1][0] == now:
+            _, calls, failures = self._seconds.pop()
+        self._seconds.append((now, calls + 1, failures + failed))
+        self._forget(now)
 
     def read(self) -> tuple[float, float]:
         """Return calls per second and failed calls per second."""
         now = time.monotonic()
-        while self._ends and self._ends[0][0] < now - RATE_SECONDS:
-            self._ends.popleft()
+        self._forget(int(now))
         seconds = max(min(now - self._created, RATE_SECONDS), 1.0)
-        return len(self._ends) / seconds, sum(failed for _, failed in self._ends) / seconds
+        calls, failures = (sum(second[column] for second in self._seconds) for column in (1, 2))
+        return calls / seconds, failures / seconds
+
+    def _forget(self, now: int) -> None:
+        while self._seconds and self._seconds[0][0] <= now - RATE_SECONDS:
+            self._seconds.popleft()
 
 
 class LoadReporter:

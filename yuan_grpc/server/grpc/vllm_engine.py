@@ -17,10 +17,10 @@ from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.load import EngineLoad
 from yuan_grpc.server.errors import RequestNotFoundError, UnavailableError
 from yuan_grpc.server.grpc import vllm_convert
-from yuan_grpc.server.grpc.mesh import ENGINE_SERVICE as NAME
 from yuan_grpc.server.grpc.servicer import trace_headers
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
 from yuan_grpc.server.grpc.tokenizer_archive import TokenizerArchive
+from yuan_grpc.server.settings.mesh import ENGINE_SERVICE as NAME
 
 CONNECTION = NAME
 """Namespace of the request ids of all callers. Routers choose unique ids, and abort over another connection."""

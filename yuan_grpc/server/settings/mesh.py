@@ -8,6 +8,9 @@ from functools import partial
 from yuan_grpc.server.settings import parsers as parse
 from yuan_grpc.server.settings.environment import add_option, add_switch
 
+ENGINE_SERVICE = "vllm.grpc.engine.VllmEngine"
+"""The service of `--vllm-engine`."""
+
 
 @dataclass(frozen=True)
 class MeshSettings:
@@ -22,6 +25,11 @@ class MeshSettings:
     load_reports: bool = False
     vllm_engine: bool = False
     channelz_port: int | None = None
+
+    @property
+    def health_names(self) -> tuple[str, ...]:
+        """Names of optional services that have a health of their own."""
+        return (ENGINE_SERVICE,) if self.vllm_engine else ()
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
