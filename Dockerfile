@@ -20,14 +20,27 @@ COPY yuan_grpc yuan_grpc
 RUN /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . && /venv/bin/pip install --no-deps /dist/*.whl
 
 FROM ${BASE}
+ARG VERSION=0.2.0
+LABEL org.opencontainers.image.title="yuan-grpc" \
+      org.opencontainers.image.description="A gRPC service that generates text with Yuan 2.0 models on vLLM" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11.16-slim-bookworm"
 # libnuma1: linked by the CPU build of vLLM. g++: used at run time by torch.compile and Triton to build kernels.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --create-home yuan
+ && useradd --uid 10001 --create-home yuan \
+ && install --directory --owner yuan --group yuan --mode 700 /home/yuan/.cache
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH
-USER yuan
+# A number, so that Kubernetes can verify that it is not root.
+USER 10001:10001
 WORKDIR /home/yuan
+# Downloads of the hub, and compiled code.
+VOLUME /home/yuan/.cache
 EXPOSE 50051
+# A model may load for half an hour.
+HEALTHCHECK --start-period=30m --start-interval=2s --interval=10s --timeout=5s --retries=3 \
+  CMD ["yuan-grpc", "probe", "readiness"]
 ENTRYPOINT ["yuan-grpc", "serve", "--host", "0.0.0.0"]

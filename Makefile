@@ -87,8 +87,8 @@ NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec tr
 
 # dev: on top of either server lock, so its pins are theirs. build: also for Python 3.10, where the client runs.
 lock: $(READY) ## update requirements/*.txt after a change of pyproject.toml (ARGS=--upgrade updates every pin)
-	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cpu --extra humaneval $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
-	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cuda --extra humaneval -o requirements/cuda.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cpu --extra humaneval --extra smg --extra channelz $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cuda --extra humaneval --extra smg --extra channelz -o requirements/cuda.txt >/dev/null
 	$(COMPILE) $(FOR_3_11) --group dev -c requirements/cpu.txt -c requirements/cuda.txt -o requirements/dev.txt >/dev/null
 	$(COMPILE) --universal --python-version 3.10 --group build -c requirements/dev.txt -o requirements/build.txt >/dev/null
 	$(COMPILE) $(FOR_3_11) --group proto -o requirements/proto.txt >/dev/null

@@ -102,7 +102,9 @@ async def test_a_status_names_the_reason(authenticator: Authenticator) -> None:
             assert denied.value.reason == "PERMISSION_DENIED"
 
 
-@pytest.mark.parametrize(("token", "expected"), [(ALICE, CODES.PERMISSION_DENIED), (ROOT, CODES.OK)], ids=["user", "admin"])
+@pytest.mark.parametrize(
+    ("token", "expected"), [(ALICE, CODES.PERMISSION_DENIED), (ROOT, CODES.OK)], ids=["user", "admin"]
+)
 async def test_adapters_need_the_scope_admin(authenticator: Authenticator, token: str, expected: Any) -> None:
     engine = FakeEngine(last("yes"))
     async with serve(engine, authenticator) as stub:

@@ -11,9 +11,12 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2
 from servers import serve_grpc
 
+from yuan_grpc.server.settings.mesh import MeshSettings
+
 proto: Any = reflection_pb2
 VERSIONS = ("v1", "v1alpha")
 FILE = "yuan/v1/yuan.proto"
+OPTIONAL = ("xds.service.orca.v3.OpenRcaService", "vllm.grpc.engine.VllmEngine")
 
 
 @pytest_asyncio.fixture
@@ -49,6 +52,27 @@ async def test_both_versions_list_all_services(channel: grpc.aio.Channel, versio
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
     }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_optional_services_are_listed_with_their_definitions(version: str) -> None:
+    pytest.importorskip("smg_grpc_proto", reason="needs the messages: pip install smg-grpc-proto")
+    settings = MeshSettings(load_reports=True, vllm_engine=True)
+    async with (
+        serve_grpc(FakeEngine(), mesh=settings) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        response = await ask(channel, version, list_services="*")
+        names = {service.name for service in response.list_services_response.service}
+        orca = files(await ask(channel, version, file_containing_symbol=OPTIONAL[0] + ".StreamCoreMetrics"))
+        engine = files(await ask(channel, version, file_containing_symbol=OPTIONAL[1]))
+    assert names > set(OPTIONAL)
+    assert orca.keys() == {
+        "xds/service/orca/v3/orca.proto",
+        "xds/data/orca/v3/orca_load_report.proto",
+        "google/protobuf/duration.proto",
+    }
+    assert engine.keys() == {"vllm_engine.proto", "common.proto"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

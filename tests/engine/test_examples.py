@@ -152,6 +152,11 @@ async def test_get_model_describes_the_served_model(served: Served, send: Send) 
     assert model.lora.max_lora_rank == 8
 
 
+async def test_get_loads_returns_the_load_of_the_engine(send: Send) -> None:
+    (response,) = await send("GetLoads")
+    assert [(load.dp_rank, load.max_num_seqs) for load in response.loads] == [(0, 2)]
+
+
 async def test_an_adapter_is_loaded_listed_and_unloaded(send: Send) -> None:
     (request,) = example("LoadLora")
     assert await send("LoadLora") == [pb.LoadLoraResponse(lora=pb.Lora(name=request.name))]

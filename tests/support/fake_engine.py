@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from yuan_grpc.server.engine.load import EngineLoad
 from yuan_grpc.server.engine.types import ChoiceDelta, EngineRequest, FinishReason, LoraInfo, ModelInfo, StepOutput
 from yuan_grpc.server.errors import ModelNotFoundError
 
@@ -44,6 +45,7 @@ class FakeEngine:
 
     Attributes:
         requests: all requests so far.
+        loads: the load of each rank.
         start_error: raised by `start`.
         may_start: `start` waits for it.
         died: set to make the engine die.
@@ -60,6 +62,7 @@ class FakeEngine:
         self.requests: list[EngineRequest] = []
         self.loras: list[str] = []
         self.available_loras = ["style"]
+        self.loads: list[EngineLoad] = [EngineLoad(max_num_seqs=8)]
         self.start_error: Exception | None = None
         self.may_start = asyncio.Event()
         self.died = asyncio.Event()

@@ -12,6 +12,7 @@ from fake_engine import FakeEngine
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.grpc.health import Health
+from yuan_grpc.server.grpc.mesh import Mesh
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.http import Listener
 from yuan_grpc.server.security.authentication import OPEN, Authenticator
@@ -19,9 +20,11 @@ from yuan_grpc.server.security.certificates import Certificates
 from yuan_grpc.server.server import create_server
 from yuan_grpc.server.settings import HttpSettings
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
+from yuan_grpc.server.settings.mesh import MeshSettings
 
 DEFAULTS = HttpSettings()
 GRPC_DEFAULTS = GrpcSettings()
+NO_MESH = MeshSettings()
 
 ORIGINAL_BODY = {
     "prompt": "AB",
@@ -44,11 +47,18 @@ async def serve_grpc(
     certificates: Certificates | None = None,
     host: str = "127.0.0.1",
     authenticator: Authenticator = OPEN,
+    mesh: MeshSettings = NO_MESH,
 ) -> AsyncIterator[str]:
     """Serve an engine over gRPC; yield the address."""
-    service = YuanService(GenerationService(engine))
+    service = GenerationService(engine)
     server, port = await create_server(
-        service, health or Health(NAME), f"{host}:0", settings, certificates, authenticator
+        YuanService(service),
+        health or Health(NAME),
+        f"{host}:0",
+        settings,
+        certificates,
+        authenticator,
+        Mesh(mesh, service),
     )
     await server.start()
     try:

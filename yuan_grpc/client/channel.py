@@ -16,7 +16,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["YuanService"].full_name
 
-RETRYABLE_METHODS = ("Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModel", "ListLoras")
+RETRYABLE_METHODS = ("Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModel", "GetLoads", "ListLoras")
 """RPCs without side effects on the server, safe for gRPC to retry."""
 
 MAX_ATTEMPTS = 5

@@ -17,10 +17,11 @@ from yuan_grpc.server.core import access_log
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.protocol import Engine
-from yuan_grpc.server.grpc import reflection, sockets, unknown_methods
+from yuan_grpc.server.grpc import channelz, reflection, sockets, unknown_methods
 from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.interceptor import StatusInterceptor
+from yuan_grpc.server.grpc.mesh import Mesh
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.security.authentication import OPEN, Authenticator
 from yuan_grpc.server.security.certificates import CertificateError, Certificates
@@ -129,9 +130,11 @@ async def serve(settings: Settings, engine: Engine, supervision: Supervision | N
     Raises:
         StartError: an address cannot be bound, or the engine cannot be started.
     """
-    with _enable_telemetry(settings, serves_port=supervision is None) as metrics:
-        health = Health(NAME, on_change=metrics.ready.set) if metrics else Health(NAME)
-        return await _serve(settings, engine, supervision, health, metrics)
+    async with channelz.serve(settings.mesh.channelz_port):
+        with _enable_telemetry(settings, serves_port=supervision is None) as metrics:
+            names = (NAME, *settings.mesh.health_names)
+            health = Health(*names, on_change=metrics.ready.set) if metrics else Health(*names)
+            return await _serve(settings, engine, supervision, health, metrics)
 
 
 async def _serve(
@@ -236,17 +239,23 @@ async def _create_servers(
     """Return the gRPC server, its port, and the HTTP listener if enabled.
 
     Raises:
-        StartError: an address cannot be bound.
+        StartError: an address cannot be bound, or a package is missing.
     """
-    http, port = None, settings.http_port or 0
+    http, port, mesh = None, settings.http_port or 0, Mesh(settings.mesh, generation_service)
     certificates, authenticator = _read_certificates(settings), Authenticator.from_settings(settings.security)
     shares_port = supervision is not None
     try:
         http = _create_http_listener(settings, generation_service, certificates, authenticator, shares_port=shares_port)
         port = settings.port
-        service, grpc_settings = YuanService(generation_service), settings.grpc
         server, bound_port = await create_server(
-            service, health, settings.address, grpc_settings, certificates, authenticator, shares_port=shares_port
+            YuanService(generation_service),
+            health,
+            settings.address,
+            settings.grpc,
+            certificates,
+            authenticator,
+            mesh,
+            shares_port=shares_port,
         )
         if supervision and supervision.own_address:
             _add_port(server, supervision.own_address, certificates)
@@ -375,6 +384,7 @@ async def create_server(
     settings: GrpcSettings = _DEFAULTS,
     certificates: Certificates | None = None,
     authenticator: Authenticator = OPEN,
+    mesh: Mesh | None = None,
     *,
     shares_port: bool = False,
 ) -> tuple[grpc.aio.Server, int]:
@@ -390,10 +400,13 @@ async def create_server(
         RuntimeError: the address cannot be bound.
     """
     options = channel_options(settings, shares_port=shares_port)
-    server = unknown_methods.create_server([StatusInterceptor(NAME, authenticator)], options)
+    served, interceptors = (mesh.served, mesh.interceptors) if mesh else ((), ())
+    status = StatusInterceptor(NAME, *served, authenticator=authenticator)
+    server = unknown_methods.create_server([status, *interceptors], options)
     yuan_pb2_grpc.add_YuanServiceServicer_to_server(service, server)
     await health.attach(server)
-    reflection.attach(server, (NAME, HEALTH_NAME))
+    names, pools = mesh.attach(server) if mesh else ((), ())
+    reflection.attach(server, (NAME, *names, HEALTH_NAME), pools)
     if settings.unix_socket is not None:
         server.add_insecure_port(f"unix:{settings.unix_socket}")
     return server, _add_port(server, address, certificates)

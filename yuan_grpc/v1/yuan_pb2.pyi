@@ -521,6 +521,34 @@ class LoraSupport(_message.Message):
     loaded: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, max_loras: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., can_load: bool = ..., loaded: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class GetLoadsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadsResponse(_message.Message):
+    __slots__ = ("loads", "utilization")
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    UTILIZATION_FIELD_NUMBER: _ClassVar[int]
+    loads: _containers.RepeatedCompositeFieldContainer[EngineLoad]
+    utilization: float
+    def __init__(self, loads: _Optional[_Iterable[_Union[EngineLoad, _Mapping]]] = ..., utilization: _Optional[float] = ...) -> None: ...
+
+class EngineLoad(_message.Message):
+    __slots__ = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "max_num_seqs", "kv_cache_usage", "tokens_per_second")
+    DP_RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_REQS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_REQS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_USAGE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    dp_rank: int
+    num_running_reqs: int
+    num_waiting_reqs: int
+    max_num_seqs: int
+    kv_cache_usage: float
+    tokens_per_second: float
+    def __init__(self, dp_rank: _Optional[int] = ..., num_running_reqs: _Optional[int] = ..., num_waiting_reqs: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
+
 class ListLorasRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -88,6 +88,11 @@ class YuanServiceStub(object):
                 request_serializer=yuan_dot_v1_dot_yuan__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=yuan_dot_v1_dot_yuan__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.GetLoads = channel.unary_unary(
+                '/yuan.v1.YuanService/GetLoads',
+                request_serializer=yuan_dot_v1_dot_yuan__pb2.GetLoadsRequest.SerializeToString,
+                response_deserializer=yuan_dot_v1_dot_yuan__pb2.GetLoadsResponse.FromString,
+                _registered_method=True)
         self.ListLoras = channel.unary_unary(
                 '/yuan.v1.YuanService/ListLoras',
                 request_serializer=yuan_dot_v1_dot_yuan__pb2.ListLorasRequest.SerializeToString,
@@ -228,6 +233,18 @@ class YuanServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoads(self, request, context):
+        """Returns the load of the engine, for balancers and autoscalers. The figures are those of the last step of the engine.
+        The call does not reach the engine and is cheap.
+
+        Errors include:
+        - FAILED_PRECONDITION: the server was started with `--disable-log-stats`.
+        - UNAVAILABLE: the model is loading, the server is stopping, or the engine has failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListLoras(self, request, context):
         """Lists the LoRA adapters that a request can select with `model`. The list is empty if LoRA is disabled.
 
@@ -302,6 +319,11 @@ def add_YuanServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=yuan_dot_v1_dot_yuan__pb2.GetModelRequest.FromString,
                     response_serializer=yuan_dot_v1_dot_yuan__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetLoads': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoads,
+                    request_deserializer=yuan_dot_v1_dot_yuan__pb2.GetLoadsRequest.FromString,
+                    response_serializer=yuan_dot_v1_dot_yuan__pb2.GetLoadsResponse.SerializeToString,
             ),
             'ListLoras': grpc.unary_unary_rpc_method_handler(
                     servicer.ListLoras,
@@ -527,6 +549,33 @@ class YuanService(object):
             '/yuan.v1.YuanService/GetModel',
             yuan_dot_v1_dot_yuan__pb2.GetModelRequest.SerializeToString,
             yuan_dot_v1_dot_yuan__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/yuan.v1.YuanService/GetLoads',
+            yuan_dot_v1_dot_yuan__pb2.GetLoadsRequest.SerializeToString,
+            yuan_dot_v1_dot_yuan__pb2.GetLoadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

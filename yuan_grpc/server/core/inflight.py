@@ -165,6 +165,11 @@ class InflightRequests:
             call.end(ServerStoppingError())
 
     @property
+    def count(self) -> int:
+        """Number of running calls."""
+        return self._count
+
+    @property
     def seconds_since_refusal(self) -> float:
         """Seconds since a call was refused because the server is stopping; infinite if none was."""
         return time.monotonic() - self._last_refusal

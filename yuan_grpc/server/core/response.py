@@ -7,6 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from yuan_grpc.request.fields import MAX_CHOICES
 from yuan_grpc.server.core.request_stats import RequestStats
+from yuan_grpc.server.engine.load import EngineLoad, utilization
 from yuan_grpc.server.engine.types import (
     INLINE_ENTRIES,
     ChoiceDelta,
@@ -18,6 +19,7 @@ from yuan_grpc.server.engine.types import (
     StepOutput,
     TokenLogprobs,
 )
+from yuan_grpc.server.errors import NotEnabledError
 from yuan_grpc.server.security.identity import current_identity
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -173,6 +175,28 @@ def tokenize_response(text: str, tokens: Sequence[tuple[int, str, int, int]]) ->
         tokens=[pb.Token(id=i, piece=piece, start=start, end=end) for i, piece, start, end in tokens],
         count=len(tokens),
         text=text,
+    )
+
+
+def loads_response(loads: Sequence[EngineLoad]) -> pb.GetLoadsResponse:
+    """Return the response of GetLoads.
+
+    Raises:
+        NotEnabledError: the engine keeps no statistics.
+    """
+    if not loads:
+        raise NotEnabledError("the load is not known: start the server without --disable-log-stats")
+    return pb.GetLoadsResponse(utilization=utilization(loads), loads=map(_engine_load, loads))
+
+
+def _engine_load(load: EngineLoad) -> pb.EngineLoad:
+    return pb.EngineLoad(
+        dp_rank=load.rank,
+        num_running_reqs=load.num_running,
+        num_waiting_reqs=load.num_waiting,
+        max_num_seqs=load.max_num_seqs,
+        kv_cache_usage=load.kv_cache_usage,
+        tokens_per_second=load.tokens_per_second,
     )
 
 

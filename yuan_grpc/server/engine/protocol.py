@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
+from yuan_grpc.server.engine.load import EngineLoad
 from yuan_grpc.server.engine.types import EngineRequest, ModelInfo, StepOutput
 
 
@@ -39,6 +40,10 @@ class Engine(Protocol):
     @property
     def progress(self) -> int:
         """A number that changes whenever the engine has computed something, for any request."""
+
+    @property
+    def loads(self) -> Sequence[EngineLoad]:
+        """The load of each data-parallel rank at its last step; empty if the engine keeps no statistics."""
 
     async def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text."""

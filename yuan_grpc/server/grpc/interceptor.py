@@ -27,10 +27,14 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     """An interceptor that identifies callers, and turns handlers' exceptions into statuses.
 
     Handlers never abort a call themselves. Health answers everyone, since probes have no token.
+
+    Args:
+        services: the services whose calls are wrapped, with the reflection of all services.
+        authenticator: identifies callers.
     """
 
-    def __init__(self, service: str, authenticator: Authenticator = OPEN) -> None:
-        self._prefix = f"/{service}/"
+    def __init__(self, *services: str, authenticator: Authenticator = OPEN) -> None:
+        self._prefixes = tuple(f"/{service}/" for service in services)
         self._authenticator = authenticator
 
     async def intercept_service(
@@ -38,16 +42,16 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap the handlers of `YuanService` and of reflection; return those of health unchanged."""
+        """Wrap the handlers of our services and of reflection; return those of health unchanged."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is not None and method.startswith(_REFLECTION):
             return self._guard_reflection(handler)
-        if handler is None or not method.startswith(self._prefix):
+        if handler is None or not method.startswith(self._prefixes):
             return handler
         # Parse messages inside the wrapper: grpcio reports one it cannot parse as UNKNOWN, with a traceback.
         deserialize, serialize = handler.request_deserializer, handler.response_serializer
-        name = method.removeprefix(self._prefix)
+        name = method.rpartition("/")[2]
         assert deserialize is not None
         if handler.stream_stream:
             batch = self._wrap(handler.stream_stream, _parse_each(deserialize), name)
@@ -78,7 +82,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                     outcome.set_error(error, code)
                     log_error(error, outcome.code, _subject(request, context))
                     id_trailer = request_id.to_metadata(_id_of(request, context))
-                    trailers = (*to_trailers(error, status), *id_trailer)
+                    trailers = (*to_trailers(error, status), *id_trailer, *(context.trailing_metadata() or ()))
                     await context.abort(outcome.code, status.message, trailers)
                 finally:
                     outcome.subject = _subject(request, context)

@@ -18,13 +18,14 @@ NAMES = (SERVICE_NAME, SERVICE_NAME.replace(_ALPHA, _STABLE))
 """The names under which the service is served. Both versions have the same messages."""
 
 
-def attach(server: grpc.aio.Server, services: Collection[str]) -> None:
+def attach(server: grpc.aio.Server, services: Collection[str], pools: Collection[DescriptorPool] = ()) -> None:
     """Register the service on a server that has not started yet.
 
     Args:
         services: the names of the other services of the server.
+        pools: pools with the definitions of services that the default pool does not have.
     """
-    servicer = _Servicer((*services, *NAMES))
+    servicer = _Servicer((*services, *NAMES), pools)
     for name in NAMES:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(
@@ -40,19 +41,19 @@ def attach(server: grpc.aio.Server, services: Collection[str]) -> None:
 class _Servicer(aio.ReflectionServicer):
     """grpcio's servicer, which also finds methods, fields and enum values, and its own definition as v1."""
 
-    def __init__(self, services: Collection[str]) -> None:
-        super().__init__(services, _Files())
+    def __init__(self, services: Collection[str], pools: Collection[DescriptorPool]) -> None:
+        super().__init__(services, _Files(pools))
 
 
 class _Files:
-    """The default descriptor pool, and the file of `grpc.reflection.v1`.
+    """The default descriptor pool, the file of `grpc.reflection.v1`, and other pools.
 
     The file is in a pool of its own: a later grpcio-reflection may add another one with the same messages to the
     default pool.
     """
 
-    def __init__(self) -> None:
-        self._pools = (Default(), _stable_pool())
+    def __init__(self, pools: Collection[DescriptorPool]) -> None:
+        self._pools = (Default(), _stable_pool(), *pools)
         self.FindMessageTypeByName = self._pools[0].FindMessageTypeByName
         self.FindExtensionByNumber = self._pools[0].FindExtensionByNumber
         self.FindAllExtensions = self._pools[0].FindAllExtensions

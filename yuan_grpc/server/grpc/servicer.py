@@ -79,6 +79,10 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
         engine = self._service.engine
         return response.model_response(engine.info, __version__, engine.loras)
 
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: "Context") -> pb.GetLoadsResponse:
+        """Return the load of the engine."""
+        return response.loads_response(self._service.engine.loads)
+
     async def ListLoras(self, request: pb.ListLorasRequest, context: "Context") -> pb.ListLorasResponse:
         """List the loaded adapters and those that can be loaded."""
         engine = self._service.engine

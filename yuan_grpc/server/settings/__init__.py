@@ -7,11 +7,12 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-from yuan_grpc.server.settings import grpc_port, lifecycle, security, telemetry
+from yuan_grpc.server.settings import grpc_port, lifecycle, mesh, security, telemetry
 from yuan_grpc.server.settings import parsers as parse
 from yuan_grpc.server.settings.environment import add_option
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.settings.lifecycle import LifecycleSettings
+from yuan_grpc.server.settings.mesh import MeshSettings
 from yuan_grpc.server.settings.security import SecuritySettings
 from yuan_grpc.server.settings.telemetry import TelemetrySettings
 
@@ -72,6 +73,7 @@ class Settings:
         security: settings of who may connect and call.
         telemetry: settings of metrics and logs.
         lifecycle: settings of a stop and of the stall watchdog.
+        mesh: settings of what meshes and balancers read.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Settings:
     frontend_ports: int | None = None
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
 
     @property
     def address(self) -> str:
@@ -137,6 +140,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     security.add_options(parser, environment)
     grpc_port.add_options(parser, environment)
     _add_http_options(partial(add_option, parser.add_argument_group("limits of the HTTP port"), environment))
+    mesh.add_options(parser, environment)
 
 
 def _add_http_options(add: Callable[..., None]) -> None:
@@ -202,4 +206,5 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
         frontend_ports=options.frontend_ports,
         telemetry=telemetry.read(options),
         lifecycle=lifecycle.read(options),
+        mesh=mesh.read(options),
     )

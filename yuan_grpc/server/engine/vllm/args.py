@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import vllm
@@ -13,8 +14,10 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from yuan_grpc.server.engine.load import LoadBoard
 from yuan_grpc.server.engine.types import LoraInfo, ModelInfo
 from yuan_grpc.server.engine.vllm import env
+from yuan_grpc.server.engine.vllm.load import LoadLogger
 
 BEAM_SEARCH_LOGPROBS = 2048
 """Log-probabilities per position. Beam search may request this many, regardless of the callers' limit."""
@@ -35,11 +38,12 @@ class EngineOptions:
     arguments: AsyncEngineArgs
     max_logprobs: int
 
-    def start(self, folder: str) -> AsyncLLM:
+    def start(self, folder: str, board: LoadBoard) -> AsyncLLM:
         """Start the engine's processes and block until the model is loaded.
 
         Args:
             folder: a private folder for their sockets and temporary files.
+            board: gets the load after each step, unless the statistics are disabled.
         """
         with env.temporary_folder(folder):
             return AsyncLLM.from_vllm_config(
@@ -48,7 +52,12 @@ class EngineOptions:
                 enable_log_requests=self.arguments.enable_log_requests,
                 aggregate_engine_logging=self.arguments.aggregate_engine_logging,
                 disable_log_stats=self.arguments.disable_log_stats,
+                stat_loggers=self.stat_loggers(board),
             )
+
+    def stat_loggers(self, board: LoadBoard) -> list[Any] | None:
+        """Return what vLLM calls after each step: it writes the load to a board, unless statistics are disabled."""
+        return None if self.arguments.disable_log_stats else [partial(LoadLogger, board)]
 
     def describe(self, vocab_size: int, end_token_ids: Sequence[int], *, can_load_loras: bool) -> ModelInfo:
         """Return the description of the served model.

@@ -20,6 +20,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from yuan_grpc.server.engine.load import EngineLoad, LoadBoard, SharedLoadBoard
 from yuan_grpc.server.engine.types import INLINE_ENTRIES, EngineRequest, ModelInfo, Sampling, StepOutput
 from yuan_grpc.server.engine.vllm import convert
 from yuan_grpc.server.engine.vllm.args import EngineOptions
@@ -67,6 +68,7 @@ class VllmEngine:
         self._owns_process = owns_process
         self._shared = shared
         self._adapters = shared.adapters if shared else create_registry(options, lora_folder)
+        self._board = SharedLoadBoard(shared.link.loads) if shared else LoadBoard()
         self._constraints = ConstraintCompiler(self._describe_grammars)
         self._launch = Launch()
         self._started: AsyncLLM | None = None
@@ -96,7 +98,9 @@ class VllmEngine:
         self._is_warm = True
 
     def _connect(self, folder: str) -> AsyncLLM:
-        return self._shared.link.connect(self._options) if self._shared else self._options.start(folder)
+        if self._shared:
+            return self._shared.link.connect(self._options, self._board)
+        return self._options.start(folder, self._board)
 
     def _count_outputs(self, core: Any) -> None:
         """Count what the engine returns: each step at least its statistics, also while it computes a long prompt."""
@@ -172,6 +176,11 @@ class VllmEngine:
     def progress(self) -> int:
         """Number of the engine's outputs so far."""
         return self._progress
+
+    @property
+    def loads(self) -> Sequence[EngineLoad]:
+        """The load of each data-parallel rank at its last step."""
+        return self._board.read()
 
     async def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens added."""

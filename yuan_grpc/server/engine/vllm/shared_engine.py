@@ -24,6 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import CoreEngineLaunch, EngineZmqListeners, bind_engine_zmq_listeners, launch_core_engines
 from vllm.v1.executor import Executor
 
+from yuan_grpc.server.engine.load import LoadBoard, SharedLoadBoard
 from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.launch import Launch
@@ -41,15 +42,22 @@ class ClientLink:
         count: the number of clients that the engine knows, running or not.
         sockets: the listening sockets for the engine's connections, and their addresses, under vLLM's names.
         counters: the number of requests of each client, in shared memory.
+        loads: the memory of a `SharedLoadBoard`.
     """
 
     index: int
     count: int
     sockets: dict[str, Any] = field(repr=False)
     counters: Any = field(repr=False)
+    loads: Any = field(repr=False)
 
-    def connect(self, options: EngineOptions) -> AsyncLLM:
-        """Return vLLM's front end, once the engine has started."""
+    def connect(self, options: EngineOptions, board: LoadBoard) -> AsyncLLM:
+        """Return vLLM's front end, once the engine has started.
+
+        Args:
+            options: the result of `parse_engine_flags`.
+            board: gets the load after the steps whose statistics this client gets.
+        """
         load_general_plugins()  # in a process of its own, the model is not registered yet
         return AsyncLLM.from_vllm_config(
             options.config,
@@ -57,6 +65,7 @@ class ClientLink:
             enable_log_requests=options.arguments.enable_log_requests,
             aggregate_engine_logging=options.arguments.aggregate_engine_logging,
             disable_log_stats=options.arguments.disable_log_stats,
+            stat_loggers=options.stat_loggers(board),
             client_addresses={**self.sockets, "mp_admission_counters": self.counters},
             client_count=self.count,
             client_index=self.index,
@@ -83,9 +92,9 @@ class SharedEngine:
     def __init__(self, options: EngineOptions, clients: int) -> None:
         self._options = options
         self._count = clients + 1  # the last client is this process
-        self._counters = multiprocessing.get_context("spawn").RawArray(
-            "q", SharedAdmissionStats.num_counters(self._count)
-        )
+        create_array, ranks = multiprocessing.get_context("spawn").RawArray, options.config.parallel_config
+        self._counters = create_array("q", SharedAdmissionStats.num_counters(self._count))
+        self._loads = create_array("d", SharedLoadBoard.size(ranks.data_parallel_size))
         self._launch = Launch()
         self._listeners: EngineZmqListeners | None = None
         self._client: AsyncMPClient | None = None
@@ -135,7 +144,7 @@ class SharedEngine:
         }
         if launch.coordinator:
             sockets["stats_update_address"] = launch.coordinator.get_stats_publish_address()
-        return ClientLink(index, self._count, sockets, self._counters)
+        return ClientLink(index, self._count, sockets, self._counters, self._loads)
 
     def start_process(self, target: Callable[..., object], arguments: tuple[object, ...], name: str) -> BaseProcess:
         """Start a process in the same way as those of the engine, with the same folder for temporary files."""
