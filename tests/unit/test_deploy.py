@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tomllib
 import yaml
-from coming import COMMANDS, FOLDERS, OPTIONS
 
 from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.server.settings import add_options
@@ -55,7 +54,7 @@ def test_the_image_checks_its_health_with_a_command_of_the_package(image: str) -
     options, _, command = instruction(image, "HEALTHCHECK").partition(" CMD ")
     program, subcommand, service = json.loads(command)
     assert program == "yuan-grpc"
-    assert subcommand in SUMMARIES.keys() | COMMANDS
+    assert subcommand in SUMMARIES
     assert service == "readiness"
     assert "--start-period=" in options
 
@@ -73,7 +72,7 @@ def test_compose_mounts_only_what_exists() -> None:
         for volume in service["volumes"]:
             source = re.sub(r"\$\{\w+:-(.*)\}", r"\1", volume.rpartition(":/")[0])
             is_named = not source.startswith(".")
-            assert source in (composition["volumes"] if is_named else FOLDERS) or (COMPOSE / source).exists(), source
+            assert source in composition["volumes"] if is_named else (COMPOSE / source).exists(), source
 
 
 def test_compose_publishes_ports_on_loopback_and_pins_images() -> None:
@@ -86,7 +85,7 @@ def test_compose_starts_the_server_with_options_that_it_has() -> None:
     composition = read_yaml("compose.yaml")
     command = composition["services"]["yuan"]["command"]
     flags = {argument for argument in command if argument.startswith("--")}
-    assert flags <= options_of_serve() | OPTIONS
+    assert flags <= options_of_serve()
     assert flags
     (job,) = read_yaml("prometheus.yaml")["scrape_configs"]
     assert job["dns_sd_configs"][0]["port"] == int(command[command.index("--metrics-port") + 1])

@@ -132,7 +132,7 @@ class VllmEngineService:
 
     async def GetTokenizer(self, request: Any, context: "Context") -> None:
         """Write the files of the tokenizer as a zip archive."""
-        info, writer = self._service.engine.info, StreamWriter(context, lambda: request.request_id)
+        info, writer = self._service.engine.info, StreamWriter(context, str)
         data, digest = await self._archive.read(info.path, info.revision)
         for start in range(0, len(data), CHUNK_BYTES):
             end = start + CHUNK_BYTES
