@@ -14,6 +14,7 @@ import grpc
 from yuan_grpc import __version__
 from yuan_grpc.server import log_queue
 from yuan_grpc.server.core import access_log
+from yuan_grpc.server.core.admission import Admission
 from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.protocol import Engine
@@ -78,11 +79,13 @@ class Supervision(Protocol):
         stop_requested: set when the server must stop.
         force_stop_requested: set when the server must end its calls.
         own_address: a second address to listen on, of this front end alone; None for none.
+        admission: admits requests within limits that all front ends share.
     """
 
     stop_requested: asyncio.Event
     force_stop_requested: asyncio.Event
     own_address: str | None
+    admission: Admission
 
     def attach(self, inflight: InflightRequests) -> None:
         """Let calls be aborted from other front ends. Called once the server listens."""
@@ -144,7 +147,7 @@ async def _serve(
     health: Health,
     metrics: "ServerMetrics | None",
 ) -> int:
-    generation_service = GenerationService(engine)
+    generation_service = GenerationService(engine, supervision.admission if supervision else None)
     server, port, http = await _create_servers(settings, generation_service, health, supervision)
     if supervision:
         stop_requested, force_stop_requested = supervision.stop_requested, supervision.force_stop_requested

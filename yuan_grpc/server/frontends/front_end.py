@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import uvloop
 
 from yuan_grpc.server import log_queue, server
+from yuan_grpc.server.core.admission import Admission
 from yuan_grpc.server.core.inflight import InflightRequests
+from yuan_grpc.server.core.shared_budget import SharedBudget
 from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.engine import Shared, VllmEngine
@@ -35,6 +37,7 @@ class FrontEndTask:
         settings: the server's settings, with the ports that the supervisor has reserved.
         options: the result of `parse_engine_flags`.
         link: the connection to the engine.
+        budget: the memory of a `SharedBudget`.
         own_address: a second address to listen on, of this front end alone; None for none.
         loras: the adapters that are loaded.
     """
@@ -42,6 +45,7 @@ class FrontEndTask:
     settings: Settings
     options: EngineOptions
     link: ClientLink
+    budget: Any = field(repr=False)
     own_address: str | None = None
     loras: Mapping[str, AdapterRequest] = field(default_factory=dict)
 
@@ -93,6 +97,7 @@ class FrontEnd:
         self.stop_requested = asyncio.Event()
         self.force_stop_requested = asyncio.Event()
         self.own_address = task.own_address
+        self.admission = Admission(SharedBudget(task.budget, task.link.index))
         handlers: dict[str, Handler] = {
             "stop": self._stop,
             "force_stop": self._force_stop,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 from yuan_grpc.server import server
+from yuan_grpc.server.core.shared_budget import SharedBudget
 from yuan_grpc.server.engine.vllm.args import EngineOptions
 from yuan_grpc.server.engine.vllm.lora import AdapterRequest, create_registry
 from yuan_grpc.server.engine.vllm.shared_engine import ClientLink, SharedEngine
@@ -81,6 +83,7 @@ class Supervisor:
         self._settings = ports.settings
         self._options = options
         self._engine = SharedEngine(options, count + MAX_REPLACEMENTS)
+        self._budget: Any = RawArray("q", SharedBudget.size(count + MAX_REPLACEMENTS))
         self._loras = LoraLeader(create_registry(options, self._settings.lora_folder), self._engine)
         self._links: Iterator[ClientLink] = iter(())
         self._front_ends = [self._create_front_end(number) for number in range(count)]
@@ -191,7 +194,9 @@ class Supervisor:
     def _start_process(self, started: _FrontEnd, link: ClientLink) -> BaseProcess:
         started.link = link
         own_address = self._ports.own_address(started.number)
-        task = front_end.FrontEndTask(self._settings, self._options, link, own_address, self._loras.requests)
+        task = front_end.FrontEndTask(
+            self._settings, self._options, link, self._budget, own_address, self._loras.requests
+        )
         arguments = (task, started.far_end)
         started.process = process = self._engine.start_process(front_end.run, arguments, f"front-end-{started.number}")
         started.far_end.close()
@@ -226,6 +231,7 @@ class Supervisor:
         assert lost.process is not None
         assert lost.link is not None
         logger.error("front end %d was lost (status %s); starting another one", lost.number, lost.process.exitcode)
+        SharedBudget(self._budget, lost.link.index).clear()
         await self._engine.abort_client(lost.link)
         await self._loras.release_all(lost.link.index)
         replacement = self._create_front_end(lost.number)

@@ -1,0 +1,77 @@
+"""The counts of what requests take, for processes that serve the same engine."""
+
+from collections.abc import MutableSequence
+from zlib import crc32
+
+from yuan_grpc.server.core.admission import Cost, refuse
+
+CALLERS = 256
+"""Number of classes that callers are counted in. Two callers of the same class share what one could have alone."""
+
+_QUEUED, _STARTED, _BY_CALLER = 0, 2, 4
+"""Positions of the counts of a process: sequences and tokens of each kind."""
+_SIZE = _BY_CALLER + 2 * CALLERS
+
+
+class SharedBudget:
+    """Counts in shared memory; see `Budget`. Each process changes its own only, so that there is nothing to lock.
+
+    Two processes that take the last part at the same moment both get it. The limits are exceeded by one request of
+    each process at most.
+
+    Args:
+        memory: numbers in shared memory, `size` of the number of processes, at first 0.
+        index: the number of this process.
+    """
+
+    poll_seconds: float | None = 0.01
+
+    def __init__(self, memory: MutableSequence[int], index: int) -> None:
+        self._memory = memory
+        self._first = index * _SIZE
+
+    @staticmethod
+    def size(processes: int) -> int:
+        """Return how many numbers the counts of some processes take."""
+        return processes * _SIZE
+
+    def take(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Take a part of the queue; see `Budget.take`."""
+        position = _position(caller)
+        if refusal := refuse(cost, limit, self._sum(_QUEUED), self._sum(position)):
+            return refusal
+        self._add(_QUEUED, cost)
+        self._add(position, cost)
+        return ""
+
+    def give_back(self, caller: str, cost: Cost) -> None:
+        """Give a part of the queue back."""
+        self._add(_QUEUED, Cost(-cost.sequences, -cost.tokens))
+        self._add(_position(caller), Cost(-cost.sequences, -cost.tokens))
+
+    def start(self, cost: Cost, limit: Cost) -> bool:
+        """Take a part of the engine; see `Budget.start`."""
+        started = self._sum(_STARTED)
+        if started.sequences >= limit.sequences or started.tokens >= limit.tokens:
+            return False
+        self._add(_STARTED, cost)
+        return True
+
+    def finish(self, cost: Cost) -> None:
+        """Give a part of the engine back."""
+        self._add(_STARTED, Cost(-cost.sequences, -cost.tokens))
+
+    def clear(self) -> None:
+        """Give back all that this process has taken, after its end."""
+        self._memory[self._first : self._first + _SIZE] = [0] * _SIZE
+
+    def _sum(self, position: int) -> Cost:
+        return Cost(sum(self._memory[position::_SIZE]), sum(self._memory[position + 1 :: _SIZE]))
+
+    def _add(self, position: int, cost: Cost) -> None:
+        self._memory[self._first + position] += cost.sequences
+        self._memory[self._first + position + 1] += cost.tokens
+
+
+def _position(caller: str) -> int:
+    return _BY_CALLER + 2 * (crc32(caller.encode()) % CALLERS)
