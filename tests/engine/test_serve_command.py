@@ -1,8 +1,11 @@
 """The command `yuan-grpc serve` as a process: startup, shutdown, and the death of its engine."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +14,9 @@ from threading import Semaphore, Thread
 import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2
+from otlp_collector import collect_spans
+from prometheus_client.parser import text_string_to_metric_families
 from server_process import COMMAND, ENVIRONMENT, ServerProcess
 
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -18,6 +24,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 pytestmark = pytest.mark.engine
 
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -90,6 +97,94 @@ def test_a_dead_engine_ends_calls_and_the_server(start: Callable[..., ServerProc
     assert status == 1
     assert "the engine was lost" in log
     assert have_exited(engine_processes)
+
+
+STALL_FLAGS = ("--stall-seconds", "2", "--stall-exit-seconds", "4", "--grace-seconds", "5")
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+TRACE = [("traceparent", f"00-{TRACE_ID}-b7ad6b7169203331-01")]
+GATEWAY_METRICS = {
+    "vllm:num_requests_waiting",
+    "vllm:num_requests_running",
+    "vllm:kv_cache_usage_perc",
+    "vllm:cache_config_info",
+    "vllm:lora_requests_info",
+}
+"""Metrics that the Gateway API Inference Extension reads."""
+
+
+def test_a_stalled_engine_is_seen_and_ends_the_server_without_traces(
+    start: Callable[..., ServerProcess], folder: Path
+) -> None:
+    """One server for the metrics, traces and JSON log of a real engine too, because a start takes long."""
+    port = free_port()
+    with collect_spans() as (endpoint, spans):
+        server = start(
+            *("--metrics-port", str(port), "--log-format", "json", "--enable-lora", *STALL_FLAGS),
+            *("--otlp-traces-endpoint", endpoint),
+            TMPDIR=str(folder),
+            XDG_CACHE_HOME=str(folder / "cache"),
+        )
+        server.wait_until_serving()
+        check_timings(server)
+        check_metrics(port)
+        engine_processes = server.engine_processes()
+        core = max(engine_processes, key=lambda process: process.memory_info().rss)
+        core.suspend()
+        slow = server.stub.Generate.future(pb.GenerateRequest(prompt="一", max_tokens=2))
+        server.wait_for(health_pb2.HealthCheckResponse.NOT_SERVING)
+        with pytest.raises(grpc.RpcError) as raised:
+            server.stub.Generate(ENDLESS)
+        assert raised.value.details() == "the engine makes no progress"
+        core.resume()
+        server.wait_until_serving()
+        assert slow.result(timeout=60).usage.completion_tokens == 2
+        stream = server.stub.GenerateStream(ENDLESS)
+        next(stream)
+        core.suspend()
+        with pytest.raises(grpc.RpcError) as raised:
+            list(stream)
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        status, log = server.wait_for_exit()
+    assert status == 1, log
+    assert have_exited(engine_processes)
+    assert [path.name for path in folder.iterdir()] == ["cache"]
+    by_id = {span.span_id: span for span in spans if span.trace_id == TRACE_ID}
+    (engine_span,) = [span for span in by_id.values() if span.name == "llm_request"]
+    assert by_id[engine_span.parent_id].name == "yuan.v1.YuanService/Generate"
+    lines = [json.loads(line) for line in (server.start_log + log).splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*(set(line) for line in lines))
+    (call,) = [line for line in lines if line.get("trace_id") == TRACE_ID]
+    assert (call["id"], call["prompt_tokens"], call["completion_tokens"]) == ("timed", 3, 4)
+
+
+def check_timings(server: ServerProcess) -> None:
+    request = pb.GenerateRequest(prompt="世界上最高的山是什么", request_id="timed", max_tokens=4, return_timings=True)
+    timings = server.stub.Generate(request, metadata=TRACE).timings
+    seconds = {field.name: value.ToTimedelta().total_seconds() for field, value in timings.ListFields()}
+    assert seconds.keys() == {"queue", "prefill", "first_token", "decode", "total"}
+    assert 0 < seconds["prefill"] < seconds["first_token"] < seconds["total"]
+    assert seconds["queue"] < seconds["first_token"]
+
+
+def check_metrics(port: int) -> None:
+    """Check that a scrape has the gateway's metrics, all of docs/observability.md, and all of the dashboard."""
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/metrics") as page:
+        families = [*text_string_to_metric_families(page.read().decode())]
+    scraped = {sample.name for family in families for sample in family.samples} | {family.name for family in families}
+    scraped |= {f"{family.name}_total" for family in families if family.type == "counter"}  # also without samples
+    assert scraped >= GATEWAY_METRICS
+    documented = set(re.findall(r"^\| `([a-z_:]+)`", (REPOSITORY / "docs/observability.md").read_text(), re.MULTILINE))
+    assert {name for name in documented if name.startswith("vllm:")} <= scraped
+    dashboard = (REPOSITORY / "deploy/grafana/dashboard.json").read_text()
+    names = set(re.findall(r"(?:vllm:|yuan_grpc_|process_)[a-z_]+", dashboard))
+    assert names <= scraped | {f"{name}_bucket" for name in scraped}
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port: int = unused.getsockname()[1]
+        return port
 
 
 def test_a_killed_server_takes_its_engine_with_it(start: Callable[..., ServerProcess]) -> None:

@@ -34,7 +34,7 @@ class ServerProcess:
             line = self.process.stderr.readline()
             assert line, log
             log += line
-        assert log.startswith("yuan-grpc ")
+        assert log.startswith(("yuan-grpc ", "{"))
         self.start_log = log
         self.address = f"127.0.0.1:{found[1]}"
         self.channel = grpc.insecure_channel(self.address)
@@ -42,8 +42,12 @@ class ServerProcess:
 
     def wait_until_serving(self) -> None:
         """Return when health is SERVING."""
+        self.wait_for(health_pb2.HealthCheckResponse.SERVING)
+
+    def wait_for(self, status: int) -> None:
+        """Return when health has a status."""
         for response in health_stub(self.channel).Watch(health_pb2.HealthCheckRequest()):
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
+            if response.status == status:
                 return
 
     def engine_processes(self) -> list[psutil.Process]:
