@@ -12,8 +12,6 @@ import grpc
 import psutil
 import pytest
 
-from yuan_grpc.server.settings import DEMO
-
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WAIT_SECONDS = 10
 """Timeout of a test without an engine, unless it has its own."""
@@ -62,8 +60,10 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def demo() -> Path:
-    """Folder of the embedded checkpoint."""
-    return Path(DEMO)
+    """Folder of a checkpoint like the demo, with random weights instead of trained ones."""
+    from random_checkpoint import random_checkpoint  # imports torch, which most tests do not need
+
+    return random_checkpoint()
 
 
 @pytest.fixture(scope="session")
