@@ -21,7 +21,7 @@ from yuan_grpc.server.grpc.health import NAME as HEALTH_NAME
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.interceptor import StatusInterceptor
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
-from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.settings import Settings, demo
 from yuan_grpc.server.signals import stop_signals
 from yuan_grpc.server.start_error import StartError
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -61,7 +61,7 @@ CHANNEL_OPTIONS = [
 
 def startup_banner(settings: Settings) -> str:
     """Return the first lines of output: the model, the addresses, and a command to try."""
-    model = "embedded demo model with random weights; its output is noise" if settings.is_demo else settings.model
+    model = demo.BANNERS.get(settings.model, settings.model)
     http = "" if settings.http_port is None else f"\n  http     {_displayed_address(settings, settings.http_port)}"
     return f"""\
 yuan-grpc {__version__}
