@@ -17,7 +17,8 @@ from servers import serve_grpc
 from yuan_grpc.client import AsyncClient
 from yuan_grpc.demo.training.held_out import Case, held_out_cases
 from yuan_grpc.humaneval.sandbox.runner import Sandbox, SandboxError
-from yuan_grpc.server.grpc.health import NAME, Health
+from yuan_grpc.server.grpc.health import Health
+from yuan_grpc.server.grpc.servicer import NAME
 from yuan_grpc.server.settings.demo import DEMO
 from yuan_grpc.v1 import yuan_pb2 as pb
 
