@@ -13,8 +13,6 @@ import psutil
 import pytest
 from one_thread import set_one_thread
 
-from yuan_grpc.server.settings import DEMO
-
 set_one_thread()
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -75,8 +73,10 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def demo() -> Path:
-    """Folder of the embedded checkpoint."""
-    return Path(DEMO)
+    """Folder of a checkpoint like the demo, with random weights instead of trained ones."""
+    from random_checkpoint import random_checkpoint  # imports torch, which most tests do not need
+
+    return random_checkpoint()
 
 
 @pytest.fixture(scope="session")

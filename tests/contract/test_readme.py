@@ -23,7 +23,7 @@ def commands_between(start: str, end: str) -> list[list[str]]:
 
 async def test_the_three_ways_to_send_a_request_send_the_same_one() -> None:
     engine = FakeEngine(last("yes"))
-    commands = commands_between("These three are the same request", "The demo has random weights")
+    commands = commands_between("These three are the same request", "The last command prints")
     assert len(commands) == 3
     async with serve_grpc(engine) as address:
         for command in commands:

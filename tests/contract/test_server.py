@@ -26,6 +26,7 @@ from yuan_grpc.server.core.inflight import InflightRequests
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.server import seconds_since_command, serve, startup_banner
 from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.settings.demo import LOAD_TEST
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.settings.security import SecuritySettings
 from yuan_grpc.server.start_error import StartError
@@ -344,7 +345,10 @@ def test_the_time_to_ready_counts_from_the_command() -> None:
 async def test_the_banner_names_the_model_the_address_and_a_command(settings: Settings) -> None:
     banner = startup_banner(settings)
     assert f"grpc     127.0.0.1:{settings.port} (plaintext)" in banner
-    assert "demo" in banner
+    assert "the demo" in banner
+    assert "serve a real one with --model FOLDER" in banner
+    assert "random weights, for load tests" in startup_banner(replace(settings, model=LOAD_TEST))
+    assert "model    /models/Yuan2-2B-hf\n" in startup_banner(replace(settings, model="/models/Yuan2-2B-hf"))
     assert f"http://127.0.0.1:{settings.port}/yuan.v1.YuanService/Generate" in banner
     assert "any free port" in startup_banner(replace(settings, port=0))
     assert "http://[::1]:1/" in startup_banner(replace(settings, host="::1", port=1))

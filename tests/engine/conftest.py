@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 import torch
 from adapters import write_adapter
+from random_checkpoint import random_checkpoint
 from safetensors.torch import load_file
 
 from yuan_grpc.model.tokenizer import YuanTokenizer
@@ -22,7 +23,7 @@ from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.server import create_server
-from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.settings import DEMO_FLAGS, Settings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -110,20 +111,21 @@ async def address(served: Served) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    """The demo model on vLLM, served by the real server on a free port."""
+    """A model with random weights on vLLM, served by the real server on a free port."""
     async with serve_demo(FLAGS, tmp_path_factory.mktemp("adapters")) as served:
         yield served
 
 
 @asynccontextmanager
-async def serve_demo(flags: tuple[str, ...], lora_folder: Path) -> AsyncIterator[Served]:
-    """Serve the demo model with vLLM's flags, and with adapters written to a folder."""
+async def serve_demo(flags: tuple[str, ...], lora_folder: Path, model: Path | None = None) -> AsyncIterator[Served]:
+    """Serve a model, random weights by default, with the demo's flags and others, and with adapters in a folder."""
     env.set_defaults()
-    weights = load_file(Path(DEMO) / "model.safetensors")
+    model = model or random_checkpoint()
+    weights = load_file(model / "model.safetensors")
     for seed, name in enumerate(ADAPTERS):
         write_adapter(lora_folder / name, weights, ["v_proj", "up_proj"], seed=seed)
     write_adapter(lora_folder / "broken", {"lm_head.weight": torch.zeros(8, 8)}, ["lm_head"])
-    settings = Settings(model=DEMO, host="127.0.0.1", port=0, grace_seconds=0, engine_flags=flags)
+    settings = Settings(model=str(model), host="127.0.0.1", port=0, grace_seconds=0, engine_flags=(*DEMO_FLAGS, *flags))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM and torch warn while they are imported
         from engine_forks import fork_engines
@@ -139,9 +141,7 @@ async def serve_demo(flags: tuple[str, ...], lora_folder: Path) -> AsyncIterator
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = yuan_pb2_grpc.YuanServiceStub(channel)
-            yield Served(
-                f"127.0.0.1:{port}", Path(DEMO), lora_folder, stub, YuanTokenizer.from_pretrained(DEMO), engine
-            )
+            yield Served(f"127.0.0.1:{port}", model, lora_folder, stub, YuanTokenizer.from_pretrained(model), engine)
         await server.stop(None)
     finally:
         engine.stop()

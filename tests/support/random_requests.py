@@ -13,13 +13,13 @@ from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 from google.rpc.status_pb2 import Status
 from hypothesis import strategies as st
+from random_checkpoint import random_checkpoint
 from random_messages import messages
 
 from yuan_grpc.model.tokenizer import YuanTokenizer
-from yuan_grpc.server.settings import DEMO
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-TOKENIZER = YuanTokenizer.from_pretrained(DEMO)
+TOKENIZER = YuanTokenizer.from_pretrained(random_checkpoint())
 TOKENS, END = len(TOKENIZER), TOKENIZER.eos_token_id
 MODEL, CONTEXT = "yuan-demo", 2048
 REQUEST_IDS = ("one", "two", "名字")

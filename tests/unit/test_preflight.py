@@ -12,6 +12,7 @@ import pytest
 from yuan_grpc import preflight
 from yuan_grpc.preflight import checkpoint, flags, hub, machine
 from yuan_grpc.server.settings import DEMO, Settings
+from yuan_grpc.server.settings.demo import LOAD_TEST, LOAD_TEST_FLAGS
 from yuan_grpc.server.start_error import StartError
 
 GIB = 1 << 30
@@ -124,8 +125,9 @@ def test_an_unknown_flag_is_found() -> None:
     assert flags.unknown_flags(["--max-model-len=9", "--mdel=x", "--no-such"]) == ["--mdel", "--no-such"]
 
 
-def test_the_demo_passes_the_checks_of_a_checkpoint() -> None:
-    assert checkpoint.check(Path(DEMO), {}) == 984960
+def test_the_models_of_the_package_pass_the_checks_of_a_checkpoint() -> None:
+    assert 8e6 < checkpoint.check(Path(DEMO), {}) < 12e6
+    assert checkpoint.check(Path(LOAD_TEST), flags.parse([*LOAD_TEST_FLAGS])) == 0
 
 
 def test_weights_are_not_checked_if_they_are_not_loaded(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from yuan_grpc.server import settings
 from yuan_grpc.server.settings import DEMO, HttpSettings, Settings
+from yuan_grpc.server.settings.demo import LOAD_TEST
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.settings.lifecycle import LifecycleSettings
 from yuan_grpc.server.settings.security import SecuritySettings
@@ -22,6 +23,30 @@ def read(*arguments: str, **environment: str) -> Settings:
 def test_without_options_the_demo_is_served_on_loopback() -> None:
     assert read() == Settings(model=DEMO, host="127.0.0.1", port=50051, grace_seconds=30, engine_flags=())
     assert read().is_demo
+
+
+def test_the_models_of_the_package_have_short_names() -> None:
+    assert read("--demo", "small") == read()
+    load_test = read("--demo", "2b-shape", "--seed=1")
+    assert not load_test.is_demo
+    name = ["--model", LOAD_TEST, "--served-model-name", "yuan-2b-shape"]
+    assert load_test.vllm_flags == [*name, "--load-format", "dummy", "--tokenizer", DEMO, "--seed=1"]
+    assert read("--demo", "2b-shape", YUAN_GRPC_MODEL="someone/model").model == LOAD_TEST
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--demo", "7b"), "argument --demo: must be small or 2b-shape, not '7b'"),
+        (("--demo", "2b-shape", "--model", "a/b"), "not allowed with argument"),
+    ],
+)
+def test_an_invalid_choice_of_a_model_is_an_error(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(*options)
+    assert message in capsys.readouterr().err
 
 
 def test_a_flag_overrides_the_environment() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(60)
 HOME = "https://example.org/owner/yuan-grpc"
 
 
@@ -67,3 +68,12 @@ def test_the_readme_has_the_commands_that_an_error_names() -> None:
 
     readme = (REPOSITORY / "README.md").read_text()
     assert all(f"`{command}`" in readme for command in (PIP_CPU, PIP_CUDA, UV_CPU))
+
+
+def test_the_wheel_has_the_demo_and_not_its_training(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build_wheel(tmp_path, "")) as archive:
+        demo = {file.filename.removeprefix("yuan_grpc/demo/"): file.file_size for file in archive.infolist()}
+    names = {name for name in demo if not name.startswith(("yuan_grpc/", "yuan_grpc-"))}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.model", "2b-shape/config.json"} <= names
+    assert not any(name.startswith("training") for name in names)
+    assert sum(demo[name] for name in names) < 12e6

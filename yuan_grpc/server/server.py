@@ -26,7 +26,7 @@ from yuan_grpc.server.grpc.mesh import Mesh
 from yuan_grpc.server.grpc.servicer import NAME, YuanService
 from yuan_grpc.server.security.authentication import OPEN, Authenticator
 from yuan_grpc.server.security.certificates import CertificateError, Certificates
-from yuan_grpc.server.settings import Settings
+from yuan_grpc.server.settings import Settings, demo
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.signals import stop_signals
 from yuan_grpc.server.start_error import StartError
@@ -93,7 +93,7 @@ class Supervision(Protocol):
 
 def startup_banner(settings: Settings) -> str:
     """Return the first lines of output: the model, the addresses, and a command to try."""
-    model = "embedded demo model with random weights; its output is noise" if settings.is_demo else settings.model
+    model = demo.BANNERS.get(settings.model, settings.model)
     http = "" if settings.http_port is None else f"\n  http     {_displayed_address(settings, settings.http_port)}"
     socket = f"\n           unix:{settings.grpc.unix_socket}" if settings.grpc.unix_socket else ""
     metrics_port = settings.telemetry.metrics_port

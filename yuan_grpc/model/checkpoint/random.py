@@ -1,6 +1,6 @@
 """Yuan checkpoints with random weights, of any size, in the published layout.
 
-Writes the demo checkpoint that ships with the package and the checkpoints that tests and benchmarks load:
+Writes the checkpoints that tests and benchmarks load:
 
     python -m yuan_grpc.model.checkpoint.random FOLDER --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4
 """
@@ -25,16 +25,13 @@ from yuan_grpc.model.tokenizer import ANSWER_SEPARATOR, APPENDED, MODEL_FILE, SP
 
 DEMO = Path(str(files("yuan_grpc") / "demo"))
 
-DEMO_SIZES = {
+DEFAULT_SIZES = {
     "hidden_size": 96,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "max_position_embeddings": 2048,
 }
-DEMO_SEED = 2
-DEMO_PIECES = 1152
-"""Pieces to learn from the corpus, including 259 control tokens and bytes; the special tokens are added to these."""
 
 ROW_MULTIPLE = 64
 """The embedding is padded to a multiple of this number of rows, as in published checkpoints."""
@@ -69,7 +66,7 @@ def write_checkpoint(
     tokens = YuanTokenizer(folder / MODEL_FILE)
     rows = (len(tokens) // ROW_MULTIPLE + 1) * ROW_MULTIPLE
     config = YuanConfig(vocab_size=rows, eod_token_id=tokens.eos_token_id, **sizes)
-    _write_json(folder / "config.json", _published_config(config, dtype, tokens))
+    write_config(folder, config, dtype, tokens)
     weights = {name: weight.to(dtype) for name, weight in random_weights(config, seed)}
     save_torch_state_dict(
         weights, folder, max_shard_size=max_shard_size, safe_serialization=file_format == "safetensors"
@@ -123,19 +120,29 @@ def write_tokenizer(folder: Path, model_file: Path) -> None:
     )
 
 
-def train_tokenizer(corpus: Path, model_file: Path, pieces: int) -> None:
-    """Train a sentencepiece BPE model like the published one, with the special tokens last, as plain pieces."""
+def train_tokenizer(
+    corpus: Path, model_file: Path, pieces: int, *, character_coverage: float = 0.999, line_is_text: bool = True
+) -> None:
+    """Train a sentencepiece BPE model like the published one, with the special tokens last, as plain pieces.
+
+    Args:
+        corpus: A text file; pieces do not span lines.
+        model_file: The file to write.
+        pieces: The number of pieces to learn, including 259 control tokens and bytes; special tokens are added.
+        character_coverage: The share of the corpus whose characters become pieces.
+        line_is_text: Whether each line is a text, which gets a leading space, or may continue one.
+    """
     with TemporaryDirectory() as scratch:
         SentencePieceTrainer.train(
             input=str(corpus),
             model_prefix=f"{scratch}/bpe",
             model_type="bpe",
             vocab_size=pieces,
-            character_coverage=0.999,
+            character_coverage=character_coverage,
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            add_dummy_prefix=True,
+            add_dummy_prefix=line_is_text,
             split_digits=True,
             allow_whitespace_only_pieces=True,
             pad_id=-1,
@@ -147,16 +154,15 @@ def train_tokenizer(corpus: Path, model_file: Path, pieces: int) -> None:
     for token in ("<n>", *SPECIAL):
         if token not in present and token not in APPENDED:
             model.pieces.add(piece=token, score=0.0, type=sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL)
+    model.normalizer_spec.add_dummy_prefix = True
     model.trainer_spec.input[:] = []
     model.trainer_spec.model_prefix = ""
     model_file.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def write_demo(folder: Path) -> None:
-    """Write the demo checkpoint, which `yuan-grpc serve` runs by default."""
-    with TemporaryDirectory() as scratch:
-        train_tokenizer(DEMO / "corpus.txt", Path(scratch, MODEL_FILE), DEMO_PIECES)
-        write_checkpoint(folder, Path(scratch), DEMO_SIZES, seed=DEMO_SEED)
+def write_config(folder: Path, config: YuanConfig, dtype: torch.dtype, tokens: YuanTokenizer) -> None:
+    """Write `config.json` with the fields of published files."""
+    _write_json(folder / "config.json", _published_config(config, dtype, tokens))
 
 
 def _published_config(config: YuanConfig, dtype: torch.dtype, tokens: YuanTokenizer) -> dict[str, Any]:
@@ -199,24 +205,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m yuan_grpc.model.checkpoint.random", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--demo", action="store_true", help="write the demo checkpoint, with its fixed sizes and tokenizer"
-    )
-    parser.add_argument(
         "--tokenizer", type=Path, default=DEMO, help="folder with a tokenizer.model (default: the demo checkpoint)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--file-format", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--max-shard-size", default="50GB", help="maximum size of a file, e.g. 5GB (default: 50GB)")
-    for size, value in DEMO_SIZES.items():
+    for size, value in DEFAULT_SIZES.items():
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=value)
     arguments = vars(parser.parse_args())
-    if arguments.pop("demo"):
-        write_demo(arguments["folder"])
-    else:
-        dtype = getattr(torch, arguments.pop("dtype"))
-        sizes = {size: arguments.pop(size) for size in DEMO_SIZES}
-        write_checkpoint(arguments.pop("folder"), arguments.pop("tokenizer"), sizes, dtype=dtype, **arguments)
+    dtype = getattr(torch, arguments.pop("dtype"))
+    sizes = {size: arguments.pop(size) for size in DEFAULT_SIZES}
+    write_checkpoint(arguments.pop("folder"), arguments.pop("tokenizer"), sizes, dtype=dtype, **arguments)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,18 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
-from yuan_grpc.server.settings import grpc_port, lifecycle, mesh, security, telemetry
+from yuan_grpc.server.settings import demo, grpc_port, lifecycle, mesh, security, telemetry
 from yuan_grpc.server.settings import parsers as parse
+from yuan_grpc.server.settings.demo import DEMO as DEMO
+from yuan_grpc.server.settings.demo import DEMO_FLAGS as DEMO_FLAGS
 from yuan_grpc.server.settings.environment import add_option
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.settings.lifecycle import LifecycleSettings
 from yuan_grpc.server.settings.mesh import MeshSettings
 from yuan_grpc.server.settings.security import SecuritySettings
 from yuan_grpc.server.settings.telemetry import TelemetrySettings
-
-DEMO = str(files("yuan_grpc") / "demo")
-DEMO_NAME = "yuan-demo"
-DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "128M")
-"""vLLM flags for the 1 MB demo. Favor exactness; skip compilation, which would take longer than a typical demo."""
 
 EPILOG = """\
 Every other option is passed to vLLM's engine, for example:
@@ -104,7 +100,7 @@ class Settings:
 
     @property
     def is_demo(self) -> bool:
-        """Whether the embedded demo checkpoint is served."""
+        """Whether the demo checkpoint of the package is served."""
         return self.model == DEMO
 
     @property
@@ -113,9 +109,8 @@ class Settings:
 
         The served name of a folder is its last path component.
         """
-        name = DEMO_NAME if self.is_demo else Path(self.model).name if Path(self.model).is_dir() else self.model
-        defaults = DEMO_FLAGS if self.is_demo else ()
-        flags = [*defaults, *self.telemetry.vllm_flags, *self.engine_flags]
+        name = demo.NAMES.get(self.model) or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+        flags = [*demo.FLAGS.get(self.model, ()), *self.telemetry.vllm_flags, *self.engine_flags]
         return ["--model", self.model, "--served-model-name", name, *flags]
 
 
@@ -128,7 +123,10 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     parser.usage = "yuan-grpc serve [OPTIONS]"  # not all of them: argparse would also print them with each error
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
     parser.epilog = EPILOG
-    add_model_options(parser, environment)
+    models = parser.add_mutually_exclusive_group()
+    _add_model_option(models, environment)
+    demo.add_option(models)
+    _add_lora_option(parser, environment)
     add = partial(add_option, parser, environment)
     add("--host", "127.0.0.1", parse.non_empty, "HOST", "0.0.0.0 for all (default: 127.0.0.1)")
     add("--port", "50051", parse.port, "PORT", "gRPC port, 0 for any (default: 50051)")
@@ -171,15 +169,18 @@ def _add_http_options(add: Callable[..., None]) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
     """Add the options that select the model and its adapters to a parser."""
-    add = partial(add_option, parser, environment)
-    add(
-        "--model",
-        DEMO,
-        parse.model,
-        "PATH_OR_ID",
-        "checkpoint folder or hub id (default: demo)",
-    )
-    add("--lora-folder", "", parse.optional_folder, "FOLDER", "adapters to load (needs --enable-lora)")
+    _add_model_option(parser, environment)
+    _add_lora_option(parser, environment)
+
+
+def _add_model_option(options: argparse._ActionsContainer, environment: Mapping[str, str]) -> None:
+    text = "checkpoint folder or hub id (default: the demo)"
+    add_option(options, environment, "--model", DEMO, parse.model, "PATH_OR_ID", text)
+
+
+def _add_lora_option(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    text = "adapters to load (needs --enable-lora)"
+    add_option(parser, environment, "--lora-folder", "", parse.optional_folder, "FOLDER", text)
 
 
 def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
