@@ -11,7 +11,7 @@ from yuan_grpc.__main__ import main
 from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.install import PIP_CPU, PIP_CUDA, UV_CPU
 
-PAGE = 50
+PAGE = 66
 """Lines of a page."""
 
 

@@ -2,12 +2,17 @@
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NoReturn
 
 from yuan_grpc.server.log_format import format_line
+
+
+LOG_SECONDS = 0.1
+"""Time for the thread of the log to write the lines before the last one, in seconds."""
 
 
 def stop_signals() -> Sequence[signal.Signals]:
@@ -23,6 +28,7 @@ def exit_on_stop_signals(log_format: str = "text") -> None:
 
 
 def _exit(log_format: str, number: int, frame: object) -> NoReturn:
+    time.sleep(LOG_SECONDS)
     # Takes no lock: the signal may have interrupted any Python code, which may hold any.
     message = f"yuan-grpc: stopped by {signal.Signals(number).name} before the server has started"
     with suppress(OSError):

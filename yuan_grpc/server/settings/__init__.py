@@ -131,7 +131,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--host", "127.0.0.1", parse.non_empty, "HOST", "0.0.0.0 for all (default: 127.0.0.1)")
     add("--port", "50051", parse.port, "PORT", "gRPC port, 0 for any (default: 50051)")
     add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: none)")
-    add("--frontends", "", parse.optional_count, "N", "processes for calls (default: CPUs / 4 on GPUs)")
+    add("--frontends", "", parse.optional_count, "N", "processes for calls (default: by CPUs)")
     add("--frontend-ports", "", parse.optional_port, "PORT", "first of N gRPC ports, one for each process")
     lifecycle.add_options(parser, environment)
     telemetry.add_options(parser, environment)
@@ -174,7 +174,7 @@ def add_model_options(parser: argparse.ArgumentParser, environment: Mapping[str,
 
 
 def _add_model_option(options: argparse._ActionsContainer, environment: Mapping[str, str]) -> None:
-    text = "checkpoint folder or hub id (default: the demo)"
+    text = "checkpoint folder or hub id (default: demo)"
     add_option(options, environment, "--model", DEMO, parse.model, "PATH_OR_ID", text)
 
 

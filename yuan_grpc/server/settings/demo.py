@@ -35,7 +35,7 @@ def add_option(options: argparse._ActionsContainer) -> None:
         default=argparse.SUPPRESS,
         type=parse_name,
         metavar="NAME",
-        help="small, or 2b-shape: random weights for load tests",
+        help="small (default); 2b-shape: for load tests",
     )
 
 

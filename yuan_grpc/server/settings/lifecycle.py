@@ -27,9 +27,9 @@ class LifecycleSettings:
 def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
     """Add the options to a parser."""
     add = partial(add_option, parser.add_argument_group("at SIGTERM, and when the engine stalls"), environment)
-    add("--grace-seconds", "30", parse.seconds, "S", "time for running calls to finish (default: 30)")
-    add("--withdraw-seconds", "0", parse.seconds, "S", "before it, time to accept new calls (default: 0)")
-    add("--stall-seconds", "60", parse.seconds, "S", "time without progress; 0: never (default: 60)")
+    add("--grace-seconds", "30", parse.seconds, "S", "for running calls to finish (default: 30)")
+    add("--withdraw-seconds", "0", parse.seconds, "S", "before it, to accept new calls (default: 0)")
+    add("--stall-seconds", "60", parse.seconds, "S", "without progress; 0: never (default: 60)")
     add("--stall-exit-seconds", "", parse.optional_seconds, "S", "time from then to an exit (default: never)")
 
 

@@ -36,8 +36,8 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     """Add the options to a parser, in a group."""
     group = parser.add_argument_group("meshes and balancers, see docs/deploy.md")
     add: Callable[..., None] = partial(add_option, group, environment)
-    add_switch(group, environment, "--load-reports", "report the load in trailers and as a service (ORCA)")
-    add_switch(group, environment, "--vllm-engine", "serve vllm.grpc.engine.VllmEngine too (SMG, llm-d)")
+    add_switch(group, environment, "--load-reports", "report the load to balancers (ORCA)")
+    add_switch(group, environment, "--vllm-engine", "serve the contract of SMG and llm-d, too")
     add("--channelz-port", "", parse.optional_port, "PORT", "loopback port of channelz (default: none)")
 
 

@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--metrics-port", "", parse.optional_port, "PORT", "port of /metrics alone (default: none)")
     add("--otlp-traces-endpoint", "", str, "URL", "collector of traces (default: none)")
     add("--log-format", "text", parse.log_format, "FORMAT", "text or json (default: text)")
-    add("--log-level", "info", parse.log_level, "LEVEL", "debug, info, warning or error (default: info)")
+    add("--log-level", "info", parse.log_level, "LEVEL", "debug, info, warning, error (default: info)")
 
 
 def read(options: argparse.Namespace) -> TelemetrySettings:
