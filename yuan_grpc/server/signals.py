@@ -10,7 +10,6 @@ from typing import NoReturn
 
 from yuan_grpc.server.log_format import format_line
 
-
 LOG_SECONDS = 0.1
 """Time for the thread of the log to write the lines before the last one, in seconds."""
 
