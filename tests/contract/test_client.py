@@ -341,7 +341,8 @@ def test_closing_a_client_does_not_wait_for_a_channel_that_never_closes(monkeypa
     monkeypatch.setattr(sync, "CLOSE_TIMEOUT_SECONDS", 0.01)
     never = threading.Event()
     client = Client("127.0.0.1:1")
-    monkeypatch.setattr(client._base_channel, "close", never.wait)
+    assert client._connections.first
+    monkeypatch.setattr(client._base_channels[0], "close", never.wait)
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
         client.model()

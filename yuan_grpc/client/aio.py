@@ -20,6 +20,7 @@ from yuan_grpc.client.base import (
     grpc_timeout,
 )
 from yuan_grpc.client.channel import SERVICE
+from yuan_grpc.client.connections import Connection, Connections
 from yuan_grpc.client.errors import CancelledCallError, YuanError, error_from_rpc, translate_errors
 from yuan_grpc.client.google_rpc import HEALTH_WATCH, SERVING, HealthCheckResponse
 from yuan_grpc.client.types import Completion, Loras, Model, Result, Token
@@ -45,13 +46,14 @@ class AsyncClient(BaseClient):
     RuntimeError. Cancelling a task cancels its call.
     """
 
-    _channel: grpc.aio.Channel | None = None
+    def _open(self) -> None:
+        self._connections = Connections(self._connect, self._settings.connections)
 
     async def close(self) -> None:
-        """Close the connection and cancel all its calls. Closing twice is harmless."""
+        """Close all connections and cancel their calls. Closing twice is harmless."""
         self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        for connection in self._connections.opened:
+            await connection.channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -158,20 +160,25 @@ class AsyncClient(BaseClient):
         """Unload an adapter; running calls that use it continue."""
         await self._invoke(self._prepare_short("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
 
-    def _connect(self) -> grpc.aio.Channel:
-        """Return the channel. It is created on first use, because it belongs to the running event loop."""
-        if self._channel is None:
-            target, options = self._settings.uri, self._settings.channel_options()
-            if self._credentials is None:
-                channel = grpc.aio.insecure_channel(target, options, interceptors=self._interceptors)
-            else:
-                channel = grpc.aio.secure_channel(target, self._credentials, options, interceptors=self._interceptors)
-            self._channel, self._stub = channel, yuan_pb2_grpc.YuanServiceStub(channel)
-        return self._channel
+    def _connect(self) -> Connection:
+        """Open a connection, on first use, because it belongs to the running event loop."""
+        target, options = self._settings.uri, self._settings.channel_options()
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(target, options, interceptors=self._interceptors)
+        else:
+            channel = grpc.aio.secure_channel(target, self._credentials, options, interceptors=self._interceptors)
+        return Connection(channel, yuan_pb2_grpc.YuanServiceStub(channel))
 
     def _start(self, call: PreparedCall) -> Any:
-        self._connect()
-        return getattr(self._stub, call.rpc)(call.request, timeout=call.timeout, metadata=call.metadata)
+        connection = self._connections.acquire(call.rpc, call.request_id)
+        try:
+            method = getattr(connection.stub, call.rpc)
+            started = method(call.request, timeout=call.timeout, metadata=call.metadata)
+        except BaseException:
+            self._connections.release(connection, call.rpc, call.request_id)
+            raise
+        started.add_done_callback(lambda _: self._connections.release(connection, call.rpc, call.request_id))
+        return started
 
     async def _invoke(self, call: PreparedCall) -> Any:
         started = self._start(call)
@@ -229,7 +236,7 @@ class AsyncClient(BaseClient):
 
     async def _is_serving(self, ready: Readiness) -> bool:
         """Watch the server's health; return True once it is serving, False if the watch ends first."""
-        watch: Any = self._connect().unary_stream(
+        watch: Any = self._connections.first.channel.unary_stream(
             HEALTH_WATCH, lambda request: request.SerializeToString(), HealthCheckResponse.FromString
         )
         timeout, metadata = grpc_timeout(ready.remaining_seconds), self._metadata(())

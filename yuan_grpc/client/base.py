@@ -58,6 +58,7 @@ class BaseClient:
         options: Sequence[tuple[str, object]] = (),
         interceptors: Sequence[Any] = (),
         gzip: bool = False,
+        connections: int = 8,
     ) -> None:
         """Check the arguments and read the certificates; the client connects on first use.
 
@@ -83,6 +84,8 @@ class BaseClient:
             options: gRPC channel options; they override those set by this client.
             interceptors: gRPC client interceptors, sync or async like the client.
             gzip: compress requests, and ask the server to compress responses.
+            connections: maximum number of connections, 1 to 64. Another one is opened for each 16 calls that run at a
+                time. A server with several processes serves each connection by one of them.
 
         Raises:
             ValueError: an argument is out of range, or arguments exclude each other.
@@ -102,6 +105,7 @@ class BaseClient:
             to_pairs(metadata),
             tuple(options),
             gzip,
+            connections,
         )
         self._interceptors = tuple(interceptors)
         self._credentials = self._settings.credentials()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import grpc
 
 import yuan_grpc
+from yuan_grpc.client.connections import MAX_CONNECTIONS
 from yuan_grpc.client.metadata import AuthToken, MetadataLike, bearer, is_secret, to_pairs
 from yuan_grpc.client.target import is_local, is_valid, to_uri
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -61,6 +62,7 @@ class Settings:
     metadata: MetadataLike = field(default=(), repr=False)
     options: Sequence[tuple[str, object]] = field(default=(), repr=False)
     gzip: bool = False
+    connections: int = 8
 
     def __post_init__(self) -> None:
         if not is_valid(self.target):
@@ -75,6 +77,8 @@ class Settings:
         if not 1 <= self.max_response_bytes <= MAX_MESSAGE_BYTES:
             bounds = f"between 1 and {MAX_MESSAGE_BYTES}"
             raise ValueError(f"`max_response_bytes` must be {bounds}, not {self.max_response_bytes}")
+        if not 1 <= self.connections <= MAX_CONNECTIONS:
+            raise ValueError(f"`connections` must be between 1 and {MAX_CONNECTIONS}, not {self.connections}")
         if self.client_cert is not None and not self.is_secure:
             raise ValueError("`client_cert` needs `tls`: certificates are sent only over TLS")
         if self.token is not None:
@@ -128,6 +132,7 @@ class Settings:
         options: dict[str, object] = {
             "grpc.primary_user_agent": f"yuan-grpc/{yuan_grpc.__version__}",
             "grpc.service_config": service_config(self.retries),
+            "grpc.use_local_subchannel_pool": 1,  # otherwise channels to one target share a connection
             "grpc.per_rpc_retry_buffer_size": self._retry_buffer_bytes,
             _RECEIVE_LIMIT: self.max_response_bytes,
             # Connect within seconds after a server has started; gRPC backs off up to two minutes by default.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from yuan_grpc.client.base import (
     grpc_timeout,
 )
 from yuan_grpc.client.channel import SERVICE
+from yuan_grpc.client.connections import Connection, Connections
 from yuan_grpc.client.errors import InvalidRequestError, YuanError, error_from_rpc, translate_errors
 from yuan_grpc.client.google_rpc import HEALTH_WATCH, SERVING, HealthCheckResponse
 from yuan_grpc.client.types import Completion, Loras, Model, Result, Token
@@ -49,23 +50,31 @@ class Client(BaseClient):
     """
 
     def _open(self) -> None:
+        self._base_channels: list[grpc.Channel] = []
+        self._connections = Connections(self._connect, self._settings.connections)
+
+    def _connect(self) -> Connection:
         target, options = self._settings.uri, self._settings.channel_options()
         if self._credentials is None:
-            channel = grpc.insecure_channel(target, options)
+            base_channel = grpc.insecure_channel(target, options)
         else:
-            channel = grpc.secure_channel(target, self._credentials, options)
-        self._base_channel = channel
-        self._channel = grpc.intercept_channel(channel, *self._interceptors)
-        self._stub = yuan_pb2_grpc.YuanServiceStub(self._channel)
+            base_channel = grpc.secure_channel(target, self._credentials, options)
+        self._base_channels.append(base_channel)
+        channel = grpc.intercept_channel(base_channel, *self._interceptors)
+        return Connection(channel, yuan_pb2_grpc.YuanServiceStub(channel))
 
     def close(self) -> None:
-        """Close the connection and cancel all its calls. Closing twice is harmless."""
+        """Close all connections and cancel their calls. Closing twice is harmless."""
         if not self._closed:
             self._closed = True
             # gRPC waits forever for a call that KeyboardInterrupt hit while it was starting.
-            closing = Thread(target=self._base_channel.close, name="yuan-grpc-close", daemon=True)
+            closing = Thread(target=self._close_channels, name="yuan-grpc-close", daemon=True)
             closing.start()
             closing.join(CLOSE_TIMEOUT_SECONDS)
+
+    def _close_channels(self) -> None:
+        for channel in self._base_channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,8 +119,7 @@ class Client(BaseClient):
     def stream(self, prompt: Prompt, **parameters: Unpack[Parameters]) -> Stream:
         """Start generating and return an iterator over the first choice's text. Takes the arguments of `generate`."""
         call = self._prepare_generation("GenerateStream", prompt, parameters)
-        started = self._stub.GenerateStream(call.request, timeout=call.timeout, metadata=call.metadata)
-        return Stream(started, call.request_id)
+        return Stream(self._start(call, lambda stub: stub.GenerateStream), call.request_id)
 
     def generate_many(
         self,
@@ -170,11 +178,27 @@ class Client(BaseClient):
         self._invoke(self._prepare_short("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
 
     def _start_future(self, call: PreparedCall) -> Any:
-        return getattr(self._stub, call.rpc).future(call.request, timeout=call.timeout, metadata=call.metadata)
+        return self._start(call, lambda stub: getattr(stub, call.rpc).future)
+
+    def _start(self, call: PreparedCall, method_of: Callable[[Any], Any]) -> Any:
+        connection = self._connections.acquire(call.rpc, call.request_id)
+        try:
+            method = method_of(connection.stub)
+            started = method(call.request, timeout=call.timeout, metadata=call.metadata)
+        except BaseException:
+            self._connections.release(connection, call.rpc, call.request_id)
+            raise
+        started.add_done_callback(lambda _: self._connections.release(connection, call.rpc, call.request_id))
+        return started
 
     def _invoke(self, call: PreparedCall) -> Any:
-        with translate_errors(call.request_id):
-            response = getattr(self._stub, call.rpc)(call.request, timeout=call.timeout, metadata=call.metadata)
+        connection = self._connections.acquire(call.rpc, call.request_id)
+        try:
+            with translate_errors(call.request_id):
+                method = getattr(connection.stub, call.rpc)
+                response = method(call.request, timeout=call.timeout, metadata=call.metadata)
+        finally:
+            self._connections.release(connection, call.rpc, call.request_id)
         return check_readable(response, call.request_id)
 
     def _many(self, prompts: Iterator[Prompt], window: Window, parameters: Parameters) -> Generator[Result, None, None]:
@@ -222,7 +246,7 @@ class Client(BaseClient):
 
     def _is_serving(self, ready: Readiness) -> bool:
         """Watch the server's health; return True once it is serving, False if the watch ends first."""
-        watch: Any = self._channel.unary_stream(
+        watch: Any = self._connections.first.channel.unary_stream(
             HEALTH_WATCH, lambda request: request.SerializeToString(), HealthCheckResponse.FromString
         )
         timeout, metadata = grpc_timeout(ready.remaining_seconds), self._metadata(())

@@ -50,6 +50,17 @@ class Ports:
         """Release the ports."""
         self._sockets.close()
 
+    def settings_for(self, number: int) -> Settings:
+        """Return the settings of one front end: a unix socket and a channelz port cannot be shared."""
+        settings, path, port = self.settings, self.settings.grpc.unix_socket, self.settings.mesh.channelz_port
+        if path is not None:
+            settings = replace(
+                settings, grpc=replace(settings.grpc, unix_socket=path.with_name(f"{path.name}.{number}"))
+            )
+        if port:
+            settings = replace(settings, mesh=replace(settings.mesh, channelz_port=port + number))
+        return settings
+
     def own_address(self, number: int) -> str | None:
         """Return the address of one front end alone; None if it has none."""
         first = self.settings.frontend_ports

@@ -194,9 +194,8 @@ class Supervisor:
     def _start_process(self, started: _FrontEnd, link: ClientLink) -> BaseProcess:
         started.link = link
         own_address = self._ports.own_address(started.number)
-        task = front_end.FrontEndTask(
-            self._settings, self._options, link, self._budget, own_address, self._loras.requests
-        )
+        settings, loras = self._ports.settings_for(started.number), self._loras.requests
+        task = front_end.FrontEndTask(settings, self._options, link, self._budget, own_address, loras)
         arguments = (task, started.far_end)
         started.process = process = self._engine.start_process(front_end.run, arguments, f"front-end-{started.number}")
         started.far_end.close()

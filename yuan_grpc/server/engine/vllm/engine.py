@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, MutableSequence, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +75,8 @@ class VllmEngine:
         self._info: ModelInfo | None = None
         self._processes: ProcessTree | None = None
         self._is_warm = False
-        self._progress = 0
+        self._progress: MutableSequence[int] = shared.link.progress if shared else [0]
+        self._index = shared.link.index if shared else 0
 
     async def start(self) -> None:
         """Load the model and run warm-up requests, so that no caller's request is the first.
@@ -108,7 +109,7 @@ class VllmEngine:
 
         async def get_and_count() -> Any:
             outputs = await get_output()
-            self._progress += 1
+            self._progress[self._index] += 1
             return outputs
 
         core.get_output_async = get_and_count
@@ -174,8 +175,8 @@ class VllmEngine:
 
     @property
     def progress(self) -> int:
-        """Number of the engine's outputs so far."""
-        return self._progress
+        """Number of the engine's outputs so far, for all front ends."""
+        return sum(self._progress)
 
     @property
     def loads(self) -> Sequence[EngineLoad]:

@@ -43,6 +43,7 @@ class ClientLink:
         sockets: the listening sockets for the engine's connections, and their addresses, under vLLM's names.
         counters: the number of requests of each client, in shared memory.
         loads: the memory of a `SharedLoadBoard`.
+        progress: the number of outputs that each client has got, in shared memory.
     """
 
     index: int
@@ -50,6 +51,7 @@ class ClientLink:
     sockets: dict[str, Any] = field(repr=False)
     counters: Any = field(repr=False)
     loads: Any = field(repr=False)
+    progress: Any = field(repr=False)
 
     def connect(self, options: EngineOptions, board: LoadBoard) -> AsyncLLM:
         """Return vLLM's front end, once the engine has started.
@@ -94,6 +96,7 @@ class SharedEngine:
         self._count = clients + 1  # the last client is this process
         create_array, ranks = multiprocessing.get_context("spawn").RawArray, options.config.parallel_config
         self._counters = create_array("q", SharedAdmissionStats.num_counters(self._count))
+        self._progress = create_array("q", self._count)
         self._loads = create_array("d", SharedLoadBoard.size(ranks.data_parallel_size))
         self._launch = Launch()
         self._listeners: EngineZmqListeners | None = None
@@ -144,7 +147,7 @@ class SharedEngine:
         }
         if launch.coordinator:
             sockets["stats_update_address"] = launch.coordinator.get_stats_publish_address()
-        return ClientLink(index, self._count, sockets, self._counters, self._loads)
+        return ClientLink(index, self._count, sockets, self._counters, self._loads, self._progress)
 
     def start_process(self, target: Callable[..., object], arguments: tuple[object, ...], name: str) -> BaseProcess:
         """Start a process in the same way as those of the engine, with the same folder for temporary files."""
