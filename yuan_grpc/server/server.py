@@ -177,8 +177,6 @@ async def _serve(
             logger.info("stopping: running calls have %g seconds to finish", settings.grace_seconds)
         grace_seconds = settings.grace_seconds if is_clean_stop else 0
         engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
-        grace_seconds = settings.grace_seconds if is_clean_stop else 0
-        engine_stop = asyncio.ensure_future(_stop_when_idle(engine, generation_service.inflight))
         await _stop_servers(server, port, http, generation_service, settings, grace_seconds, force_stop_requested)
         was_alive = await engine_stop or not is_clean_stop
         access_log.flush()
