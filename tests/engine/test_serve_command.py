@@ -25,6 +25,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 pytestmark = pytest.mark.engine
 
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
+LONG = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=200, ignore_eos=True)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -63,11 +64,11 @@ def test_the_server_finishes_running_calls_and_leaves_no_process_and_no_temporar
     server.wait_until_serving()
     engine_processes = server.engine_processes()
     assert any(path.is_socket() for path in folder.glob("yuan-grpc-*/*"))
-    call = server.stub.GenerateStream(ENDLESS)
+    call = server.stub.GenerateStream(LONG)
     messages = [next(call)]
     os.killpg(server.process.pid, stop_signal)
     messages += call
-    assert messages[-1].usage.completion_tokens == 2000
+    assert messages[-1].usage.completion_tokens == 200
     status, log = server.wait_for_exit()
     assert status == 0, log
     assert "Traceback" not in log
@@ -155,7 +156,7 @@ def test_a_stalled_engine_is_seen_and_ends_the_server_without_traces(
     lines = [json.loads(line) for line in (server.start_log + log).splitlines()]
     assert {"time", "level", "logger", "message"} <= set.intersection(*(set(line) for line in lines))
     (call,) = [line for line in lines if line.get("trace_id") == TRACE_ID]
-    assert (call["id"], call["prompt_tokens"], call["completion_tokens"]) == ("timed", 3, 4)
+    assert (call["id"], call["prompt_tokens"], call["completion_tokens"]) == ("timed", 4, 4)
 
 
 def check_timings(server: ServerProcess) -> None:

@@ -160,7 +160,7 @@ CASES = (
     Case(
         "cache for no request",
         r"the KV cache is too small .*, or --max-model-len 512",
-        ("--kv-cache-memory-bytes", "1M"),
+        ("--kv-cache-memory-bytes", "6M"),
         needs_engine=True,
     ),
     Case(

@@ -25,6 +25,7 @@ TOO_SMALL = "the KV cache is too small for one request of the model's length: se
 ADVICE = (
     (r"larger than the available KV cache.* model length is (\d+)", rf"{TOO_SMALL}, or --max-model-len \1", ""),
     (r"larger than the available KV cache", TOO_SMALL, ""),
+    (r"No available memory for the cache blocks", TOO_SMALL, ""),
     (r"can't allocate memory|Cannot allocate memory|std::bad_alloc|^MemoryError", "the memory ran out", "KV"),
     (r"CUDA out of memory|OutOfMemoryError", "the GPU's memory ran out", "GPU"),
     (r"No space left on device", "the disk or /dev/shm is full", "SPACE"),
