@@ -273,7 +273,7 @@ async def test_the_quickstart_prints_the_same_text_twice(served: Served) -> None
 
 async def test_the_readmes_program_prints_text(served: Served) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    (program,) = re.findall("```python\n(.*?)```", readme, re.DOTALL)
+    (program,) = re.findall("^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", program.replace("127.0.0.1:50051", served.address)), stdout=asyncio.subprocess.PIPE
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from engine.conftest import Served
 
+from yuan_grpc.server.settings.demo import DEMO_FLAGS
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -20,7 +21,8 @@ PROMPTS = ("大学生写简历有哪些思路建议和注意事项", "请以人�
 
 async def test_run_returns_the_same_texts_as_a_server(served: Served) -> None:
     options = ("--json", "--max-tokens=24", "--temperature=0.8", "--top-p=0.95", "--seed=7", "--stop=<eod>")
-    command = (sys.executable, "-m", "yuan_grpc", "run", *PROMPTS, *options, "--", "--max-num-seqs", "2")
+    engine = ("--model", str(served.demo), "--", *DEMO_FLAGS, "--max-num-seqs", "2")
+    command = (sys.executable, "-m", "yuan_grpc", "run", *PROMPTS, *options, *engine)
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -39,7 +41,10 @@ async def test_the_script_in_the_documentation_returns_the_same_text_as_a_server
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
     script = tmp_path / "script.py"
-    script.write_text(code.replace("/models/Yuan2-2B-hf", str(served.demo)).replace("bfloat16", "float32"), "utf-8")
+    flags = ", ".join(f'"{flag}"' for flag in DEMO_FLAGS)
+    script.write_text(
+        code.replace("/models/Yuan2-2B-hf", str(served.demo)).replace('"--dtype=bfloat16"', flags), "utf-8"
+    )
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(script), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )

@@ -29,7 +29,8 @@ class ReferenceYuan:
             for file in sorted(checkpoint.glob("*.safetensors"))
             for name, weight in load_file(file).items()
         }
-        self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
+        if self.weights:  # else the caller sets those of a file in another format
+            self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
         self.num_tokens = num_tokens
         self.heads = self.config["num_attention_heads"]
         self.head_dim = self.config["hidden_size"] // self.heads

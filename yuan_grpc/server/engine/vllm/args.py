@@ -103,6 +103,7 @@ def format_help(word: str) -> str:
         LookupError: no flag has the word.
     """
     arg_utils.NEEDS_HELP = True  # else vLLM leaves the descriptions out
+    arg_utils._compute_kwargs.cache_clear()  # of arguments without descriptions
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="yuan-grpc serve", add_help=False))
     formatter = parser._get_formatter()
     word = word.lower().replace("_", "-")
