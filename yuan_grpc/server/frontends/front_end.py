@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,7 +23,7 @@ from yuan_grpc.server.engine.vllm.engine import Shared, VllmEngine
 from yuan_grpc.server.engine.vllm.lora import AdapterRequest
 from yuan_grpc.server.engine.vllm.shared_engine import ClientLink
 from yuan_grpc.server.engine.vllm.shared_lora import SharedLoraRegistry
-from yuan_grpc.server.frontends.control import ControlChannel, Handler
+from yuan_grpc.server.frontends.control import ControlChannel, Handler, PeerLostError
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.start_error import StartError
 
@@ -112,7 +113,7 @@ class FrontEnd:
             task.settings.lora_folder,
             lambda name: self.control.call("load_lora", name),
             lambda name: self.control.call("unload_lora", name),
-            lambda lora_name: self.control.notify("release_lora", lora_name),
+            self._release_lora,
         )
         for name, request in task.loras.items():
             self._adapters.add(name, request)
@@ -143,6 +144,10 @@ class FrontEnd:
 
     async def _abort(self, request_id: str, owner: str, of_all: bool) -> bool:
         return self._inflight is not None and await self._inflight.abort_here(request_id, owner, of_all=of_all)
+
+    async def _release_lora(self, lora_name: str) -> None:
+        with suppress(PeerLostError):
+            await self.control.call("release_lora", lora_name)
 
     async def _add_lora(self, name: str, request: AdapterRequest) -> None:
         self._adapters.add(name, request)

@@ -1,5 +1,6 @@
 """The adapters of an engine that several front ends share: the process that started the engine loads them for all."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,7 +20,8 @@ class SharedLoraRegistry(LoraRegistry):
         folder: has a folder for each adapter; None if none can be loaded.
         load: loads an adapter in all front ends.
         unload: unloads an adapter in all front ends.
-        release: reports that no request of this front end uses an adapter that has been unloaded.
+        release: reports that no request of this front end uses an adapter that has been unloaded, and waits until it
+            is removed if no other one uses it.
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class SharedLoraRegistry(LoraRegistry):
         folder: Path | None,
         load: Callable[[str], Awaitable[None]],
         unload: Callable[[str], Awaitable[None]],
-        release: Callable[[str], None],
+        release: Callable[[str], Awaitable[None]],
     ) -> None:
         super().__init__(folder, *registry_arguments(options))
         self._load_everywhere, self._unload_everywhere, self._release = load, unload, release
@@ -51,7 +53,8 @@ class SharedLoraRegistry(LoraRegistry):
             await self._retire(_NO_ENGINE, adapter)
 
     async def _remove(self, llm: LoraEngine, request: LoRARequest) -> None:
-        self._release(request.lora_name)
+        # Shielded: the request that has ended may be cancelled again, and nothing else releases the adapter.
+        await asyncio.shield(self._release(request.lora_name))
 
 
 class LoraLeader:
