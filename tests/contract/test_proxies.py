@@ -22,7 +22,7 @@ from google.protobuf.duration_pb2 import Duration
 from proxies import Proxy, free_port, run_proxy
 from servers import serve_grpc
 
-from yuan_grpc.client import AsyncClient, YuanError
+from yuan_grpc.client import AsyncClient, AsyncStream, YuanError
 from yuan_grpc.server.engine.load import EngineLoad
 from yuan_grpc.server.errors import OverloadedError
 from yuan_grpc.server.grpc.health import Health
@@ -278,19 +278,23 @@ async def test_no_call_fails_when_one_of_two_servers_is_drained(name: str, tmp_p
         with run_proxy(name, servers, tmp_path) as proxy:
             await wait_until_served(proxy)
             async with AsyncClient(proxy.address, timeout=60) as client:
-                running = [asyncio.ensure_future(client.generate("AB")) for _ in range(8)]
-                processes[0].send_signal(signal.SIGTERM)
+                streams = [client.stream("AB") for _ in range(8)]
+                starts = [await anext(stream) for stream in streams]
+                processes[0].send_signal(signal.SIGTERM)  # while it has some of them
                 is_stopped = asyncio.ensure_future(asyncio.to_thread(processes[0].communicate))
-                texts = []
-                while not is_stopped.done():
-                    texts += [completion.text for completion in await asyncio.gather(*running)]
-                    running = [asyncio.ensure_future(client.generate("AB")) for _ in range(8)]
-                texts += [completion.text for completion in await asyncio.gather(*running)]
+                rests = asyncio.gather(*map(_rest_of, streams))
+                texts: list[str] = []
+                while not texts or not is_stopped.done():
+                    texts += [each.text for each in await asyncio.gather(*[client.generate("AB") for _ in range(8)])]
+                texts += [start + rest for start, rest in zip(starts, await rests, strict=True)]
         _, log = await is_stopped
     assert processes[0].returncode == 0
     assert set(texts) == {"a" * 29 + "!"}
     assert b"Generate" in log  # both servers had calls
-    assert len(texts) > 8
+
+
+async def _rest_of(stream: AsyncStream) -> str:
+    return "".join([text async for text in stream])
 
 
 @asynccontextmanager

@@ -250,6 +250,10 @@ async def _batch(served: Served, call: Call) -> list[Outcome]:
     except grpc.aio.AioRpcError as error:
         status, header_bytes = _status_of(error)
         without_result = partial(Outcome, code=_code_of(error), status=status, header_bytes=header_bytes)
+    except asyncio.CancelledError:  # grpcio's client cancels a call whose deadline expires while it half-closes
+        if call.timeout is None:
+            raise
+        without_result = partial(Outcome, code=grpc.StatusCode.DEADLINE_EXCEEDED)
     return [
         _batch_outcome(call, request, results[index]) if index in results else without_result(call, request)
         for index, request in enumerate(call.requests)
