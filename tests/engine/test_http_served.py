@@ -361,13 +361,14 @@ async def test_closing_an_openai_stream_frees_the_engine_request(served: Served,
 async def test_metrics_include_vllms(served: Served, port: int) -> None:
     async with http_client(port) as http:
 
-        async def generated_tokens() -> float:
+        async def total(name: str) -> float:
             lines = (await http.get("/metrics")).text.splitlines()
-            return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
+            return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
-        before = await generated_tokens()
+        names = ("generation_tokens_total", "inter_token_latency_seconds_count")
+        tokens, gaps = [await total(name) for name in names]
         await served.generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=5, ignore_eos=True))
-        assert await generated_tokens() == before + 5
+        assert [await total(name) for name in names] == [tokens + 5, gaps + 4]
 
 
 async def test_concurrent_calls_get_the_same_texts_as_single_calls(served: Served, port: int) -> None:

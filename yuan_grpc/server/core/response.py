@@ -27,7 +27,6 @@ MAX_ENTRIES_PER_MESSAGE = INLINE_ENTRIES
 """Tokens and log-probabilities in one message of a stream: about half a megabyte; clients accept four by default."""
 
 _FINISH_REASONS = {
-    None: pb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.REPETITION: pb.FINISH_REASON_REPETITION,
@@ -124,9 +123,11 @@ class ResponseBuilder:
     def _delta_messages(self, output: StepOutput) -> Iterator[pb.GenerateStreamResponse]:
         usage, progress = self._add_usage(output), output.progress
         for deltas in _split_by_message(output.deltas):
-            message = self._empty_message()
-            message.choices.extend([self._choice(delta) for delta in deltas])
-            if any(delta.finish_reason for delta in deltas):
+            message, has_finished = self._empty_message(), False
+            for delta in deltas:
+                self._fill_choice(message.choices.add(), delta)
+                has_finished = has_finished or delta.finish_reason is not None
+            if has_finished:
                 message.MergeFrom(pb.GenerateStreamResponse(usage=usage, timings=_timings(self._stats)))
             if progress:
                 message.progress.CopyFrom(_progress(progress))
@@ -136,29 +137,38 @@ class ResponseBuilder:
         return pb.GenerateStreamResponse(request_id=self._request_id, model=self._model)
 
     def _add_usage(self, output: StepOutput) -> pb.Usage:
-        self._usage.completion_tokens += sum(len(delta.token_ids) for delta in output.deltas) + output.discarded_tokens
+        tokens = output.discarded_tokens
+        for delta in output.deltas:
+            tokens += len(delta.token_ids)
+        self._usage.completion_tokens += tokens
         if self._shows_cached_tokens:  # in a shared cache, they would show which prompts other callers have sent
             self._usage.cached_tokens = output.cached_tokens or self._usage.cached_tokens
         return self._usage
 
     def _choice(self, delta: ChoiceDelta) -> pb.Choice:
-        choice = pb.Choice(
-            index=delta.index,
-            text=delta.text,
-            token_ids=delta.token_ids,
-            finish_reason=_FINISH_REASONS[delta.finish_reason],
-            logprobs=() if self._is_flat else [_token_logprob(token) for token in delta.logprobs],
-            flat_logprobs=_flat_logprobs(delta.logprobs) if self._is_flat and delta.logprobs else None,
-            cumulative_logprob=delta.cumulative_logprob,
-        )
+        choice = pb.Choice()
+        self._fill_choice(choice, delta)
+        return choice
+
+    def _fill_choice(self, choice: pb.Choice, delta: ChoiceDelta) -> None:
+        """Set what a delta has, which for most is a text and a token."""
+        choice.index, choice.text = delta.index, delta.text
+        choice.token_ids.extend(delta.token_ids)
+        if delta.logprobs:
+            self._add_logprobs(choice, delta.logprobs)
+        if delta.cumulative_logprob is not None:
+            choice.cumulative_logprob = delta.cumulative_logprob
         if delta.index not in self._echoed:
             self._echoed.add(delta.index)
             choice.text = self._echo + choice.text
-        if isinstance(delta.stop_reason, str):
-            choice.stop_string = delta.stop_reason
-        elif delta.stop_reason is not None:
-            choice.stop_token_id = delta.stop_reason
-        return choice
+        if delta.finish_reason is not None:
+            _set_finish(choice, delta.finish_reason, delta.stop_reason)
+
+    def _add_logprobs(self, choice: pb.Choice, logprobs: Sequence[TokenLogprobs]) -> None:
+        if self._is_flat:
+            choice.flat_logprobs.CopyFrom(_flat_logprobs(logprobs))
+        else:
+            choice.logprobs.extend(map(_token_logprob, logprobs))
 
     def _add_prompt_logprobs(
         self, response: pb.GenerateResponse | pb.GenerateStreamResponse, logprobs: Sequence[TokenLogprobs]
@@ -167,6 +177,14 @@ class ResponseBuilder:
             response.flat_prompt_logprobs.CopyFrom(_flat_logprobs(logprobs))
         elif logprobs:
             response.prompt_logprobs.extend(map(_token_logprob, logprobs))
+
+
+def _set_finish(choice: pb.Choice, reason: FinishReason, stop_reason: str | int | None) -> None:
+    choice.finish_reason = _FINISH_REASONS[reason]
+    if isinstance(stop_reason, str):
+        choice.stop_string = stop_reason
+    elif stop_reason is not None:
+        choice.stop_token_id = stop_reason
 
 
 def tokenize_response(text: str, tokens: Sequence[tuple[int, str, int, int]]) -> pb.TokenizeResponse:

@@ -18,6 +18,7 @@ from yuan_grpc.server.engine.load import LoadBoard
 from yuan_grpc.server.engine.types import LoraInfo, ModelInfo
 from yuan_grpc.server.engine.vllm import env
 from yuan_grpc.server.engine.vllm.load import LoadLogger
+from yuan_grpc.server.engine.vllm.stat_logger import StatLogger
 
 BEAM_SEARCH_LOGPROBS = 2048
 """Log-probabilities per position. Beam search may request this many, regardless of the callers' limit."""
@@ -56,8 +57,8 @@ class EngineOptions:
             )
 
     def stat_loggers(self, board: LoadBoard) -> list[Any] | None:
-        """Return what vLLM calls after each step: it writes the load to a board, unless statistics are disabled."""
-        return None if self.arguments.disable_log_stats else [partial(LoadLogger, board)]
+        """Return what vLLM calls after each step: metrics, and the load on a board, unless statistics are disabled."""
+        return None if self.arguments.disable_log_stats else [partial(LoadLogger, board), StatLogger]
 
     def describe(self, vocab_size: int, end_token_ids: Sequence[int], *, can_load_loras: bool) -> ModelInfo:
         """Return the description of the served model.

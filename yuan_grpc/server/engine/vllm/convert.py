@@ -43,7 +43,6 @@ SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Prefix of xgrammar's messages, with its own file and line."""
 
 _FINISH_REASONS = {
-    None: None,
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
     "repetition": FinishReason.REPETITION,
@@ -143,8 +142,11 @@ def to_invalid_request_error(error: Exception, request: EngineRequest) -> Invali
 
 def num_logprobs(output: RequestOutput) -> int:
     """Return the number of log-probabilities in an output."""
-    logprobs = (output.prompt_logprobs, *(completion.logprobs for completion in output.outputs))
-    return sum(len(flat.token_ids) for flat in logprobs if flat)
+    count = len(output.prompt_logprobs.token_ids) if output.prompt_logprobs else 0
+    for completion in output.outputs:
+        if completion.logprobs:
+            count += len(completion.logprobs.token_ids)
+    return count
 
 
 class OutputConverter:
@@ -186,25 +188,28 @@ class OutputConverter:
         return step
 
     def _delta(self, completion: CompletionOutput) -> ChoiceDelta:
-        finish_reason = self._finish_reason(completion.finish_reason)
+        finish_reason = self._finish_reason(completion.finish_reason) if completion.finish_reason else None
         if self._allowed and not self._allowed.issuperset(completion.token_ids):  # vLLM samples any if none is left
             description = "other parameters exclude every token in `allowed_token_ids` at some position"
             raise InvalidRequestError([Violation("allowed_token_ids", description)])
         stop_reason = completion.stop_reason if finish_reason is FinishReason.STOP else None
         if finish_reason is FinishReason.STOP and stop_reason is None:  # vLLM's value for the end-of-text token
             stop_reason = self._tokenizer.eos_token_id
-        sampling = self._request.sampling
         return ChoiceDelta(
             index=completion.index,
             text=completion.text,
             token_ids=completion.token_ids,
-            logprobs=list(_token_logprobs(completion.logprobs, sampling.logprobs or 0, sampling.logprob_token_ids)),
+            logprobs=self._logprobs(completion.logprobs) if completion.logprobs else (),
             cumulative_logprob=completion.cumulative_logprob,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
         )
 
-    def _finish_reason(self, reason: str | None) -> FinishReason | None:
+    def _logprobs(self, logprobs: FlatLogprobs) -> list[TokenLogprobs]:
+        sampling = self._request.sampling
+        return list(_token_logprobs(logprobs, sampling.logprobs or 0, sampling.logprob_token_ids))
+
+    def _finish_reason(self, reason: str) -> FinishReason:
         if reason == "abort" and self._deadline and self._deadline.is_set():
             return FinishReason.DEADLINE
         if reason not in _FINISH_REASONS:
@@ -236,15 +241,13 @@ def _with_times(step: StepOutput, times: RequestStateStats) -> StepOutput:
     )
 
 
-def _token_logprobs(logprobs: FlatLogprobs | None, top: int, requested: Sequence[int]) -> Iterator[TokenLogprobs]:
+def _token_logprobs(logprobs: FlatLogprobs, top: int, requested: Sequence[int]) -> Iterator[TokenLogprobs]:
     """Yield the log-probabilities of each position, given the number of top tokens or the requested token ids.
 
     vLLM lists the chosen token first, then the `top` most likely or the `requested` tokens. The rank of a requested
     token is its index in that list, not a rank, so it is dropped. vLLM lists a chosen token that is also requested only
     once after it merges two outputs, with that index, so its rank is always dropped.
     """
-    if logprobs is None:
-        return
     for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
         listed = [_ranked_token(logprobs, index) for index in range(start, end)]
         chosen, by_id = listed[0], {token.token_id: token for token in listed}
