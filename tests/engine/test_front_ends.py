@@ -1,4 +1,4 @@
-"""Several front ends of one engine, started by `yuan-grpc serve --frontends`."""
+"""Several front ends of two data-parallel engines, started by `yuan-grpc serve --frontends`."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ import grpc
 import psutil
 import pytest
 from adapters import write_adapter
+from one_thread import ONE_THREAD
 from safetensors.torch import load_file
 from server_process import ServerProcess
 
@@ -56,12 +57,18 @@ def started() -> Iterator[list[ServerProcess]]:
 
 @pytest.fixture
 def server(started: list[ServerProcess], ports: int, tmp_path_factory: pytest.TempPathFactory) -> ServerProcess:
-    """A server with two front ends, whose engine keeps one adapter in memory; started again if a test has ended it."""
+    """A server with two front ends and two engines of one adapter each; started again if a test has ended it."""
     if not started or started[-1].process.poll() is not None:
         loras = tmp_path_factory.mktemp("loras")
         write_adapter(loras / "style", load_file(Path(DEMO, "model.safetensors")), ["v_proj"])
-        options = ["--frontends", "2", "--frontend-ports", str(ports), "--enable-lora", "--lora-folder", str(loras)]
-        started.append(ServerProcess(*options, "--max-num-queued-reqs", str(QUEUE_LIMIT), "--http-port", "0"))
+        started.append(
+            ServerProcess(
+                *("--frontends", "2", "--frontend-ports", str(ports), "--http-port", "0"),
+                *("--data-parallel-size", "2", "--max-num-queued-reqs", str(QUEUE_LIMIT)),
+                *("--enable-lora", "--lora-folder", str(loras)),
+                **ONE_THREAD,  # for each engine
+            )
+        )
         started[-1].wait_until_serving()
     return started[-1]
 
@@ -89,6 +96,19 @@ def test_all_front_ends_listen_on_one_port_and_give_equal_answers(
     assert {process.pid for process in processes_on(int(server.address.rpartition(":")[2]))} == processes
     assert len(processes) == 2
     assert len({stub.Generate(SHORT).choices[0].text for stub in (server.stub, *stubs)}) == 1
+
+
+def test_both_engines_run_requests_of_each_front_end(stubs: list[YuanServiceStub]) -> None:
+    for stub in stubs:
+        calls = [stub.GenerateStream(ENDLESS) for _ in range(QUEUE_LIMIT)]
+        for call in calls:
+            next(call)
+        while not all(load.num_running_reqs for load in stub.GetLoads(pb.GetLoadsRequest()).loads):
+            for call in calls:
+                next(call)
+        assert [load.dp_rank for load in stub.GetLoads(pb.GetLoadsRequest()).loads] == [0, 1]
+        for call in calls:
+            call.cancel()
 
 
 def test_a_call_is_aborted_through_another_front_end(stubs: list[YuanServiceStub]) -> None:
