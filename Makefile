@@ -55,14 +55,14 @@ coverage: $(READY) ## measure the code that the tests run, engine processes incl
 
 check: lint proto-check test ## run all CI checks: lint, proto-check, test
 
-proto: $(PROTO_READY) ## generate yuan_grpc/v1 and docs/api.md from protos/ and clients/examples/
+proto: $(PROTO_READY) ## generate yuan_grpc/v1 and docs/reference/api.md from protos/ and clients/examples/
 	protos/generate.sh
 
-proto-check: $(PROTO_READY) ## check that yuan_grpc/v1 and docs/api.md are up to date
+proto-check: $(PROTO_READY) ## check that yuan_grpc/v1 and docs/reference/api.md are up to date
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && protos/generate.sh "$$fresh" && \
 	diff -ru -x __init__.py -x __pycache__ yuan_grpc/v1 "$$fresh/yuan_grpc/v1" && \
-	diff -u docs/api.md "$$fresh/docs/api.md" || \
-	{ echo "yuan_grpc/v1 or docs/api.md is out of date: run 'make proto'" >&2; exit 1; }
+	diff -u docs/reference/api.md "$$fresh/docs/reference/api.md" || \
+	{ echo "yuan_grpc/v1 or docs/reference/api.md is out of date: run 'make proto'" >&2; exit 1; }
 
 # As text, so that a review shows the changes, and without comments, which are not part of the contract.
 proto-release: $(READY) ## record the contract of a release; `make lint` compares later changes with it

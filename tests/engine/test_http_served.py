@@ -21,7 +21,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "http.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "http.md"
 PROMPT = "世界上最高的山是什么"
 ORIGINAL_BODY = {
     "prompt": PROMPT,
