@@ -1,0 +1,57 @@
+"""The pages as Markdown next to their HTML, and `llms.txt`, which lists them for language models."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_TOCTREE = re.compile(r"^```\{toctree\}\n(?P<body>.*?)^```\n?", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?-->\s*", re.DOTALL)
+
+
+def write(source: Path, output: Path) -> None:
+    """Copy each page of a folder, and write `llms.txt` in the order of the toctrees of `index.md`."""
+    for page in pages(source):
+        target = output / page.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(page, target)
+    (output / "llms.txt").write_text(llms_txt(source), "utf-8")
+
+
+def pages(source: Path) -> list[Path]:
+    """Return the Markdown files of the site."""
+    return [page for page in sorted(source.rglob("*.md")) if page.relative_to(source).parts[0] != "tools"]
+
+
+def llms_txt(source: Path) -> str:
+    """Return the list of pages: a section for each toctree, a line for each page with its title and first sentence."""
+    index = (source / "index.md").read_text("utf-8")
+    lines = [f"# {title(index)}", "", f"> {summary(index)}"]
+    for caption, names in toctrees(index):
+        lines += ["", f"## {caption}", ""]
+        for name in names:
+            text = (source / f"{name}.md").read_text("utf-8")
+            lines.append(f"- [{title(text)}]({name}.md): {summary(text)}")
+    return "\n".join(lines) + "\n"
+
+
+def toctrees(index: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the caption and the pages of each toctree."""
+    for match in _TOCTREE.finditer(index):
+        lines = match["body"].split("\n")
+        options = dict(line[1:].split(": ", 1) for line in lines if line.startswith(":") and ": " in line)
+        yield options.get("caption", ""), [line for line in lines if line and not line.startswith(":")]
+
+
+def title(text: str) -> str:
+    """Return the first heading of a page."""
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def summary(text: str) -> str:
+    """Return the first paragraph of a page that is a sentence, with links as plain text, or its first headings."""
+    for block in _COMMENT.sub("", _TOCTREE.sub("", text)).split("\n\n"):
+        if re.match(r"[^\s#|`>!<:{-]", block):
+            return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(block.split()))
+    return "; ".join(re.findall(r"^## (.+)$", text, re.MULTILINE)[:6])
