@@ -38,7 +38,9 @@ _HOME = os.environ.get("YUAN_GRPC_HOME_URL", "").removesuffix("/").removesuffix(
 
 
 def _rewrite_source(app: Sphinx, name: str, source: list[str]) -> None:
-    is_listed = not name.startswith(("decisions/0", "upstream/"))  # tables and texts list them, and a sidebar would be full
+    is_listed = not name.startswith(
+        ("decisions/0", "upstream/")
+    )  # tables and texts list them, and a sidebar would be full
     head = "" if is_listed else "---\norphan: true\n---\n\n"
     source[0] = head + outside_links.rewrite(source[0], Path(app.env.doc2path(name)), ROOT, _HOME)
 

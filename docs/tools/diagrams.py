@@ -7,19 +7,31 @@ BLUE, GREEN, SAND = "#e8effd", "#e7f6ec", "#fdf3e1"
 
 def architecture() -> Drawing:
     """Return the picture of the whole: clients, the server's parts, the engine and the model."""
-    picture = Drawing(900, 330, "Clients call the server over gRPC or HTTP; it drives vLLM's engine, which runs Yuan 2.0")
+    picture = Drawing(
+        900, 330, "Clients call the server over gRPC or HTTP; it drives vLLM's engine, which runs Yuan 2.0"
+    )
     picture.box(235, 14, 645, 300, dashed=True)
     picture.text(557, 300, "yuan-grpc serve", size=12)
     for row, (name, detail) in enumerate(
-        (("Python, Go, Node …", "gRPC :50051"), ("curl, openai", "HTTP :8000, optional"), ("meshes, routers", "ORCA, vLLM's contract"))
+        (
+            ("Python, Go, Node …", "gRPC :50051"),
+            ("curl, openai", "HTTP :8000, optional"),
+            ("meshes, routers", "ORCA, vLLM's contract"),
+        )
     ):
         y = 50 + 80 * row
         picture.labeled_box(20, y, 180, 56, name, detail)
         picture.arrow((200, y + 28), (262, y + 28))
-    picture.labeled_box(265, 50, 130, 216, "Front end", "TLS, tokens", "health, reflection", "validation", "streams, batches", fill=BLUE)
-    picture.labeled_box(435, 50, 130, 216, "Core", "admission", "fair turns", "deadlines, abort", "beam search", fill=BLUE)
+    picture.labeled_box(
+        265, 50, 130, 216, "Front end", "TLS, tokens", "health, reflection", "validation", "streams, batches", fill=BLUE
+    )
+    picture.labeled_box(
+        435, 50, 130, 216, "Core", "admission", "fair turns", "deadlines, abort", "beam search", fill=BLUE
+    )
     picture.labeled_box(605, 50, 110, 216, "vLLM", "scheduler", "KV cache", "batching", "constraints", fill=SAND)
-    picture.labeled_box(755, 50, 110, 216, "Yuan 2.0", "tokenizer", "LFA and its state", "attention", "CPU or GPUs", fill=GREEN)
+    picture.labeled_box(
+        755, 50, 110, 216, "Yuan 2.0", "tokenizer", "LFA and its state", "attention", "CPU or GPUs", fill=GREEN
+    )
     for x in (395, 565, 715):
         picture.arrow((x, 158), (x + 38, 158))
     return picture
@@ -27,7 +39,9 @@ def architecture() -> Drawing:
 
 def request() -> Drawing:
     """Return the picture of the life of a request."""
-    picture = Drawing(900, 250, "A request passes interceptor, validation, admission, plan and engine; its response streams back")
+    picture = Drawing(
+        900, 250, "A request passes interceptor, validation, admission, plan and engine; its response streams back"
+    )
     steps = (
         ("Interceptor", "id, identity", "log line"),
         ("Validate", "parse once", "all violations"),
@@ -42,7 +56,9 @@ def request() -> Drawing:
         if number:
             picture.arrow((x - 34, 68), (x - 3, 68))
     picture.arrow((57, 92), (57, 68), (139, 68))
-    picture.labeled_box(446, 156, 270, 64, "Response, stream writer", "whole characters; merged for slow readers", fill=BLUE)
+    picture.labeled_box(
+        446, 156, 270, 64, "Response, stream writer", "whole characters; merged for slow readers", fill=BLUE
+    )
     picture.arrow((809, 106), (809, 188), (720, 188))
     picture.arrow((446, 188), (57, 188), (57, 165))
     picture.text(250, 180, "deltas, then usage; or a status", size=12)
@@ -52,7 +68,9 @@ def request() -> Drawing:
 
 def lfa() -> Drawing:
     """Return the picture of localized filtering and its state."""
-    picture = Drawing(860, 380, "Two causal convolutions of width two; the last y and the last h are the state of a sequence")
+    picture = Drawing(
+        860, 380, "Two causal convolutions of width two; the last y and the last h are the state of a sequence"
+    )
     picture.box(40, 64, 190, 296, fill=SAND, dashed=True)
     picture.text(135, 92, "the state of a layer,", size=12)
     picture.text(135, 110, "in a block of the KV cache", size=12)
@@ -78,7 +96,9 @@ def lfa() -> Drawing:
 
 def processes() -> Drawing:
     """Return the picture of the processes of a server."""
-    picture = Drawing(860, 330, "Front ends share the ports; a supervisor runs the engine core, whose workers have the GPUs")
+    picture = Drawing(
+        860, 330, "Front ends share the ports; a supervisor runs the engine core, whose workers have the GPUs"
+    )
     picture.labeled_box(20, 130, 110, 60, "Clients")
     for row in range(3):
         y = 40 + 90 * row

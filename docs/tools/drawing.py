@@ -37,7 +37,15 @@ class Drawing:
         )
 
     def text(
-        self, x: float, y: float, text: str, *, size: int = 14, color: str = INK, anchor: str = "middle", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: int = 14,
+        color: str = INK,
+        anchor: str = "middle",
+        bold: bool = False,
     ) -> None:
         """Write a line of text."""
         weight = " font-weight='600'" if bold else ""

@@ -86,7 +86,13 @@ def latency() -> Drawing:
 def all_plots() -> dict[str, str]:
     """Return the file names and texts of the plots."""
     decode = {"decode 1": "batch 1", "64": "64", "256": "256"}
-    prefill = {"prefill 1×1024": "1×1024", "1×2048": "1×2048", "1×4096": "1×4096", "64×1024": "64×1024", "16×4096": "16×4096"}
+    prefill = {
+        "prefill 1×1024": "1×1024",
+        "1×2048": "1×2048",
+        "1×4096": "1×4096",
+        "64×1024": "64×1024",
+        "16×4096": "16×4096",
+    }
     drawings = {
         "decode": model_speed("Decoding", decode),
         "prefill": model_speed("Prefill", prefill),

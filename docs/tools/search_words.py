@@ -1,7 +1,7 @@
 """The search index for pages in English and Chinese: English words by their stem, Chinese text by pairs of characters.
 
-Sphinx splits one language by spaces, or Chinese with a package that comes as source only. Pairs need no dictionary, find
-every word of two characters or more, and are the same in Python and JavaScript.
+Sphinx splits one language by spaces, or Chinese with a package that comes as source only. Pairs need no dictionary,
+find every word of two characters or more, and are the same in Python and JavaScript.
 """
 
 import re
@@ -30,8 +30,8 @@ class SearchEnglishAndChinese(SearchEnglish):
     lang = NAME
     js_splitter_code = """
 function splitQuery(query) {
-  const runs = query.match(/[\\u4e00-\\u9fff]+|[\\p{Letter}\\p{Number}_]+?(?=[\\u4e00-\\u9fff]|[^\\p{Letter}\\p{Number}_]|$)/gu) || [];
-  return runs.flatMap((run) => {
+  const runs = query.match(/[\\u4e00-\\u9fff]+|(?:(?![\\u4e00-\\u9fff])[\\p{Letter}\\p{Number}_])+/gu);
+  return (runs || []).flatMap((run) => {
     if (!/^[\\u4e00-\\u9fff]{2}/.test(run)) return [run];
     return [...run].slice(1).map((_, start) => run.slice(start, start + 2));
   });

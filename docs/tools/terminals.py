@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 COLUMNS = 96
 _CELL, _LINE = 8.4, 20
 _BACK, _INK, _PROMPT, _DIM = "#16202c", "#e4e9f0", "#7dd3a8", "#8b98a8"
+_SPACE = "\N{NO-BREAK SPACE}"
+"""Browsers join several spaces of a text in SVG."""
 _FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Noto Sans Mono CJK SC', monospace"
 CHAT = ("法国的首都是哪里", "那日本呢", "what is TTFT?")
 SUITE = "clients/humaneval/demo.jsonl"
@@ -33,14 +35,15 @@ def terminal(title: str, lines: Sequence[str]) -> str:
     width, height = round(COLUMNS * _CELL + 40), 52 + _LINE * len(rows)
     dots = "".join(f"<circle cx='{20 + 18 * place}' cy='18' r='5' fill='{_DIM}'/>" for place in range(3))
     parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' height='{height}' role='img'>",
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' "
+        f"width='{width}' height='{height}'>",
         f"<title>{escape(title)}</title>",
         f"<rect width='{width}' height='{height}' rx='9' fill='{_BACK}'/>{dots}",
-        f'<g font-family="{_FONT}" font-size="14" fill="{_INK}" xml:space="preserve">',
+        f'<g font-family="{_FONT}" font-size="14" fill="{_INK}">',
     ]
     for number, row in enumerate(rows):
         color = f" fill='{_PROMPT}'" if row.startswith(("$ ", "> ")) else ""
-        parts.append(f"<text x='20' y='{52 + _LINE * number}'{color}>{escape(row)}</text>")
+        parts.append(f"<text x='20' y='{52 + _LINE * number}'{color}>{escape(row).replace(' ', _SPACE)}</text>")
     return "\n".join([*parts, "</g>", "</svg>\n"])
 
 
@@ -121,8 +124,11 @@ def humaneval(address: str, folder: Path) -> list[str]:
         f"yuan-grpc humaneval score {runs}/demo --problems {SUITE}",
         f"yuan-grpc humaneval report {runs}/demo --no-plot",
     )
-    lines = [line for command in commands for line in [*run(address, command), ""]]
-    return [line.replace(f" --target {address}", "").replace(str(runs), "runs").replace(address, "127.0.0.1:50051") for line in lines]
+    lines = [line for command in commands for line in ["", *run(address, command)]][1:]
+    return [
+        line.replace(f" --target {address}", "").replace(str(runs), "runs").replace(address, "127.0.0.1:50051")
+        for line in lines
+    ]
 
 
 def draw_report(folder: Path) -> None:

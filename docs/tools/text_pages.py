@@ -7,6 +7,10 @@ from pathlib import Path
 
 _TOCTREE = re.compile(r"^```\{toctree\}\n(?P<body>.*?)^```\n?", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->\s*", re.DOTALL)
+_FENCE = re.compile(r"^```.*?^```\n?", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+_OTHER_LANGUAGE = re.compile(r"\[(?:中文|中文文档|English)\]\([^)]*\)")
+_SENTENCES = re.compile(r".{1,200}?(?:[.。](?= |$)|[。]|$)(?:.{1,80}?(?:[.。](?= |$)|[。]))?")
 
 
 def write(source: Path, output: Path) -> None:
@@ -50,8 +54,10 @@ def title(text: str) -> str:
 
 
 def summary(text: str) -> str:
-    """Return the first paragraph of a page that is a sentence, with links as plain text, or its first headings."""
-    for block in _COMMENT.sub("", _TOCTREE.sub("", text)).split("\n\n"):
-        if re.match(r"[^\s#|`>!<:{-]", block):
-            return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(block.split()))
-    return "; ".join(re.findall(r"^## (.+)$", text, re.MULTILINE)[:6])
+    """Return the first sentences of a page's introduction, or, if it has none, its headings."""
+    introduction = re.split(r"^## ", _FENCE.sub("", _COMMENT.sub("", text)), maxsplit=1, flags=re.MULTILINE)[0]
+    for block in introduction.split("\n\n"):
+        line = " ".join(_LINK.sub(r"\1", _OTHER_LANGUAGE.sub("", block)).split())
+        if re.match(r"[^\s#|>!<:{-]", block) and line and not line.endswith((":", "：")):
+            return _SENTENCES.match(line)[0].strip()  # type: ignore[index]
+    return "; ".join(re.findall(r"^##? (.+)$", text, re.MULTILINE)[-6:])

@@ -31,7 +31,7 @@ class Translation:
     translated: str
 
     @property
-    def is_behind(self) -> bool:
+    def is_outdated(self) -> bool:
         """Whether the original has changed since."""
         return fingerprint(self.original) != self.translated
 
@@ -59,18 +59,18 @@ def translations() -> list[Translation]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """List the translations that are behind, or record some as up to date."""
+    """List the translations that are outdated, or record some as up to date."""
     if arguments[:1] == ["--accept"]:
         names = {(ROOT / name).resolve() for name in arguments[1:]}
         for translation in translations():
             if translation.page.resolve() in names:
                 translation.accept()
         return 0
-    behind = [translation for translation in translations() if translation.is_behind]
-    for translation in behind:
+    outdated = [translation for translation in translations() if translation.is_outdated]
+    for translation in outdated:
         page, original = translation.page.relative_to(ROOT), translation.original.relative_to(ROOT)
-        print(f"{page} is behind {original}: bring it up to date, then make docs-check ARGS='--accept {page}'")
-    return 1 if behind else 0
+        print(f"{page} is older than {original}: bring it up to date, then make docs-check ARGS='--accept {page}'")
+    return 1 if outdated else 0
 
 
 if __name__ == "__main__":
