@@ -45,9 +45,10 @@ def _rewrite_source(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = head + outside_links.rewrite(source[0], Path(app.env.doc2path(name)), ROOT, _HOME)
 
 
-def _set_language(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def _set_head(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     context["language"] = "zh-CN" if name.startswith("zh/") else "en"
-    context["markdown"] = f"{name.rpartition('/')[2]}.md"
+    link = f'<link rel="alternate" type="text/markdown" href="{name.rpartition("/")[2]}.md">'
+    context["metatags"] = context.get("metatags", "") + link
 
 
 def _write_text_pages(app: Sphinx, error: Exception | None) -> None:
@@ -58,5 +59,5 @@ def _write_text_pages(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Connect the steps that Sphinx has no option for."""
     app.connect("source-read", _rewrite_source)
-    app.connect("html-page-context", _set_language)
+    app.connect("html-page-context", _set_head)
     app.connect("build-finished", _write_text_pages)

@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("docs/troubleshooting.md", "docs/zh/troubleshooting.md")
-_ROW = re.compile(r"^\| (?P<fence>`+)(?P<text>.+?)(?P=fence)(?P<origin> \(gRPC\))? \|", re.MULTILINE)
+_ROW = re.compile(r"^\| (?P<fence>`+)(?P<text>.+?)(?P=fence)(?P<origin> \(gRPC\))?[^|\n]* \|", re.MULTILINE)
 _GAP, _END = "\0", "\1"
 """Characters that stand for a value in the text of an f-string, and for the end of a text."""
 
