@@ -12,6 +12,8 @@ import pytest
 import text_pages
 import translations
 
+pytestmark = pytest.mark.timeout(60)  # runs git, and draws the pictures
+
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(60)  # parses all modules
+
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("docs/troubleshooting.md", "docs/zh/troubleshooting.md")
 _ROW = re.compile(r"^\| (?P<fence>`+)(?P<text>.+?)(?P=fence)(?P<origin> \(gRPC\))?[^|\n]* \|", re.MULTILINE)
