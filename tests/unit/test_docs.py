@@ -1,6 +1,9 @@
 """The documentation: links, the index, generated pages and pictures, and what the two languages share."""
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import diagrams
@@ -11,6 +14,7 @@ import plots
 import pytest
 import text_pages
 import translations
+import words
 
 pytestmark = pytest.mark.timeout(60)  # runs git, and draws the pictures
 
@@ -128,3 +132,18 @@ def test_each_translation_names_an_original() -> None:
         "troubleshooting.md",
     }
     assert all(one.original.is_file() for one in translations.translations())
+
+
+TEXT = "调小 KV 缓存, `--kv-cache-memory-bytes 4G`（默认九成）; the engine's 2B, 源2.0 啊"
+
+
+def test_chinese_is_searched_by_pairs_of_characters() -> None:
+    assert words.split("显存不足 KV_cache 啊") == ["显存", "存不", "不足", "KV_cache", "啊"]
+
+
+def test_a_query_is_split_like_the_pages() -> None:
+    if (node := shutil.which("node")) is None:
+        pytest.skip("Node is not installed")
+    script = f"{words.JAVASCRIPT}; console.log(JSON.stringify(splitQuery({json.dumps(TEXT)})))"
+    done = subprocess.run([node, "-e", script], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == words.split(TEXT)
