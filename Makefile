@@ -116,6 +116,7 @@ docs-check: ## list the Chinese pages whose English page has changed (ARGS="--ac
 
 pictures: $(READY) ## draw docs/pictures again: from benchmarks/results, and from commands run against the demo
 	.venv/bin/python docs/tools/plots.py
+	.venv/bin/python docs/tools/diagrams.py
 	.venv/bin/python docs/tools/terminals.py
 
 SBOM = .venv-release/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible
