@@ -5,6 +5,7 @@ Writes docs/reference/cli.md and docs/reference/settings.md, or, with `--check`,
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,8 @@ def cli_page() -> str:
         blocks += [f"## {name}", _sentence(parser.description or ""), f"```\n{_usage(parser)}\n```"]
         for group in parser._action_groups:
             blocks += _group_blocks(group, environment=False, level="###")
+        if parser.epilog:
+            blocks.append(f"```\n{parser.epilog.strip()}\n```")
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -74,10 +77,15 @@ def _subparsers(command: str) -> Mapping[str, argparse.ArgumentParser]:
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    text = parser.format_usage().removeprefix("usage: ").strip()
-    names = [action for action in parser._actions if not action.option_strings]
-    words = [action.metavar or action.dest for action in names]
-    return text if parser.usage else " ".join([parser.prog, "[OPTIONS]", *map(str, words)])
+    if parser.usage:
+        return parser.format_usage().removeprefix("usage: ").strip()
+    positional = (action for action in parser._actions if not action.option_strings)
+    return " ".join([parser.prog, "[OPTIONS]", *map(_placeholder, positional)])
+
+
+def _placeholder(action: argparse.Action) -> str:
+    name = str(action.metavar or action.dest.upper())
+    return {"?": f"[{name}]", "*": f"[{name} ...]", "+": f"{name} [{name} ...]"}.get(str(action.nargs), name)
 
 
 def _group_blocks(group: argparse._ArgumentGroup, *, environment: bool, level: str) -> list[str]:
@@ -119,7 +127,7 @@ def _variable(action: argparse.Action) -> str:
 
 
 def _sentence(text: str) -> str:
-    return " ".join(text.split())
+    return re.sub(r"docs/reference/(\w+)\.md", r"[\1](\1.md)", " ".join(text.split()))
 
 
 def main() -> int:
