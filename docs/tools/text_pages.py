@@ -31,7 +31,7 @@ def llms_txt(source: Path) -> str:
     """Return the list of pages: a section for each toctree, a line for each page with its title and first sentence."""
     index = (source / "index.md").read_text("utf-8")
     lines = [f"# {title(index)}", "", f"> {summary(index)}"]
-    for caption, names in toctrees(index):
+    for caption, names in toctrees(source):
         lines += ["", f"## {caption}", ""]
         for name in names:
             text = (source / f"{name}.md").read_text("utf-8")
@@ -39,12 +39,16 @@ def llms_txt(source: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def toctrees(index: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the caption and the pages of each toctree."""
-    for match in _TOCTREE.finditer(index):
-        lines = match["body"].split("\n")
+def toctrees(source: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the caption and the pages of each toctree of `index.md`; a pattern stands for those not named before it."""
+    for match in _TOCTREE.finditer((source / "index.md").read_text("utf-8")):
+        lines = [line for line in match["body"].split("\n") if line]
         options = dict(line[1:].split(": ", 1) for line in lines if line.startswith(":") and ": " in line)
-        yield options.get("caption", ""), [line for line in lines if line and not line.startswith(":")]
+        names: list[str] = []
+        for entry in (line for line in lines if not line.startswith(":")):
+            found = sorted(str(page.relative_to(source).with_suffix("")) for page in source.glob(f"{entry}.md"))
+            names += [name for name in found if name not in names] if "*" in entry else [entry]
+        yield options.get("caption", ""), names
 
 
 def title(text: str) -> str:
