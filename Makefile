@@ -6,6 +6,7 @@ EXTRA ?= $(or $(patsubst .venv/.ready-%,%,$(wildcard .venv/.ready-*)),cpu)
 READY := .venv/.ready-$(EXTRA)
 PROTO_READY := .venv-proto/.ready
 RELEASE_READY := .venv-release/.ready
+DOCS_READY := .venv-docs/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # `check` runs the tests last
@@ -13,7 +14,7 @@ RELEASE_READY := .venv-release/.ready
 unexport PYTHONDONTWRITEBYTECODE
 IN_TWO_PROCESSES := -n 2 --dist worksteal
 .PHONY: help setup install serve test test-fast demo-model newcomer coverage check proto proto-check proto-release lint format lock \
-  release-files image-check clean
+  release-files image-check docs docs-reference docs-check pictures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,16 +54,16 @@ coverage: $(READY) ## measure the code that the tests run, engine processes incl
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report
 
-check: lint proto-check test ## run all CI checks: lint, proto-check, test
+check: lint proto-check docs test ## run all CI checks: lint, proto-check, docs, test
 
-proto: $(PROTO_READY) ## generate yuan_grpc/v1 and docs/api.md from protos/ and clients/examples/
+proto: $(PROTO_READY) ## generate yuan_grpc/v1 and docs/reference/api.md from protos/ and clients/examples/
 	protos/generate.sh
 
-proto-check: $(PROTO_READY) ## check that yuan_grpc/v1 and docs/api.md are up to date
+proto-check: $(PROTO_READY) ## check that yuan_grpc/v1 and docs/reference/api.md are up to date
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && protos/generate.sh "$$fresh" && \
 	diff -ru -x __init__.py -x __pycache__ yuan_grpc/v1 "$$fresh/yuan_grpc/v1" && \
-	diff -u docs/api.md "$$fresh/docs/api.md" || \
-	{ echo "yuan_grpc/v1 or docs/api.md is out of date: run 'make proto'" >&2; exit 1; }
+	diff -u docs/reference/api.md "$$fresh/docs/reference/api.md" || \
+	{ echo "yuan_grpc/v1 or docs/reference/api.md is out of date: run 'make proto'" >&2; exit 1; }
 
 # As text, so that a review shows the changes, and without comments, which are not part of the contract.
 proto-release: $(READY) ## record the contract of a release; `make lint` compares later changes with it
@@ -98,6 +99,25 @@ lock: $(READY) ## update requirements/*.txt after a change of pyproject.toml (AR
 	$(COMPILE) --universal --python-version 3.10 --group build -c requirements/dev.txt -o requirements/build.txt >/dev/null
 	$(COMPILE) $(FOR_3_11) --group proto -o requirements/proto.txt >/dev/null
 	$(COMPILE) $(FOR_3_11) --group release -o requirements/release.txt >/dev/null
+	$(COMPILE) $(FOR_3_11) --group docs -o requirements/docs.txt >/dev/null
+
+# YUAN_GRPC_HOME_URL is the address of the repository, for links to files that are not pages.
+docs: $(DOCS_READY) ## build the site of the documentation in build/docs; a broken link is an error
+	@rm -rf build/docs build/doctrees
+	.venv-docs/bin/sphinx-build -W --keep-going --quiet --doctree-dir build/doctrees docs build/docs
+	@$(PYTHON) docs/tools/translations.py || true
+	@echo "open build/docs/index.html"
+
+docs-reference: $(READY) ## generate docs/reference/cli.md and settings.md from the parsers of the commands
+	.venv/bin/python docs/tools/option_tables.py
+
+docs-check: ## list the Chinese pages whose English page has changed (ARGS="--accept PAGE" records a translation)
+	@$(PYTHON) docs/tools/translations.py $(ARGS)
+
+pictures: $(READY) ## draw docs/pictures again: from benchmarks/results, and from commands run against the demo
+	.venv/bin/python docs/tools/plots.py
+	.venv/bin/python docs/tools/diagrams.py
+	.venv/bin/python docs/tools/terminals.py
 
 SBOM = .venv-release/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible
 
@@ -113,7 +133,7 @@ image-check: ## run the build stage of the Dockerfile in a temporary folder, and
 	"$$root/venv/bin/python" .ci/check_image.py
 
 clean: ## delete the environments, caches and builds
-	rm -rf .venv .venv-proto .venv-release .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-proto .venv-release .venv-docs .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call need,command,error message)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
+_RELATIVE_IMAGE = re.compile(r"(!\[[^\]]*\]\()(?!https?://)([^)\s]+)\)")
 _RELATIVE_LINK = re.compile(r"\]\((?!https?://|#)([^)\s]+)\)")
 
 
@@ -28,5 +29,6 @@ class CustomMetadataHook(MetadataHookInterface):
                 "Changelog": f"{release}/CHANGELOG.md",
                 "Issues": f"{home}/issues",
             }
+            text = _RELATIVE_IMAGE.sub(rf"\1{release}/\2?raw=true)", text)
             text = _RELATIVE_LINK.sub(rf"]({release}/\1)", text)
         metadata["readme"] = {"content-type": "text/markdown", "text": text}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generate the Python stubs (yuan_grpc/v1) and the API reference (docs/api.md) from yuan/v1/yuan.proto.
+# Generate the Python stubs (yuan_grpc/v1) and the API reference (docs/reference/api.md) from yuan/v1/yuan.proto.
 #
 #     generate.sh [ROOT]
 #
@@ -18,6 +18,6 @@ trap 'rm -rf "$build"' EXIT
 # `yuan.v1` from it and has no option for another one.
 sed -i 's/^from yuan\.v1 import /from yuan_grpc.v1 import /' "$build/yuan/v1/yuan_pb2_grpc.py"
 .venv-proto/bin/python protos/reference.py "$build/yuan.binpb" clients/examples >"$build/api.md"
-mkdir -p "$root/yuan_grpc/v1" "$root/docs"
+mkdir -p "$root/yuan_grpc/v1" "$root/docs/reference"
 cp "$build"/yuan/v1/* "$root/yuan_grpc/v1"
-cp "$build/api.md" "$root/docs"
+cp "$build/api.md" "$root/docs/reference"

@@ -77,7 +77,7 @@ class Page:
         yield f"### {method.name}"
         yield f"{request} → {response}"
         yield self.comment(*path)
-        yield f"Example request, [{example}](../{example}):"
+        yield f"Example request, [{example}](../../{example}):"
         yield f"```json\n{example.read_text('utf-8').strip()}\n```"
 
     def message(self, message: DescriptorProto, *path: int) -> Iterator[str]:

@@ -263,7 +263,7 @@ def test_the_documentation_has_each_metric_with_its_labels_and_the_dashboard_no_
     registry = CollectorRegistry()
     CallMetrics(registry)
     ServerMetrics(registry)
-    text = (REPOSITORY / "docs/observability.md").read_text("utf-8")
+    text = (REPOSITORY / "docs/observe.md").read_text("utf-8")
     rows = re.findall(r"^\| `(yuan_grpc_[a-z_]+)` \| ([a-z, ]*)\|", text, re.MULTILINE)
     documented = {name.removesuffix("_total"): labels.strip() for name, labels in rows}
     collectors: set[Any] = set(registry._collector_to_names)

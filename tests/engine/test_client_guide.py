@@ -11,7 +11,7 @@ from yuan_grpc.client import AsyncClient, Client
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "client.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "call" / "python.md"
 
 
 async def test_the_examples_of_the_guide_run(address: str) -> None:

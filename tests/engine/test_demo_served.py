@@ -95,8 +95,9 @@ async def test_the_answer_of_the_readme_is_the_answer_alone_and_among_others(tra
     assert together[30].token_ids == alone.token_ids
 
 
-async def test_the_python_example_of_the_readme_prints_its_own_answers(trained: Served) -> None:
-    ((code, expected),) = EXAMPLE.findall(README)
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+async def test_the_python_example_of_a_page_prints_its_own_answers(trained: Served, page: str) -> None:
+    ((code, expected),) = EXAMPLE.findall((REPOSITORY / page).read_text("utf-8"))
     script = code.replace("127.0.0.1:50051", trained.address)
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=-1, stderr=-1)
     output, errors = await process.communicate()

@@ -21,7 +21,8 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "http.md"
+DOCS = Path(__file__).parents[2] / "docs"
+DOCUMENT = DOCS / "reference" / "http.md"
 PROMPT = "世界上最高的山是什么"
 ORIGINAL_BODY = {
     "prompt": PROMPT,
@@ -104,6 +105,30 @@ async def test_the_documented_curl_command_of_completions_works(served: Served, 
     output, _ = await curl.communicate()
     expected = await greedy_text(served, prompt=PROMPT, max_tokens=32, stop=["<eod>"])
     assert json.loads(output)["choices"][0]["text"] == expected
+
+
+def documented_curls() -> list[Any]:
+    """Return the curl commands of the guides, with the pages as ids."""
+    found = []
+    for page in ("quickstart.md", "call/curl.md", "migrate.md"):
+        blocks = re.findall(r"^```sh\n(curl .*?)^```", (DOCS / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        plain = [block for block in blocks if "http://localhost:8000" in block]
+        found += [pytest.param(block, id=f"{page}-{number}") for number, block in enumerate(plain)]
+    return found
+
+
+@pytest.mark.parametrize("block", documented_curls())
+async def test_the_curl_commands_of_the_guides_work(port: int, block: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    short = re.sub(r'"max_tokens": \d+', '"max_tokens": 8', block.replace(":8000", f":{port}"))
+    command = shlex.split(short.replace("/models/yuan2B/", "/mnt/models/yuan2B/"))
+    curl = await asyncio.create_subprocess_exec(*command, "-sS", "--noproxy", "*", stdout=asyncio.subprocess.PIPE)
+    output, _ = await curl.communicate()
+    if '"stream": true' in block:
+        assert output.decode().rstrip().endswith("data: [DONE]")
+    else:
+        assert ("error" in json.loads(output)) == ('"temperature": 3' in block), output
 
 
 async def test_the_documented_python_works(

@@ -14,7 +14,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "offline.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "call" / "offline.md"
 PROMPTS = ("大学生写简历有哪些思路建议和注意事项", "请以人工智能四个字写一首诗", "世界上最高的山是什么")
 """Prompts of the original Yuan 2.0 examples."""
 

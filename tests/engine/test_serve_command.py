@@ -169,13 +169,13 @@ def check_timings(server: ServerProcess) -> None:
 
 
 def check_metrics(port: int) -> None:
-    """Check that a scrape has the gateway's metrics, all of docs/observability.md, and all of the dashboard."""
+    """Check that a scrape has the gateway's metrics, all of docs/observe.md, and all of the dashboard."""
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/metrics") as page:
         families = [*text_string_to_metric_families(page.read().decode())]
     scraped = {sample.name for family in families for sample in family.samples} | {family.name for family in families}
     scraped |= {f"{family.name}_total" for family in families if family.type == "counter"}  # also without samples
     assert scraped >= GATEWAY_METRICS
-    documented = set(re.findall(r"^\| `([a-z_:]+)`", (REPOSITORY / "docs/observability.md").read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^\| `([a-z_:]+)`", (REPOSITORY / "docs/observe.md").read_text(), re.MULTILINE))
     assert {name for name in documented if name.startswith("vllm:")} <= scraped
     dashboard = (REPOSITORY / "deploy/grafana/dashboard.json").read_text()
     names = set(re.findall(r"(?:vllm:|yuan_grpc_|process_)[a-z_]+", dashboard))

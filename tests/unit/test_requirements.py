@@ -21,7 +21,7 @@ import tomllib
 pytestmark = pytest.mark.timeout(60)  # pip and uv take seconds
 
 REPOSITORY = Path(__file__).parents[2]
-LOCKS = ("build", "cpu", "cuda", "dev", "proto", "release")
+LOCKS = ("build", "cpu", "cuda", "dev", "docs", "proto", "release")
 DEVELOPMENT = {"coverage", "hatchling", "hypothesis", "mypy", "pre-commit", "pytest", "ruff", "uv"}
 
 

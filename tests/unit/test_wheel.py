@@ -40,7 +40,8 @@ def test_a_release_has_urls_and_absolute_links(tmp_path: Path, suffix: str) -> N
     metadata = read_metadata(wheel)
     release = f"{HOME}/blob/v{re.findall('^Version: (.+)$', metadata, re.MULTILINE)[0]}"
     assert f"Project-URL: Homepage, {HOME}\n" in metadata
-    assert f"]({release}/docs/http.md#limit-connections)" in metadata
+    assert f"]({release}/docs/reference/http.md#limit-connections)" in metadata
+    assert f"]({release}/docs/pictures/architecture.svg?raw=true)" in metadata
     linked = re.findall(re.escape(f"]({release}/") + r"([^)#]+)", metadata)
     assert len(linked) > 10
     assert check(wheel).stdout.startswith(f"Homepage, {HOME}\n")

@@ -21,7 +21,7 @@ Prompt = str | Sequence[int] | Sequence[MessageLike] | pb.GenerateRequest
 
 
 class Parameters(TypedDict, total=False):
-    """Generation parameters: the fields of `GenerateRequest`, documented in docs/api.md, and the call options.
+    """Generation parameters: the fields of `GenerateRequest` (docs/reference/api.md), and the call options.
 
     None is the same as leaving the parameter out.
     """

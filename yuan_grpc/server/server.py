@@ -109,7 +109,7 @@ yuan-grpc {__version__}
 def _example_command(settings: Settings) -> str:
     """Return a command that calls the server; it has to be completed if the server needs more than an address."""
     if settings.security.tls_cert_file or settings.security.token_file:
-        return f"yuan-grpc generate 世界上最高的山是什么 --address {settings.address}; see docs/security.md"
+        return f"yuan-grpc generate 世界上最高的山是什么 --address {settings.address}; see docs/secure.md"
     return f"""buf curl --protocol grpc --http2-prior-knowledge \\
              -d '{{"prompt": "世界上最高的山是什么", "max_tokens": 32}}' http://{settings.address}/{NAME}/Generate"""
 

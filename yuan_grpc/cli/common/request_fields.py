@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         parser: the parser of a command.
         max_tokens: the default of `--max-tokens`.
     """
-    group = parser.add_argument_group("sampling", "See docs/api.md for each field's exact meaning.")
+    group = parser.add_argument_group("sampling", "See docs/reference/api.md for each field's exact meaning.")
     for field in _OPTIONS:
         _add_option(group, field, max_tokens if field.name == "max_tokens" else None)
     group.add_argument("--model", metavar="NAME", help="name of a LoRA adapter")

@@ -39,7 +39,7 @@ HANDLERS: Mapping[str, Handler] = {
 }
 """Handlers of POST by path."""
 
-_DOCS = ("yuan-grpc serves these routes. docs/http.md describes them.", "")
+_DOCS = ("yuan-grpc serves these routes. docs/reference/http.md describes them.", "")
 _EXPOSED_HEADERS = ("x-request-id", "retry-after")
 """Headers that pages may read."""
 

@@ -38,8 +38,8 @@ _TYPES = {
     FieldDescriptor.CPPTYPE_DOUBLE: "a number",
     FieldDescriptor.CPPTYPE_BOOL: "true or false",
     FieldDescriptor.CPPTYPE_STRING: "a string",
-    FieldDescriptor.CPPTYPE_ENUM: "one of the values in docs/api.md",
-    FieldDescriptor.CPPTYPE_MESSAGE: "in the format of docs/api.md",
+    FieldDescriptor.CPPTYPE_ENUM: "one of the values in docs/reference/api.md",
+    FieldDescriptor.CPPTYPE_MESSAGE: "in the format of docs/reference/api.md",
 }
 
 

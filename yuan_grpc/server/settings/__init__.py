@@ -162,7 +162,7 @@ def _add_http_options(add: Callable[..., None]) -> None:
         "",
         parse.names,
         "NAMES",
-        "names in Host, or * (see docs/http.md)",
+        "names in Host, or * (see docs/reference/http.md)",
     )
     add("--http-allowed-origins", "", parse.origins, "ORIGINS", "web origins, or * (default: none)")
 

@@ -35,7 +35,7 @@ class SecuritySettings:
 
 def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
     """Add the options to a parser, in a group."""
-    group = parser.add_argument_group("security, see docs/security.md")
+    group = parser.add_argument_group("security, see docs/secure.md")
     add: Callable[..., None] = partial(add_option, group, environment)
     add("--tls-cert-file", "", parse.optional_file, "FILE", "certificate (PEM), read again on changes")
     add("--tls-key-file", "", parse.optional_file, "FILE", "key of the certificate (PEM)")
