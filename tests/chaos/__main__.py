@@ -5,6 +5,7 @@ Without names, plays all scenarios. The status is 1 if a rule did not hold.
 
 import argparse
 import asyncio
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from chaos.account import FINISHED, LEFT, NOTHING, Run
 from chaos.scenarios import ALL, Scenario
 
+FILES = 8192
+"""Open files that the clients of the largest scenario need, with a reserve; servers inherit the limit."""
 HEADER = f"| scenario | sent | {FINISHED} | {LEFT} | errors | {NOTHING} | seconds | measured |"
 
 
@@ -36,10 +39,18 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - ALL.keys():
         parser.error(f"NAME must be one of {', '.join(ALL)}, not {', '.join(sorted(unknown))}")
+    _allow_open_files()
     print(HEADER, "| --- " * HEADER.count(" | ") + "| --- |", sep="\n", flush=True)
     broken = [rule for name in options.names or ALL for rule in _play_and_print(name, options.scale)]
     print(*broken, sep="\n", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FILES:
+        allowed = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _play_and_print(name: str, scale: float) -> list[str]:

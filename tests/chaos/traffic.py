@@ -79,7 +79,7 @@ async def readers_that_never_read(run: Run) -> None:
                     await run.call(read_all(stub_of(channel).GenerateStream(REQUEST)))
                 return (server.cpu_seconds - before) / times
 
-            times = run.size(3, 1)
+            times = run.size(10, 1)
             alone = await read(times)
             before, number = server.memory, run.size(50)
             for _ in range(number):
