@@ -1,13 +1,14 @@
 """Too many calls, clients that vanish, and readers that do not read."""
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from functools import partial
+from typing import Any
 
 from fake_server import Options
 from http2 import REQUEST, encode_stream_call
 
-from chaos.account import FINISHED, LEFT, FakeServer, Run, connect, is_idle, is_true_within, read_all, stub_of
+from chaos.account import FINISHED, LEFT, Run, connect, is_idle, read_all, stub_of
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MIB = 1 << 20
@@ -16,6 +17,8 @@ RESETS = 100
 """Number of connections that are reset at a time."""
 RESET_STEPS = 12
 """Number of different times until a connection is reset, 5 ms apart."""
+SHARED = 10
+"""Number of connections that share the second half of the idle streams."""
 MAX_STALLED = 4 * MIB
 """Memory that a stalled reader may cost the server, in bytes: the output of its request, and messages that wait."""
 MAX_IDLE = MIB // 4
@@ -112,38 +115,35 @@ async def ten_times_capacity(run: Run) -> None:
         run.must_end(FINISHED, "RESOURCE_EXHAUSTED")
 
 
-async def has_calls(server: FakeServer, number: int) -> bool:
-    """Return whether a number of calls runs on a server."""
-    return await server.running() >= number
-
-
 async def idle_streams(run: Run) -> None:
-    """2,000 streams are silent: 1,000 in connections of their own, and 1,000 in ten connections."""
+    """2,000 streams are silent: 1,000 in connections of their own, and 1,000 more in ten of these connections."""
     options = Options(tokens=2, token_seconds=3600, limit=100_000, max_num_seqs=10_000)
     with run.server(options) as server:
-        async with AsyncExitStack() as stack, connect(server) as channel:
-            probe = stub_of(channel).GetModel
-            await run.call(probe(pb.GetModelRequest()))
-            number, start = run.size(1000), server.memory
-            with Connections() as writers:
-                for _ in range(number):
-                    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                    writers.append(writer)
-                    writer.write(encode_stream_call())
-                run.must(await is_true_within(partial(has_calls, server, number)), "all streams begin")
-                with_calls = server.memory
-                few = [await stack.enter_async_context(connect(server)) for _ in range(10)]
-                streams = [stub_of(few[each % 10]).GenerateStream(REQUEST) for each in range(number)]
-                await asyncio.gather(*(stream.read() for stream in streams))
-                with_streams = server.memory
-                await run.call(probe(pb.GetModelRequest()))
-                run.facts.append(f"{(with_calls - start) / number / 1024:.0f} KiB for a connection with a stream")
-                run.facts.append(f"{(with_streams - with_calls) / number / 1024:.0f} KiB for a stream")
-                run.facts.append(f"{2 * number:,} streams: {start / MIB:.0f} to {with_streams / MIB:.0f} MiB")
-                for stream in streams:
-                    stream.cancel()
-                for _ in range(2 * number):
-                    run.left()
-            run.must(await is_idle(server), "no call is left")
-            run.must_end(FINISHED, LEFT)
-            run.must(with_streams - start < 2 * number * MAX_IDLE + 32 * MIB, "an idle stream costs less than 256 KiB")
+        async with AsyncExitStack() as stack:
+            number = run.size(1000, SHARED)
+            channels = [await stack.enter_async_context(connect(server)) for _ in range(number)]
+            stubs = [stub_of(channel) for channel in channels]
+            await run.call(stubs[0].GetModel(pb.GetModelRequest()))
+            start = server.memory
+            streams = await _start_streams(run, stubs)
+            with_connections = server.memory
+            streams += await _start_streams(run, [stubs[each % SHARED] for each in range(number)])
+            with_streams = server.memory
+            await run.call(stubs[0].GetModel(pb.GetModelRequest()))
+            for stream in streams:
+                stream.cancel()
+        run.must(await is_idle(server), "no call is left")
+    run.must_end(FINISHED, LEFT)
+    run.must(with_streams - start < 2 * number * MAX_IDLE + 32 * MIB, "an idle stream costs less than 256 KiB")
+    run.facts.append(f"{(with_connections - start) / number / 1024:.0f} KiB for a connection with a stream")
+    run.facts.append(f"{(with_streams - with_connections) / number / 1024:.0f} KiB for a stream")
+    run.facts.append(f"{2 * number:,} streams: {start / MIB:.0f} to {with_streams / MIB:.0f} MiB")
+
+
+async def _start_streams(run: Run, stubs: Iterable[Any]) -> list[Any]:
+    """Return streams that have begun and are silent. They are counted as left, since their clients cancel them."""
+    streams = [stub.GenerateStream(REQUEST) for stub in stubs]
+    await asyncio.gather(*(stream.read() for stream in streams))
+    for _ in streams:
+        run.left()
+    return streams
