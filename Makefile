@@ -13,8 +13,8 @@ DOCS_READY := .venv-docs/.ready
 # The tests start hundreds of processes, and each would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 IN_TWO_PROCESSES := -n 2 --dist worksteal
-.PHONY: help setup install serve test test-fast demo-model newcomer coverage check proto proto-check proto-release lint format lock \
-  release-files image-check docs docs-reference docs-check pictures clean
+.PHONY: help setup install serve test test-fast demo-model newcomer chaos coverage check proto proto-check proto-release lint \
+  format lock release-files image-check docs docs-reference docs-check pictures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo-model: $(READY) ## train the demo model again, in 14 minutes on one core (F
 
 newcomer: $(READY) ## start the server with each mistake of newcomers, and check its last line
 	.venv/bin/python tests/newcomer
+
+chaos: $(READY) ## break servers, and account for each call (ARGS="--scale 0.1 NAME ...")
+	.venv/bin/python tests/chaos $(ARGS)
 
 coverage: $(READY) ## measure the code that the tests run, engine processes included
 	.venv/bin/coverage erase

@@ -23,11 +23,13 @@ from servers import serve_grpc, serve_http
 
 from yuan_grpc.client import AsyncClient, PermissionDeniedError, UnauthenticatedError
 from yuan_grpc.server.engine.types import StepOutput
+from yuan_grpc.server.grpc import orca
 from yuan_grpc.server.security.authentication import Authenticator
 from yuan_grpc.server.security.certificates import Certificates
 from yuan_grpc.server.security.identity import Scope
 from yuan_grpc.server.security.tokens import TokenFile, create_token, format_line
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
+from yuan_grpc.server.settings.mesh import MeshSettings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
@@ -134,6 +136,25 @@ async def test_health_is_open_and_reflection_needs_the_scope_admin(authenticator
         assert await code_of(reflect(())) is CODES.UNAUTHENTICATED
         assert await code_of(reflect(bearer(ALICE))) is CODES.PERMISSION_DENIED
         assert (await reflect(bearer(ROOT))).list_services_response.service
+
+
+async def test_load_reports_need_a_token_in_trailers_and_as_a_stream(authenticator: Authenticator) -> None:
+    mesh = MeshSettings(load_reports=True)
+    async with (
+        serve_grpc(FakeEngine(last("yes")), authenticator=authenticator, mesh=mesh) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        reports: Any = channel.unary_stream(
+            f"/{orca.SERVICE}/{orca.METHOD}", response_deserializer=orca.OrcaLoadReport.FromString
+        )
+        assert await code_of(reports(b"").read()) is CODES.UNAUTHENTICATED
+        assert await code_of(reports(b"", metadata=bearer("wrong")).read()) is CODES.UNAUTHENTICATED
+        call = reports(b"", metadata=bearer(ALICE))
+        assert (await call.read()).named_metrics["num_requests_running"] == 0
+        call.cancel()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await yuan_pb2_grpc.YuanServiceStub(channel).Generate(pb.GenerateRequest(prompt="AB"))
+        assert orca.TRAILER not in dict(refused.value.trailing_metadata() or ())
 
 
 async def start(stub: Any, token: str, request_id: str = "") -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 """The gRPC contract over a real port, with a fake engine: statuses, cancellation, streams and health."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ from yuan_grpc.server.engine.types import (
 )
 from yuan_grpc.server.errors import INTERNAL_MESSAGE, OverloadedError, ServiceError, UnavailableError
 from yuan_grpc.server.grpc.health import Health
+from yuan_grpc.server.grpc.request_id import send_headers
 from yuan_grpc.server.grpc.servicer import NAME
 from yuan_grpc.server.grpc.stream_writer import StreamWriter
 from yuan_grpc.v1 import yuan_pb2 as pb
@@ -294,6 +296,35 @@ async def test_a_write_to_a_disconnected_client_raises_cancelled_error() -> None
     context: Any = DisconnectedContext()
     with pytest.raises(asyncio.CancelledError):
         await StreamWriter(context, lambda: "").write(pb.GenerateStreamResponse())
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_headers_to_a_disconnected_client_raise_cancelled_error_and_are_not_logged(
+    is_cancelled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    sending, may_fail = asyncio.Event(), asyncio.Event()
+
+    class DisconnectedContext:
+        async def send_initial_metadata(self, metadata: object) -> None:
+            sending.set()
+            await may_fail.wait()
+            raise grpc.aio.InternalError("the call has ended")
+
+    context: Any = DisconnectedContext()
+    for send in (send_headers(context, ""), StreamWriter(context, lambda: "").write(pb.GenerateStreamResponse())):
+        sending.clear()
+        task = asyncio.ensure_future(send)
+        await sending.wait()
+        if is_cancelled:
+            task.cancel()
+            await asyncio.sleep(0)
+        may_fail.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        may_fail.clear()
+    del task, send
+    gc.collect()  # asyncio logs a failure that no one has asked for when it is collected
+    assert caplog.messages == []
 
 
 async def test_a_call_past_its_deadline_frees_its_engine_request() -> None:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from certificates import EXPIRED, Authority
 from fake_engine import FakeEngine, last, more
+from http2 import encode_stream_call, frame
 from servers import serve_grpc, serve_http
 
 from yuan_grpc.client import AsyncClient
@@ -28,7 +29,6 @@ from yuan_grpc.v1 import yuan_pb2_grpc
 REQUEST = pb.GenerateRequest(prompt="AB")
 RESPONSES = (last("yes"),)
 Option = tuple[str, Any]
-NO_FIELDS: dict[bytes, bytes] = {}
 
 
 class Files:
@@ -260,22 +260,6 @@ async def test_an_old_connection_is_replaced_and_its_calls_finish(caplog: pytest
 def connections(caplog: pytest.LogCaptureFixture) -> set[str]:
     """Return the connections in the log of calls."""
     return set(re.findall(r"peer (\S+)", caplog.text))
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Return a frame of HTTP/2."""
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def encode_stream_call(more_fields: dict[bytes, bytes] = NO_FIELDS) -> bytes:
-    """Return the bytes of a connection that calls GenerateStream."""
-    fields = {b":method": b"POST", b":scheme": b"http", b":path": b"/yuan.v1.YuanService/GenerateStream"}
-    fields |= {b":authority": b"localhost", b"content-type": b"application/grpc", b"te": b"trailers"}
-    fields |= more_fields
-    block = b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in fields.items())
-    message = REQUEST.SerializeToString()
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
-    return preface + frame(1, 4, 1, block) + frame(0, 1, 1, b"\0" + len(message).to_bytes(4, "big") + message)
 
 
 async def ping_during_call(address: str, engine: FakeEngine, pings: int, seconds: float) -> bytes:

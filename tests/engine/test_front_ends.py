@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import psutil
 import pytest
 from adapters import write_adapter
 from one_thread import ONE_THREAD
+from ports import free_ports, processes_on
 from safetensors.torch import load_file
 from server_process import ServerProcess
 
@@ -26,18 +26,6 @@ QUEUE_LIMIT = 6
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
 LONG = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=500, ignore_eos=True)
 SHORT = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=4, temperature=0)
-
-
-def free_ports() -> int:
-    """Return the first of two consecutive ports that are free."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first, ExitStack() as stack:
-            port: int = first.getsockname()[1]
-            try:
-                stack.enter_context(socket.create_server(("127.0.0.1", port + 1)))
-            except OSError:
-                continue
-            return port
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +69,6 @@ def stubs(server: ServerProcess, ports: int) -> Iterator[list[YuanServiceStub]]:
         for channel in channels:
             grpc.channel_ready_future(channel).result(timeout=60)
         yield [YuanServiceStub(channel) for channel in channels]
-
-
-def processes_on(port: int) -> list[psutil.Process]:
-    """Return the processes that listen on a port."""
-    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
-    return [psutil.Process(each.pid) for each in listening if each.laddr.port == port]
 
 
 def test_all_front_ends_listen_on_one_port_and_give_equal_answers(

@@ -13,6 +13,8 @@ from yuan_grpc.server.settings.lifecycle import LifecycleSettings
 from yuan_grpc.server.settings.security import SecuritySettings
 from yuan_grpc.server.settings.telemetry import TelemetrySettings
 
+ROOT = Path(__file__).parents[2]
+
 
 def read(*arguments: str, **environment: str) -> Settings:
     parser = argparse.ArgumentParser(prog="yuan-grpc serve", allow_abbrev=False)
@@ -202,3 +204,28 @@ def test_an_invalid_log_format_is_an_error(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="2"):
         read("--log-format=xml")
     assert "argument --log-format: must be text or json, not 'xml'" in capsys.readouterr().err
+
+
+SAMPLES = {
+    "--tls-cert-file": "server.pem",
+    "--tls-key-file": "server.key",
+    "--tls-client-ca-file": "ca.pem",
+    "--token-file": "tokens",
+    "--metrics-port": "9400",
+    "--log-format": "json",
+    "--log-level": "warning",
+    "--unix-socket": "/run/yuan",
+}
+
+
+@pytest.mark.parametrize("flag", SAMPLES)
+def test_an_option_of_operation_has_a_variable_with_the_same_meaning(flag: str) -> None:
+    variable = {"YUAN_GRPC_" + flag.removeprefix("--").replace("-", "_").upper(): SAMPLES[flag]}
+    assert read(flag, SAMPLES[flag]) == read(**variable) != read()
+
+
+def test_every_option_is_documented() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    settings.add_options(parser, {})
+    text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    assert [flag for action in parser._actions for flag in action.option_strings if flag not in text] == []

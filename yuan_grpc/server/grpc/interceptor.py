@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from yuan_grpc.server.core.access_log import TRACE_HEADERS, log_call, log_error
 from yuan_grpc.server.errors import InvalidRequestError, ServiceError, Violation, to_status, to_trailers
-from yuan_grpc.server.grpc import request_id
+from yuan_grpc.server.grpc import orca, request_id
 from yuan_grpc.server.grpc.callers import identify, required_scope
 from yuan_grpc.server.security.authentication import OPEN, Authenticator
 from yuan_grpc.server.security.identity import Identity, Scope, calling_as
@@ -17,7 +17,11 @@ from yuan_grpc.server.security.identity import Identity, Scope, calling_as
 GZIP_REQUEST = ("response-encoding", "gzip")
 """Metadata of a call whose response is to be compressed. gRPC does not pass on how the request was."""
 
-_REFLECTION = "/grpc.reflection."
+_GUARDED = {
+    "/grpc.reflection.": (Scope.ADMIN, "reflection"),
+    f"/{orca.SERVICE}/": (Scope.GENERATE, "load reports"),
+}
+"""Services that others define, by the start of their methods: the scope they need, and their name in messages."""
 
 Method = Callable[[Any, Any], Awaitable[Any]]
 Deserializer = Callable[[bytes], Any]
@@ -29,7 +33,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     Handlers never abort a call themselves. Health answers everyone, since probes have no token.
 
     Args:
-        services: the services whose calls are wrapped, with the reflection of all services.
+        services: the services whose calls are wrapped. Reflection and load reports are guarded in any case.
         authenticator: identifies callers.
     """
 
@@ -42,11 +46,12 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap the handlers of our services and of reflection; return those of health unchanged."""
+        """Wrap the handlers of our services, of reflection and of load reports; return those of health unchanged."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is not None and method.startswith(_REFLECTION):
-            return self._guard_reflection(handler)
+        for prefix, (scope, action) in _GUARDED.items():
+            if handler is not None and method.startswith(prefix):
+                return self._guard(handler, scope, action)
         if handler is None or not method.startswith(self._prefixes):
             return handler
         # Parse messages inside the wrapper: grpcio reports one it cannot parse as UNKNOWN, with a traceback.
@@ -97,22 +102,28 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         identity.require(required_scope(method), method)
         return identity
 
-    def _guard_reflection(self, handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
-        """Return a handler that reflects for administrators only."""
+    def _guard(
+        self, handler: "grpc.RpcMethodHandler[Any, Any]", scope: Scope, action: str
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Return a handler of streams for callers with a scope only."""
 
-        async def guarded(requests: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncIterator[Any]:
+        async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncIterator[Any]:
             try:
-                identify(self._authenticator, context).require(Scope.ADMIN, "reflection")
+                identify(self._authenticator, context).require(scope, action)
             except ServiceError as error:
                 code, status = to_status(error)
                 await context.abort(code, status.message, to_trailers(error, status))
-            async for response in reflect(requests, context):
+            async for response in stream(request, context):
                 yield response
 
-        reflect: Any = handler.stream_stream
-        return grpc.stream_stream_rpc_method_handler(
+        stream: Any = handler.stream_stream or handler.unary_stream
+        create: Any = (
+            grpc.stream_stream_rpc_method_handler if handler.stream_stream else grpc.unary_stream_rpc_method_handler
+        )
+        guarded_handler: grpc.RpcMethodHandler[Any, Any] = create(
             guarded, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
+        return guarded_handler
 
 
 def _with_headers(handler: Any) -> Method:

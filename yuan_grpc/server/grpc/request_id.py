@@ -51,10 +51,16 @@ def adopt(request: pb.GenerateRequest, context: "Context", inflight: InflightReq
 
 
 async def send_headers(context: "Context", request_id: str) -> None:
-    """Send the headers with an id, completely even if the call is cancelled: see `StreamWriter`."""
+    """Send the headers with an id, completely even if the call is cancelled: see `StreamWriter`.
+
+    Raises:
+        asyncio.CancelledError: the client has disconnected, including when grpcio only notices it now.
+    """
     headers = asyncio.ensure_future(context.send_initial_metadata(to_metadata(request_id)))
     try:
         await asyncio.shield(headers)
     except asyncio.CancelledError:
-        await asyncio.wait([headers])
+        await asyncio.gather(headers, return_exceptions=True)  # a failure that no one asks for would be logged
         raise
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error

@@ -1,0 +1,1 @@
+"""A program that breaks servers, and accounts for each call."""
