@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-BOLD, DIM, RED = "1", "2", "31"
+BOLD, DIM, RED, GREEN = "1", "2", "31", "32"
 """Select Graphic Rendition codes."""
 
 _CONTROL_CHARACTERS = (*range(0x20), *range(0x7F, 0xA0))
@@ -64,6 +64,22 @@ def print_stderr(line: str, code: str = "") -> None:
         print(colorize(line, code, sys.stderr) if code else line, file=sys.stderr, flush=True)
     except BrokenPipeError:
         redirect_to_devnull(sys.stderr)
+
+
+class Notes:
+    """Notes and progress on stderr, which `--quiet` turns off for a command.
+
+    Attributes:
+        quiet: whether they are off.
+    """
+
+    quiet = False
+
+
+def print_note(line: str) -> None:
+    """Print a dim line to stderr, unless the command is quiet."""
+    if not Notes.quiet:
+        print_stderr(line, DIM)
 
 
 def print_error(message: str) -> None:
