@@ -82,9 +82,9 @@ def print_note(line: str) -> None:
         print_stderr(line, DIM)
 
 
-def print_error(message: str) -> None:
+def print_error(message: str, program: str = "yuan-grpc") -> None:
     """Print an error message to stderr as one line, prefixed with the program's name."""
-    print_stderr(f"{colorize('yuan-grpc:', RED, sys.stderr)} {sanitize_line(message)}")
+    print_stderr(f"{colorize(f'{program}:', RED, sys.stderr)} {sanitize_line(message)}")
 
 
 @contextmanager
