@@ -4,6 +4,8 @@ import asyncio
 import csv
 import io
 import json
+import re
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -128,6 +130,17 @@ def test_a_comparison_has_both_values_and_their_ratio(tmp_path: Path, capsys: Ca
     assert rows["TTFT p90 (ms)"] == ["200.00", "200.00", "1.00x"]
     assert "TTFT p99 (ms)" not in rows
     assert max(map(len, lines[2:])) <= 80
+
+
+@pytest.mark.parametrize(("no_color", "codes"), [("", ["31", "32"]), ("1", [])])
+def test_a_notable_ratio_is_red_or_green(
+    no_color: str, codes: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    rates = {"requests_per_second": 1.0, "output_tokens_per_second": 20.0}
+    assert compare(write_run(tmp_path / "a.json"), write_run(tmp_path / "b.json", **rates)) == 0
+    assert re.findall(r"\x1b\[(3\d)m", capsys.readouterr().out) == codes
 
 
 @pytest.mark.parametrize(
