@@ -13,8 +13,9 @@ DOCS_READY := .venv-docs/.ready
 # The tests start hundreds of processes, and each would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 IN_TWO_PROCESSES := -n 2 --dist worksteal
-.PHONY: help setup install serve test test-fast demo-model newcomer chaos coverage check proto proto-check proto-release lint \
-  format lock release-files image-check docs docs-reference docs-check pictures clean
+.PHONY: help setup install serve test test-fast examples examples-node examples-go examples-cpp demo-model newcomer chaos \
+  coverage check proto proto-check proto-release lint format lock release-files image-check docs docs-reference docs-check \
+  pictures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +51,26 @@ newcomer: $(READY) ## start the server with each mistake of newcomers, and check
 
 chaos: $(READY) ## break servers, and account for each call (ARGS="--scale 0.1 NAME ...")
 	.venv/bin/python tests/chaos $(ARGS)
+
+# Debian's packages for Go and C++ are installed only where they are missing, which takes root. Node.js 20 must be there.
+EXAMPLES := clients/examples
+GO_PACKAGES := golang-go golang-google-grpc-dev golang-google-protobuf-dev protoc-gen-go-1-5 protoc-gen-go-grpc
+CPP_PACKAGES := g++ pkg-config protobuf-compiler-grpc libgrpc++-dev
+install_packages = @dpkg --status $(1) >/dev/null 2>&1 || apt-get install --yes --no-install-recommends $(1)
+
+examples: examples-node examples-go examples-cpp ## build the examples in Go, C++ and for Node.js, and test them (EXTRA as in setup)
+	.venv/bin/pytest -rs tests/contract/test_languages.py
+
+examples-node: $(READY)
+	@cd $(EXAMPLES)/node && npm ci --no-fund --no-audit
+
+examples-go: $(READY)
+	$(call install_packages,$(GO_PACKAGES))
+	@$(MAKE) --no-print-directory -C $(EXAMPLES)/go BUF=$(CURDIR)/.venv/bin/buf
+
+examples-cpp: $(READY)
+	$(call install_packages,$(CPP_PACKAGES))
+	@$(MAKE) --no-print-directory -C $(EXAMPLES)/cpp
 
 coverage: $(READY) ## measure the code that the tests run, engine processes included
 	.venv/bin/coverage erase

@@ -63,10 +63,10 @@ def _command_parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
             continue
         parser = _subparsers(command)[command]
         nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-        if nested:
-            yield from ((f"{command} {name}", inner) for name, inner in nested[0].choices.items())
-        else:
+        if parser.get_default("run"):  # not only a group of commands
             yield command, parser
+        for action in nested:
+            yield from ((f"{command} {name}", inner) for name, inner in action.choices.items())
 
 
 def _subparsers(command: str) -> Mapping[str, argparse.ArgumentParser]:

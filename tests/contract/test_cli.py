@@ -19,7 +19,7 @@ from fake_engine import INFO, FakeEngine, last, more
 from servers import serve_grpc
 
 from yuan_grpc.__main__ import main
-from yuan_grpc.cli import bench, load_generator
+from yuan_grpc.cli import bench_table, load_generator
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.signals import InterruptibleLoop
 from yuan_grpc.cli.generate_many import PromptBatch
@@ -492,6 +492,31 @@ async def test_a_chat_names_the_model(monkeypatch: pytest.MonkeyPatch, capsys: C
     assert "/help" in second
 
 
+async def test_a_quiet_chat_prints_replies_only(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    type_lines(monkeypatch, "a")
+    assert await run(EchoEngine(), "chat", "--quiet") == 0
+    assert capsys.readouterr() == ("<a\n\n", "")
+
+
+async def test_a_chat_shows_times_and_rates_on_request(stdin: Any, capsys: Captured) -> None:
+    assert (await chat(stdin, "ab", "/verbose", "c", options=("--verbose",)))[0] == 0
+    output, rates = capsys.readouterr()
+    assert output == "<ab\n<c\n"
+    names = [line.partition(":")[0] for line in rates.splitlines()]
+    assert names == ["prompt", "reply", "first token", "rate", "total"]
+    assert "reply:        3 tokens, finish reason length\n" in rates
+
+
+async def test_a_chat_keeps_no_history_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    type_lines(monkeypatch, "a")
+    assert await run(EchoEngine(), "chat", "--no-history") == 0
+    assert os.listdir(tmp_path) == []
+    type_lines(monkeypatch, "a")
+    assert await run(EchoEngine(), "chat") == 0
+    assert os.listdir(tmp_path / "yuan-grpc") == ["chat_history"]
+
+
 def test_a_chat_without_a_server_ends_before_the_first_message(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -571,7 +596,7 @@ async def test_bench_prints_a_row_for_each_level(capsys: Captured) -> None:
     [(0.0, "  0.00"), (12.345, " 12.35"), (1234.56, "1234.6"), (123456.7, "123457"), (12345678.9, "12345679")],
 )
 def test_a_number_keeps_its_column_while_it_can(value: float, text: str) -> None:
-    assert bench._format_number(value, 6) == text
+    assert bench_table.format_number(value, 6) == text
 
 
 async def test_bench_prints_the_errors_of_a_level_below_its_row(capsys: Captured) -> None:

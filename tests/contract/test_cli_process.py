@@ -193,6 +193,50 @@ async def test_ctrl_c_ends_a_bench() -> None:
     assert process.err == "yuan-grpc: cancelled: 0 of 3 levels completed\n"
 
 
+class OneThenHangingEngine(FakeEngine):
+    """Completes the first request, which is the warm-up of a bench, and no other.
+
+    Attributes:
+        third: set when three others are running.
+        idle: set when they have been freed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third, self.idle = asyncio.Event(), asyncio.Event()
+
+    async def generate(
+        self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
+    ) -> AsyncGenerator[StepOutput, None]:
+        is_first = not self.requests
+        self.requests.append(request)
+        yield StepOutput()
+        if is_first:
+            yield last()
+            return
+        self.running += 1
+        try:
+            if self.running == 3:
+                self.third.set()
+            await asyncio.Event().wait()
+        finally:
+            self.running -= 1
+            if not self.running:
+                self.idle.set()
+
+
+async def test_ctrl_c_ends_a_bench_at_a_rate() -> None:
+    engine = OneThenHangingEngine()
+    options = ("--prompt-tokens", "4", "--max-tokens", "4", "--request-rate", "50", "--burstiness", "inf")
+    async with serve_grpc(engine) as address:
+        process = await Process.start(address, "bench", *options)
+        await engine.third.wait()
+        process.process.send_signal(signal.SIGINT)
+        assert await process.end() == 130
+        await engine.idle.wait()
+    assert process.err == "yuan-grpc: cancelled: 0 of 1 levels completed\n"
+
+
 async def test_a_closed_pipe_ends_the_command_without_an_error() -> None:
     engine = FakeEngine(*[more("x" * 50) for _ in range(5000)], hangs=True)
     async with serve_grpc(engine) as address:

@@ -13,6 +13,7 @@ from yuan_grpc.cli.common.install import PIP_CPU, PIP_CUDA, UV_CPU
 
 PAGE = 66
 """Lines of a page."""
+HUMANEVAL = ("generate", "score", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +64,8 @@ def test_a_missing_package_is_reported_with_the_commands_that_install_it(
     last_line = done.stderr.splitlines()[-1]
     assert f"the server is not installed ({module} is missing): " in last_line
     assert all(f"`{line}`" in last_line for line in (PIP_CPU, UV_CPU, PIP_CUDA))
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "run", *(f"humaneval {name}" for name in HUMANEVAL)])
+def test_a_command_with_notes_can_be_quiet(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert any("--quiet" in line for line in help_of(command, capsys))

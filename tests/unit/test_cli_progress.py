@@ -7,6 +7,7 @@ import io
 import pytest
 
 from yuan_grpc.cli.common.progress import Progress
+from yuan_grpc.cli.common.terminal import Notes
 
 
 class Terminal(io.StringIO):
@@ -53,5 +54,13 @@ def test_a_persistent_bar_stays_on_the_terminal_with_its_rates() -> None:
 def test_another_bar_does_not_appear_within_the_first_second() -> None:
     stream = Terminal()
     with Progress("answers", 2, stream=stream) as progress, progress.paused():
+        progress.advance()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["file", "terminal"])
+def test_a_quiet_command_shows_no_progress(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Notes, "quiet", True)
+    with Progress("samples", 1, persistent=True, stream=stream) as progress:
         progress.advance()
     assert stream.getvalue() == ""

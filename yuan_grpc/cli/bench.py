@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import random
-import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from yuan_grpc.cli import bench_compare, bench_report, bench_table
+from yuan_grpc.cli.arrivals import Arrivals
 from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common import connection, request_fields
 from yuan_grpc.cli.common.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UsageError, handle_errors
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
-from yuan_grpc.cli.common.terminal import BOLD, colorize, is_terminal, print_error, sanitize, sanitize_line
+from yuan_grpc.cli.common.terminal import print_error
 from yuan_grpc.cli.load_generator import (
-    QUANTILES,
+    METRICS,
+    Level,
     Measurement,
     TimingInterceptor,
     Workload,
     measure,
-    quantile,
     run_request,
 )
 from yuan_grpc.client import AsyncClient, Model
@@ -29,11 +32,17 @@ from yuan_grpc.client.errors import broken_response_error
 MAX_TOKENS = 64
 PROMPT_TOKENS = 128
 SECONDS = 10.0
+LEVELS = (1, 8, 64)
+TABLE_METRICS = ("ttft", "itl")
 
 EPILOG = """\
-TTFT is the time from a call to its first token. ITL is the time between
-tokens. The server merges tokens for a slow reader: a message of k tokens
-counts as k gaps, each 1/k of the time since the previous message.
+With --concurrency, a request starts whenever another has ended. With
+--request-rate or a ramp, requests arrive at a rate, however many are running.
+
+TTFT is the time from a call to its first token, E2EL that of the whole call.
+ITL is the time between tokens, TPOT its mean over a request. The server merges
+tokens for a slow reader: a message of k tokens counts as k gaps, each 1/k of
+the time since the previous message.
 
 One warm-up request is not counted. A level ends when all its requests have
 ended, and its rates are over that time. Requests ignore the end-of-text token,
@@ -41,28 +50,19 @@ so each generates --max-tokens. A refused request is retried up to --retries
 times, then counted as an error.
 """
 
-_COUNTS = (("conc", 4), ("reqs", 6), ("errs", 4), ("req/s", 7), ("tokens/s", 8))
-_TIMES = (("TTFT (ms)", 7), ("ITL (ms)", 6))
-"""Titles and widths of the columns. A time has a column for each of QUANTILES. A row has 78 characters."""
-
 
 def add_command(commands: Any) -> None:
     """Add the command to the subparsers."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help=SUMMARIES["bench"],
-        description="Stream completions of random prompts; print throughput and latency.",
+        description="Stream completions of random prompts; print throughput and latency.\n"
+        "`bench compare A.json B.json` compares two runs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--concurrency",
-        type=_parse_levels,
-        default=(1, 8, 64),
-        metavar="N,N",
-        help="concurrency levels (default: 1,8,64)",
-    )
+    _add_load_options(parser)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--requests", type=_positive_int, metavar="N", help="requests per level, instead of --seconds")
     length.add_argument(
@@ -79,10 +79,75 @@ def add_command(commands: Any) -> None:
         "--shared-prefix", type=int, default=0, metavar="N", help="leading tokens all prompts share (default: 0)"
     )
     parser.add_argument("--prompt-seed", type=int, metavar="N", help="seed of the random prompts (default: random)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    _add_result_options(parser)
+    bench_compare.add_command(parser)
     request_fields.add_options(parser, MAX_TOKENS)
     connection.add_options(parser)
     parser.set_defaults(run=handle_errors(_run))
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("load", "The options from --request-rate on are those of `vllm bench serve`.")
+    group.add_argument("--concurrency", type=_parse_levels, metavar="N,N", help="concurrency levels (default: 1,8,64)")
+    group.add_argument("--request-rate", type=_parse_rates, metavar="R,R", help="levels of requests per second")
+    group.add_argument(
+        "--burstiness",
+        type=_positive_float,
+        default=1.0,
+        metavar="X",
+        help="1: Poisson arrivals (default); less: burstier; inf: regular",
+    )
+    group.add_argument("--max-concurrency", type=_positive_int, metavar="N", help="limit of requests at a rate")
+    group.add_argument("--ramp-up-strategy", choices=("linear", "exponential"), help="let the rate grow in one level")
+    group.add_argument("--ramp-up-start-rps", type=_parse_finite, metavar="R", help="rate at its start")
+    group.add_argument("--ramp-up-end-rps", type=_parse_finite, metavar="R", help="rate at its end")
+
+
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("results")
+    group.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    group.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        default=[],
+        type=_parse_output,
+        metavar="FILE",
+        help="also write a .json, .csv or .html file; repeatable",
+    )
+    group.add_argument(
+        "--percentile-metrics",
+        type=_parse_metrics,
+        default=TABLE_METRICS,
+        metavar="M,M",
+        help=f"metrics of the table: {', '.join(METRICS)} (default: {','.join(TABLE_METRICS)})",
+    )
+    group.add_argument(
+        "--goodput",
+        nargs="+",
+        type=_parse_target,
+        default=[],
+        metavar="METRIC:MS",
+        help="count requests within targets, as ttft:500 e2el:2000",
+    )
+
+
+@dataclass
+class _Run:
+    """A run in progress: what to measure, and the results so far."""
+
+    options: argparse.Namespace
+    levels: list[Level]
+    measurements: list[Measurement]
+    model: Model | None = None
+
+    @property
+    def has_table(self) -> bool:
+        return not self.options.json
+
+    def document(self) -> bench_report.Document:
+        assert self.model
+        return bench_report.to_document(self.options, self.model, self.measurements)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -90,34 +155,68 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(f"--shared-prefix must be between 0 and --prompt-tokens, not {options.shared_prefix}")
     if not options.seconds > 0:
         raise UsageError(f"--seconds must be above 0, not {options.seconds}")
-    levels: list[Measurement] = []
-    models: list[Model] = []
+    for path in options.output:
+        if not path.parent.is_dir():
+            raise UsageError(f"the folder of {path} must exist")
+    if options.prompt_seed is None:
+        options.prompt_seed = random.randrange(2**32)
+    run = _Run(options, _build_levels(options), [])
     try:
         with InterruptibleLoop() as loop:
-            loop.run(_run_levels(options, levels, models))
+            loop.run(_run_levels(run))
     except KeyboardInterrupt:
-        print_error(f"cancelled: {len(levels)} of {len(options.concurrency)} levels completed")
+        print_error(f"cancelled: {len(run.measurements)} of {len(run.levels)} levels completed")
         return EXIT_INTERRUPTED
     finally:
-        if options.json and levels:
-            document = json.dumps(_to_json(options, models[0], levels), ensure_ascii=False, indent=2)
-            print(sanitize(document) if is_terminal(sys.stdout) else document)
-    return EXIT_FAILURE if any(level.errors for level in levels) else 0
+        if run.measurements:
+            bench_report.write(run.document(), options.output, to_stdout=options.json)
+    return EXIT_FAILURE if any(level.errors for level in run.measurements) else 0
 
 
-async def _run_levels(options: argparse.Namespace, levels: list[Measurement], models: list[Model]) -> None:
-    """Measure all levels. Append results to the lists, so that cancellation keeps them."""
-    interceptor = TimingInterceptor()
+def _build_levels(options: argparse.Namespace) -> list[Level]:
+    ramp = [options.ramp_up_strategy, options.ramp_up_start_rps, options.ramp_up_end_rps]
+    loads = [options.concurrency, options.request_rate, any(ramp)]
+    if sum(map(bool, loads)) > 1:
+        raise UsageError("--concurrency, --request-rate and --ramp-up-strategy are mutually exclusive")
+    if any(ramp) and not all(ramp):
+        raise UsageError("--ramp-up-strategy, --ramp-up-start-rps and --ramp-up-end-rps must be set together")
+    if any(ramp):
+        return [_build_ramp(options)]
+    if options.request_rate:
+        return [_build_rate(options, rate) for rate in options.request_rate]
+    return [Level(str(concurrency), concurrency) for concurrency in options.concurrency or LEVELS]
+
+
+def _build_rate(options: argparse.Namespace, rate: float) -> Level:
+    label = f"{rate:g}"
+    return Level(label, options.max_concurrency, Arrivals(rate, rate, _seed(options, label), options.burstiness))
+
+
+def _build_ramp(options: argparse.Namespace) -> Level:
+    start, end = options.ramp_up_start_rps, options.ramp_up_end_rps
+    label, exponential = f"{start:g}-{end:g}", options.ramp_up_strategy == "exponential"
+    arrivals = Arrivals(start, end, _seed(options, label), options.burstiness, exponential)
+    return Level(label, options.max_concurrency, arrivals)
+
+
+def _seed(options: argparse.Namespace, label: str) -> str:
+    return f"{options.prompt_seed}/arrivals/{label}"
+
+
+async def _run_levels(run: _Run) -> None:
+    """Measure all levels. Append results to the run, so that cancellation keeps them."""
+    interceptor, options = TimingInterceptor(), run.options
     async with connection.connect(options, interceptor) as client:
-        models.append(model := await client.model())
-        workload = _build_workload(options, model)
-        if not options.json:
-            _print_header(options, model, workload)
-        await run_request(client, interceptor, next(workload.requests("warm-up")))
-        for concurrency in options.concurrency:
-            levels.append(await _run_level(options, client, interceptor, workload, concurrency))
-            if not options.json:
-                print(_format_row(levels[-1]), flush=True)
+        run.model = await client.model()
+        workload = _build_workload(options, run.model)
+        if run.has_table:
+            bench_table.print_header(options, run.model, workload)
+        with Progress("warm-up request"):
+            await run_request(client, interceptor, next(workload.requests("warm-up")))
+        for level in run.levels:
+            run.measurements.append(await _run_level(options, client, interceptor, workload, level))
+            if run.has_table:
+                print(bench_table.format_level(run.measurements[-1], options), flush=True)
 
 
 async def _run_level(
@@ -125,15 +224,15 @@ async def _run_level(
     client: AsyncClient,
     interceptor: TimingInterceptor,
     workload: Workload,
-    concurrency: int,
+    level: Level,
 ) -> Measurement:
-    name = f"concurrency {concurrency}"
+    name = f"concurrency {level.label}" if level.arrivals is None else f"{level.label} requests/s"
     with Progress(name, options.requests, " requests") as progress:
         return await measure(
             client,
             interceptor,
             workload.requests(name),
-            concurrency=concurrency,
+            level,
             limit=options.requests,
             seconds=options.seconds,
             on_request_end=progress.advance,
@@ -141,8 +240,6 @@ async def _run_level(
 
 
 def _build_workload(options: argparse.Namespace, model: Model) -> Workload:
-    if options.prompt_seed is None:
-        options.prompt_seed = random.randrange(2**32)
     fields = {"ignore_eos": True} | request_fields.from_options(options)
     for name in (*request_fields.PROMPT_FIELDS, "request_id"):
         if name in fields:
@@ -156,77 +253,6 @@ def _build_workload(options: argparse.Namespace, model: Model) -> Workload:
     return Workload(template, options.prompt_tokens, options.shared_prefix, options.prompt_seed, model.sizes.tokens)
 
 
-def _print_header(options: argparse.Namespace, model: Model, workload: Workload) -> None:
-    print(sanitize_line(f"{model.name} ({model.dtype or 'unknown dtype'}) at {options.address}"))
-    print(
-        f"{workload.prompt_tokens} prompt tokens ({workload.shared_prefix} shared), "
-        f"{workload.template.max_tokens} generated; --prompt-seed {workload.seed}"
-    )
-    for line in _format_titles():
-        print(colorize(line, BOLD, sys.stdout), flush=True)
-
-
-def _format_titles() -> tuple[str, str]:
-    groups = [" " * (sum(width + 1 for _, width in _COUNTS) - 1)]
-    names = [name.rjust(width) for name, width in _COUNTS]
-    for title, width in _TIMES:
-        groups.append(title.rjust(len(QUANTILES) * (width + 1) - 1))
-        names += [f"p{round(fraction * 100)}".rjust(width) for fraction in QUANTILES]
-    return " ".join(groups), " ".join(names)
-
-
-def _format_row(level: Measurement) -> str:
-    """Return the row of a level, and a line with its errors."""
-    values = (level.concurrency, level.completed, sum(level.errors.values()))
-    cells = [str(value).rjust(width) for value, (_, width) in zip(values, _COUNTS, strict=False)]
-    rates = (level.requests_per_second, level.tokens_per_second)
-    cells += [_format_number(rate, width) for rate, (_, width) in zip(rates, _COUNTS[3:], strict=True)]
-    for times, (_, width) in zip((level.ttfts, level.itls), _TIMES, strict=True):
-        cells += [_format_milliseconds(quantile(times, fraction), width) for fraction in QUANTILES]
-    errors = ", ".join(f"{count} {code}" for code, count in level.errors.most_common())
-    return " ".join(cells) + (f"\n     errors: {errors}" if errors else "")
-
-
-def _format_milliseconds(seconds: float | None, width: int) -> str:
-    return "-".rjust(width) if seconds is None else _format_number(seconds * 1000, width)
-
-
-def _format_number(value: float, width: int) -> str:
-    """Return the number with as many of two decimals as fit the width."""
-    texts = (f"{value:.{digits}f}" for digits in (2, 1, 0))
-    return next((text for text in texts if len(text) <= width), f"{value:.0f}").rjust(width)
-
-
-def _to_json(options: argparse.Namespace, model: Model, levels: list[Measurement]) -> dict[str, Any]:
-    return {
-        "model": model.name,
-        "dtype": model.dtype,
-        "address": options.address,
-        "prompt_tokens": options.prompt_tokens,
-        "shared_prefix": options.shared_prefix,
-        "prompt_seed": options.prompt_seed,
-        "max_tokens": options.max_tokens,
-        "levels": [_level_to_json(level) for level in levels],
-    }
-
-
-def _level_to_json(level: Measurement) -> dict[str, Any]:
-    times = {
-        name: {f"p{round(fraction * 100)}": quantile(values, fraction) for fraction in QUANTILES}
-        for name, values in (("ttft_seconds", level.ttfts), ("itl_seconds", level.itls))
-    }
-    return {
-        "concurrency": level.concurrency,
-        "seconds": level.seconds,
-        "requests": level.completed,
-        "errors": dict(level.errors),
-        "requests_per_second": level.requests_per_second,
-        "output_tokens": level.output_tokens,
-        "output_tokens_per_second": level.tokens_per_second,
-        **times,
-    }
-
-
 def _parse_levels(text: str) -> tuple[int, ...]:
     return tuple(_positive_int(part) for part in text.split(","))
 
@@ -235,3 +261,44 @@ def _positive_int(text: str) -> int:
     if text.strip().isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"must be an integer above 0, not {text!r}")
+
+
+def _parse_rates(text: str) -> tuple[float, ...]:
+    return tuple(_parse_finite(part) for part in text.split(","))
+
+
+def _parse_finite(text: str) -> float:
+    if math.isinf(value := _positive_float(text)):
+        raise argparse.ArgumentTypeError(f"must be finite, not {text!r}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    try:
+        if (value := float(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+
+
+def _parse_metrics(text: str) -> tuple[str, ...]:
+    return tuple(_parse_metric(part) for part in text.split(","))
+
+
+def _parse_metric(text: str) -> str:
+    if text not in METRICS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(METRICS)}, not {text!r}")
+    return text
+
+
+def _parse_target(text: str) -> tuple[str, float]:
+    metric, _, target = text.partition(":")
+    return _parse_metric(metric), _parse_finite(target)
+
+
+def _parse_output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in bench_report.WRITERS:
+        raise argparse.ArgumentTypeError(f"must end with {', '.join(bench_report.WRITERS)}, not {text!r}")
+    return path

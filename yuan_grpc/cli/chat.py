@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,17 @@ from yuan_grpc.cli.common.errors import (
 )
 from yuan_grpc.cli.common.message_prompt import read_messages
 from yuan_grpc.cli.common.progress import Progress
+from yuan_grpc.cli.common.rates import ReplyTimer
 from yuan_grpc.cli.common.signals import InterruptibleLoop
-from yuan_grpc.cli.common.terminal import DIM, is_terminal, print_error, print_stderr, sanitize, sanitize_line
-from yuan_grpc.cli.generate import format_summary
+from yuan_grpc.cli.common.terminal import (
+    DIM,
+    is_terminal,
+    print_error,
+    print_note,
+    print_stderr,
+    sanitize,
+    sanitize_line,
+)
 from yuan_grpc.client import AsyncClient, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -37,6 +44,7 @@ COMMANDS = '''\
 /set FIELD=VALUE    set a request field for later messages
 /set FIELD          unset it
 /set                show the fields that are set
+/verbose            show times and rates after each reply, or stop it
 /help               show this list
 /quit               leave (or Ctrl-D)
 //TEXT              send a message that begins with /
@@ -61,6 +69,8 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system message that starts the conversation")
     parser.add_argument("--truncate", action="store_true", help="drop the start of a conversation that is too long")
+    parser.add_argument("--verbose", action="store_true", help="show times and rates after each reply, on stderr")
+    parser.add_argument("--no-history", action="store_true", help="neither read nor keep the lines of earlier chats")
     request_fields.add_options(parser, MAX_TOKENS)
     connection.add_options(parser)
     parser.set_defaults(run=handle_errors(_run))
@@ -79,17 +89,17 @@ def _run(options: argparse.Namespace) -> int:
         if is_terminal(sys.stdin):
             loop.run(_print_greeting(client, options))
         chat = Chat(client, loop, fields, options)
-        for line in _read_lines():
+        for line in _read_lines(options):
             if not chat.handle_line(line):
                 break
         loop.run(client.close())
     return EXIT_FAILURE if chat.has_failed and not is_terminal(sys.stdin) else 0
 
 
-def _read_lines() -> Iterator[str]:
+def _read_lines(options: argparse.Namespace) -> Iterator[str]:
     """Yield messages and commands: from a terminal, or one for each line of stdin."""
     if is_terminal(sys.stdin):
-        yield from read_messages()
+        yield from read_messages(keeps_history=not options.no_history)
     else:
         yield from (line.rstrip("\r\n") for line in sys.stdin or ())
 
@@ -97,8 +107,8 @@ def _read_lines() -> Iterator[str]:
 async def _print_greeting(client: AsyncClient, options: argparse.Namespace) -> None:
     model = await client.model()
     name = f"{options.model} on {model.name}" if options.model else model.name
-    print_stderr(sanitize_line(f"{name} at {options.address}"))
-    print_stderr('Type /help for commands, """ to begin and end a message of several lines, Ctrl-D to leave.', DIM)
+    print_note(sanitize_line(f"{name} at {options.address}"))
+    print_note('/help lists commands. """ begins and ends a message of several lines.')
 
 
 class Chat:
@@ -120,6 +130,7 @@ class Chat:
         self._initial_messages: list[Message] = [_message("system", options.system)] if options.system else []
         self.messages: list[Message] = list(self._initial_messages)
         self.has_failed = False
+        self._is_verbose: bool = options.verbose
 
     def handle_line(self, line: str) -> bool:
         """Send a line as a message, or run it as a command. Return False if the chat should end."""
@@ -142,6 +153,7 @@ class Chat:
             "save": self._save,
             "load": self._load,
             "set": self._set,
+            "verbose": self._toggle_verbose,
             "help": lambda _: print_stderr(COMMANDS),
         }
         if name in commands:
@@ -167,19 +179,22 @@ class Chat:
 
     async def _stream_reply(self, request: pb.GenerateRequest, deltas: list[str]) -> None:
         """Print the reply while it streams, and append its text deltas to the list."""
-        start, to_terminal = time.monotonic(), is_terminal(sys.stdout)
+        timer, to_terminal = ReplyTimer(), is_terminal(sys.stdout)
         async with self._client.stream(request) as stream:
             try:
                 with Progress("waiting for the first token") as progress:
                     async for delta in stream:
                         progress.end()
+                        timer.record_text()
                         deltas.append(delta)
                         print(sanitize(delta) if to_terminal else delta, end="", flush=True)
             finally:
                 if deltas:
                     print(flush=True)
-            if is_terminal(sys.stderr):
-                print_stderr(format_summary(stream.completion, time.monotonic() - start), DIM)
+            if self._is_verbose:
+                print_stderr(timer.format_rates(stream.completion), DIM)
+            elif is_terminal(sys.stderr):
+                print_note(timer.format_summary(stream.completion))
 
     def _append_reply(self, messages: list[Message], reply: str) -> None:
         if reply:
@@ -210,6 +225,10 @@ class Chat:
             _confirm(f"removed: {text[:60]}")
         else:
             print_error("there is no message to undo")
+
+    def _toggle_verbose(self, _: str) -> None:
+        self._is_verbose = not self._is_verbose
+        _confirm(f"times and rates are {'on' if self._is_verbose else 'off'}")
 
     def _save(self, path: str) -> None:
         try:
@@ -249,7 +268,7 @@ class Chat:
 def _confirm(text: str) -> None:
     """Print at a terminal what a command has done."""
     if is_terminal(sys.stderr):
-        print_stderr(sanitize_line(f"[{text}]"), DIM)
+        print_note(sanitize_line(f"[{text}]"))
 
 
 def _message(role: str, content: str) -> Message:

@@ -27,6 +27,9 @@ SUMMARIES = {
 if not (find_spec("fcntl") and find_spec("resource")):  # missing on Windows
     del SUMMARIES["humaneval"]
 
+QUIET = ("generate", "chat", "bench", "humaneval", "run")
+"""Commands with notes and progress on stderr, which `--quiet` turns off."""
+
 
 class _Formatter(argparse.HelpFormatter):
     """Help with one line for each command, however long its name."""
@@ -60,6 +63,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for command, summary in SUMMARIES.items():
         if name in (command, "completion"):
             import_module(f"yuan_grpc.cli.{command}").add_command(subparsers)
+            if command in QUIET:
+                _add_quiet(subparsers.choices[command])
         else:
             subparsers.add_parser(command, help=summary)
     if not arguments:
@@ -70,10 +75,23 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add `--quiet` to a command, or to the commands below it."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and action.required:
+            for name in action.choices:
+                _add_quiet(action.choices[name])
+            return
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no notes and no progress, only errors")
+
+
 def reject_unknown(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> None:
     """Exit with an error that names the unknown arguments, and the command's option most similar to the first one."""
     while subcommands := [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]:
-        parser = subcommands[0].choices[getattr(options, subcommands[0].dest)]
+        name = getattr(options, subcommands[0].dest)
+        if name is None:
+            break
+        parser = subcommands[0].choices[name]
     mistyped = next((argument for argument in unknown if argument.startswith("--")), "")
     hint = suggestion(mistyped, parser._option_string_actions)
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from yuan_grpc.cli.common import connection, prompts, request_fields
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.progress import Progress
+from yuan_grpc.cli.common.rates import ReplyTimer
 from yuan_grpc.cli.common.signals import InterruptibleLoop
-from yuan_grpc.cli.common.terminal import DIM, is_terminal, print_stderr
+from yuan_grpc.cli.common.terminal import is_terminal, print_note
 from yuan_grpc.cli.generate_many import PromptBatch
-from yuan_grpc.client import AsyncClient, Completion, YuanError
+from yuan_grpc.client import AsyncClient, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_TOKENS = 256
@@ -97,7 +97,7 @@ def _check_output(output: Path | None, file: Path) -> None:
 
 
 async def _stream(client: AsyncClient, request: pb.GenerateRequest, output: Output) -> int:
-    start = time.monotonic()
+    timer = ReplyTimer()
     async with client, client.stream(request) as stream:
         try:
             with Progress("waiting for the first token") as progress:
@@ -110,12 +110,5 @@ async def _stream(client: AsyncClient, request: pb.GenerateRequest, output: Outp
             raise
         output.write("\n")
         if is_terminal(sys.stderr):
-            print_stderr(format_summary(stream.completion, time.monotonic() - start), DIM)
+            print_note(timer.format_summary(stream.completion))
     return 0
-
-
-def format_summary(completion: Completion, seconds: float) -> str:
-    """Return the finish reason, the number of tokens and their rate as one line."""
-    reason = completion.choices[0].finish_reason if completion.choices else None
-    tokens = completion.usage.completion_tokens
-    return f"[{reason}, {tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s]"

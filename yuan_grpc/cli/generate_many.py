@@ -22,7 +22,7 @@ from yuan_grpc.cli.common.errors import (
 from yuan_grpc.cli.common.output import Output
 from yuan_grpc.cli.common.progress import Progress
 from yuan_grpc.cli.common.signals import InterruptibleLoop
-from yuan_grpc.cli.common.terminal import BOLD, DIM, colorize, is_terminal, print_error, print_stderr, sanitize_line
+from yuan_grpc.cli.common.terminal import BOLD, colorize, is_terminal, print_error, print_note, sanitize_line
 from yuan_grpc.client import AsyncClient, Completion, Result, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
@@ -125,7 +125,7 @@ class PromptBatch:
             print_failed_call(self._last_error, self._options)
         if is_terminal(sys.stderr):
             rate = self._tokens / max(seconds, 1e-9)
-            print_stderr(f"[{total - self._failed} completed, {self._tokens} tokens, {rate:.1f} tokens/s]", DIM)
+            print_note(f"[{total - self._failed} completed, {self._tokens} tokens, {rate:.1f} tokens/s]")
 
 
 def _title(request: pb.GenerateRequest) -> str:

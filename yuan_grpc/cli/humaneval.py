@@ -20,7 +20,7 @@ from yuan_grpc.cli.commands import SUMMARIES
 from yuan_grpc.cli.common.connection import ADDRESS, choose_token, positive_seconds
 from yuan_grpc.cli.common.errors import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
 from yuan_grpc.cli.common.progress import Progress
-from yuan_grpc.cli.common.terminal import print_stderr, redirect_to_devnull, sanitize_line, use_utf8
+from yuan_grpc.cli.common.terminal import Notes, print_error, print_note, redirect_to_devnull, use_utf8
 from yuan_grpc.client import AsyncClient, DeadlineError, Model, Token, YuanError
 from yuan_grpc.humaneval import records, report, scoring
 from yuan_grpc.humaneval.dataset import Problem, ProblemError, read_problems, read_prompts
@@ -207,6 +207,7 @@ def _run_subcommand(options: argparse.Namespace) -> int:
     """Run a subcommand; print an exception as a message and return its exit status."""
     subcommand: Callable[[argparse.Namespace], int] = options.run_subcommand
     use_utf8()
+    Notes.quiet = getattr(options, "quiet", False)
     try:
         return subcommand(options)
     except (UsageError, ProblemError) as error:
@@ -361,7 +362,7 @@ async def _wait_until_ready(clients: list[AsyncClient], addresses: list[str], op
         f"yuan-grpc humaneval: waiting for {', '.join(addresses)}: up to {connect:g} s for an answer and up to "
         f"{patience:g} s for the model"
     )
-    timer = asyncio.get_running_loop().call_later(WAIT_NOTICE_SECONDS, print_stderr, notice)
+    timer = asyncio.get_running_loop().call_later(WAIT_NOTICE_SECONDS, print_note, notice)
     try:
         await asyncio.gather(*map(partial(_wait_for_server, patience, connect), clients, addresses))
     finally:
@@ -469,7 +470,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _print_error(message: str, status: int) -> int:
-    print_stderr(sanitize_line(f"yuan-grpc humaneval: {message}"))
+    print_error(message, "yuan-grpc humaneval")
     return status
 
 

@@ -13,7 +13,7 @@ from yuan_grpc.cli.common import connection
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.install import missing_package
 from yuan_grpc.cli.common.progress import Progress
-from yuan_grpc.cli.common.terminal import print_stderr
+from yuan_grpc.cli.common.terminal import print_note
 from yuan_grpc.server import settings
 from yuan_grpc.server.engine.vllm import env, openmp
 from yuan_grpc.server.settings import Settings
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             env.set_defaults()
             preflight.check_engine(Settings(model, "", 0, 0, tuple(options.engine_flags)))
-            print_stderr("importing vLLM")
+            print_note("importing vLLM")
             from yuan_grpc import offline
             from yuan_grpc.server.engine.vllm import warm_fork
 

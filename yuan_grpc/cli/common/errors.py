@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import grpc
 
-from yuan_grpc.cli.common.terminal import print_error, print_stderr, redirect_to_devnull, sanitize_line, use_utf8
+from yuan_grpc.cli.common.terminal import Notes, print_error, print_stderr, redirect_to_devnull, sanitize_line, use_utf8
 from yuan_grpc.client import InternalError, YuanError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
@@ -26,6 +26,7 @@ def handle_errors(command: Command) -> Command:
 
     def wrapper(options: argparse.Namespace) -> int:
         use_utf8()
+        Notes.quiet = getattr(options, "quiet", False)
         try:
             return _run_and_report_call(command, options)
         except UsageError as error:

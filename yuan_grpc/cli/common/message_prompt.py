@@ -13,13 +13,13 @@ QUOTES = '"""'
 HISTORY_LINES = 1000
 
 
-def read_messages() -> Iterator[str]:
+def read_messages(*, keeps_history: bool = True) -> Iterator[str]:
     r'''Yield messages from the terminal until Ctrl-C or Ctrl-D at the prompt.
 
     A message has several lines if it is between lines with `"""`, or if a line ends with a backslash. A message between
-    quotes is never a command.
+    quotes is never a command. Lines of earlier chats can be found unless `keeps_history` is false.
     '''
-    with _history():
+    with _history(keeps_history):
         while True:
             try:
                 line = input(PROMPT)
@@ -51,24 +51,31 @@ def _read_quoted(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Let `input` edit lines and find those of earlier chats; save the new ones at the end."""
+def _history(is_kept: bool) -> Iterator[None]:
+    """Let `input` edit lines and find those of this chat. If they are kept, also read and save those of others."""
     try:
         import readline
     except ImportError:
         yield
         return
-    path = _history_path()
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)
+    if is_kept:
+        with contextlib.suppress(OSError):
+            readline.read_history_file(_history_path())
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # readline keeps the mode of a file that exists
-            readline.write_history_file(path)
+        if is_kept:
+            with contextlib.suppress(OSError):
+                _save_history(_history_path())
+
+
+def _save_history(path: Path) -> None:
+    import readline
+
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # readline keeps the mode of a file that exists
+    readline.write_history_file(path)
 
 
 def _history_path() -> Path:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
-from yuan_grpc.cli.common.terminal import is_terminal
+from yuan_grpc.cli.common.terminal import Notes, is_terminal
 from yuan_grpc.humaneval.formatting import format_duration
 
 DELAY_SECONDS = 1.0
@@ -62,7 +62,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started = self._last_line = self._clock()
-        tqdm = _import_tqdm() if is_terminal(self._stream) else None
+        tqdm = _import_tqdm() if is_terminal(self._stream) and not Notes.quiet else None
         if tqdm:
             self._thread = threading.Thread(target=self._update_bar, args=(tqdm, time.time()), daemon=True)
             self._thread.start()
@@ -100,7 +100,7 @@ class Progress:
 
     @property
     def _prints_lines(self) -> bool:
-        return self._persistent and self._thread is None and self._stream is not None
+        return self._persistent and self._thread is None and self._stream is not None and not Notes.quiet
 
     def _print_line(self) -> None:
         self._last_line = self._clock()

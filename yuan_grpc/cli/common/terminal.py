@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-BOLD, DIM, RED = "1", "2", "31"
+BOLD, DIM, RED, GREEN = "1", "2", "31", "32"
 """Select Graphic Rendition codes."""
 
 _CONTROL_CHARACTERS = (*range(0x20), *range(0x7F, 0xA0))
@@ -66,9 +66,25 @@ def print_stderr(line: str, code: str = "") -> None:
         redirect_to_devnull(sys.stderr)
 
 
-def print_error(message: str) -> None:
+class Notes:
+    """Notes and progress on stderr, which `--quiet` turns off for a command.
+
+    Attributes:
+        quiet: whether they are off.
+    """
+
+    quiet = False
+
+
+def print_note(line: str) -> None:
+    """Print a dim line to stderr, unless the command is quiet."""
+    if not Notes.quiet:
+        print_stderr(line, DIM)
+
+
+def print_error(message: str, program: str = "yuan-grpc") -> None:
     """Print an error message to stderr as one line, prefixed with the program's name."""
-    print_stderr(f"{colorize('yuan-grpc:', RED, sys.stderr)} {sanitize_line(message)}")
+    print_stderr(f"{colorize(f'{program}:', RED, sys.stderr)} {sanitize_line(message)}")
 
 
 @contextmanager
