@@ -1,9 +1,9 @@
 """Decode and prefill throughput of models in vLLM's offline engine, as a Markdown table.
 
-Models are `yuan` and `llama`, both with Yuan2.0-2B's shape, dummy weights and no tokenizer, and with optional engine
-arguments and environment variables. All engines run at once on the same GPU and take turns: each repetition of each
-step is timed with one engine after the other while the others wait, so that a temporary slowdown of the machine affects
-all of them.
+Models are `yuan`, `llama`, `m32` and `mixtral`, by default with Yuan2.0-2B's sizes. They have dummy weights and no
+tokenizer, and optional engine arguments and environment variables. All engines run at once on the same GPU and take
+turns: each repetition of each step is timed with one engine after the other while the others wait, so that a temporary
+slowdown of the machine affects all of them.
 
     python benchmarks/model_speed.py --out speed.jsonl llama yuan
     python benchmarks/model_speed.py --out speed.jsonl --cache 6 --decode 1,64 --prefill 1x1024 \\
@@ -15,6 +15,14 @@ models work the same way, for example Yuan2.0-51B on two GPUs with 80 GB (102B h
     python benchmarks/model_speed.py --out large.jsonl --hidden 8192 --layers 42 --heads 64 --width 32768 \\
       --positions 2048 --decode 1,32 --tokens 128 --prefill 1x1024,8x1024 --cache 6 --limit 600 \\
       --engine '{"max_num_seqs":32,"max_num_batched_tokens":8192}' 'yuan:{"tensor_parallel_size":2}'
+
+`m32` has the experts and the wider heads of Yuan2.0-M32, and `mixtral` is a Mixtral with the same experts and heads.
+All engines share the GPUs, and 24 layers are 75 GiB each, or 38 with fp8:
+
+    python benchmarks/model_speed.py --out m32.jsonl --heads 16 --cache 6 --decode 1,32 --prefill 1x1024,8x1024 \\
+      --limit 600 --engine '{"max_num_seqs":32,"quantization":"fp8"}' mixtral m32
+    python benchmarks/model_speed.py --out m32.jsonl --heads 16 --layers 8 --cache 4 --decode 1,32 \\
+      --prefill 1x1024,8x1024 --limit 600 --engine '{"max_num_seqs":32}' mixtral m32 'm32:{"quantization":"fp8"}'
 
 Decode times per step are the difference between answers of many tokens and of one token, so they exclude the prefill.
 Requests are greedy with random prompts, and nothing is detokenized. `cpu_ms` is the CPU time of the engine's processes

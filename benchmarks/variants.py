@@ -47,6 +47,7 @@ class Shape:
     width: int = 8192
     vocabulary: int = 135040
     positions: int = 8192
+    experts: int = 32
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,17 +62,24 @@ class Shape:
         return cls(**{name: getattr(arguments, name) for name in asdict(cls())})
 
     def config(self, model: str) -> dict[str, Any]:
-        """Return `config.json` for a Yuan model, or for a Llama with equal numbers of key and query heads.
+        """Return `config.json` for a Yuan model, or for one of the same size with equal numbers of key and query heads.
+
+        `yuan` is compared with `llama`, and `m32` with `mixtral`, which has as wide heads and the same experts.
 
         Raises:
             ValueError: the model is neither.
         """
-        architectures = {"yuan": "YuanForCausalLM", "llama": "LlamaForCausalLM"}
+        architectures = {
+            "yuan": "YuanForCausalLM",
+            "llama": "LlamaForCausalLM",
+            "m32": "YuanForCausalLM",
+            "mixtral": "MixtralForCausalLM",
+        }
         if model not in architectures:
             raise ValueError(f"the model must be one of {', '.join(architectures)}, not {model!r}")
         config: dict[str, Any] = {
             "architectures": [architectures[model]],
-            "model_type": model,
+            "model_type": "yuan" if model == "m32" else model,
             "hidden_size": self.hidden,
             "intermediate_size": self.width,
             "num_hidden_layers": self.layers,
@@ -85,7 +93,25 @@ class Shape:
         }
         eod = min(77185, self.vocabulary - 1)
         special = ("eod_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-        return config | (dict.fromkeys(special, eod) if model == "yuan" else {"rope_theta": 10000.0})
+        return (
+            config
+            | self._experts(model)
+            | (dict.fromkeys(special, eod) if model in ("yuan", "m32") else {"rope_theta": 10000.0})
+        )
+
+    def _experts(self, model: str) -> dict[str, Any]:
+        """Return the fields of a model with experts, of which a token uses two, and with heads of twice the width."""
+        if model == "m32":
+            experts = {"moe_num_experts": self.experts, "moe_top_k": 2, "ffn_hidden_size": self.width}
+            return {"attention_projection_size": 2 * self.hidden, "moe_config": experts}
+        if model == "mixtral":
+            return {
+                "num_local_experts": self.experts,
+                "num_experts_per_tok": 2,
+                "num_key_value_heads": self.heads,
+                "head_dim": 2 * self.hidden // self.heads,
+            }
+        return {}
 
 
 @dataclass(frozen=True)

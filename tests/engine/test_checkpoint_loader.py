@@ -32,8 +32,9 @@ def test_every_rank_gets_the_queries_and_keys_of_its_heads(ranks: int) -> None:
 def test_progress_is_logged_every_few_seconds(monkeypatch: pytest.MonkeyPatch, seconds: int, lines: int) -> None:
     from yuan_grpc.model.checkpoint import progress
     from yuan_grpc.model.checkpoint.layout import published_shapes
+    from yuan_grpc.model.config import YuanConfig
 
-    sizes: Any = SimpleNamespace(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1)
+    sizes = YuanConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2)
     weights = [(name, torch.zeros(shape)) for name, shape in published_shapes(sizes).items()]
     shares: list[int] = []
     monkeypatch.setattr(progress.logger, "info", lambda message, share: shares.append(share))

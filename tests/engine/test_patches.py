@@ -31,6 +31,7 @@ from engine_process import run_program
 
 from yuan_grpc.model.patches import (
     cpu_busy_wait,
+    cpu_expert_map,
     cpu_lora_slots,
     cpu_seeds,
     cpu_spec_decode,
@@ -103,6 +104,31 @@ def test_cpu_lora_slots_vllm_applies_the_last_adapter_to_requests_without_one() 
     assert output.tolist() == [[1, 1]]
     cpu_lora_slots.apply()
     assert inspect.unwrap(worker_manager.create_lora_manager) is not worker_manager.create_lora_manager
+
+
+@on_a_cpu
+def test_cpu_expert_map_vllm_passes_the_ids_of_all_experts_to_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    passed: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(cpu_moe, "cpu_fused_moe", lambda *arguments: passed.append((arguments[7], arguments[6])))
+    ids, weights = torch.tensor([[3, 0]], dtype=torch.int32), torch.tensor([[0.75, 0.25]])
+    names = inspect.signature(inspect.unwrap(cpu_moe.CPUUnquantizedExperts.apply)).parameters
+    arguments = dict.fromkeys(names) | {
+        "self": SimpleNamespace(_use_zentorch=False, w1_bias=None, w2_bias=None, isa="vec"),
+        "topk_ids": ids,
+        "topk_weights": weights,
+        "activation": SimpleNamespace(value="silu"),
+        "expert_map": torch.tensor([-1, -1, 0, 1]),
+    }
+    inspect.unwrap(cpu_moe.CPUUnquantizedExperts.apply)(**arguments)
+    cpu_expert_map.apply()
+    cpu_expert_map.apply()
+    cpu_moe.CPUUnquantizedExperts.apply(**arguments)
+    assert [(ids.tolist(), weights.tolist()) for ids, weights in passed] == [
+        ([[3, 0]], [[0.75, 0.25]]),
+        ([[1, 0]], [[0.75, 0]]),
+    ]
 
 
 @on_a_cpu

@@ -44,7 +44,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         {"hf_overrides": {"vocab_size": 1100}},
         "`vocab_size` must be at least 1169, the number of tokens in the tokenizer, not 1100",
     ),
-    "overridden experts": ({"hf_overrides": {"use_moe": True}}, "sets `use_moe`, which is not supported"),
+    "overridden experts": ({"hf_overrides": {"use_moe": True}}, "`use_moe` must be false where `moe_config` is absent"),
     "an overridden activation": ({"hf_overrides": {"hidden_act": "gelu"}}, "`hidden_act` must be 'silu', not 'gelu'"),
     "an overridden rotation": ({"hf_overrides": {"rope_theta": 0.5}}, r"`rope_theta` must be .* above 1, not 0\.5"),
     "a rotation overridden by an object": (
@@ -76,11 +76,29 @@ def test_unsupported_options_are_rejected(demo: Path, options: dict[str, Any], m
         configure(demo, **options)
 
 
+EXPERTS = {"moe_config": {"moe_num_experts": 4, "moe_top_k": 2}, "num_attention_heads": 4}
+WITH_EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
+    "data parallelism": ({"data_parallel_size": 2}, "`data_parallel_size` must be 1 for a Yuan model with experts"),
+    "adapters": ({"enable_lora": True}, "`enable_lora` must be false for a Yuan model with experts, not true"),
+    "an indivisible width": (
+        {"tensor_parallel_size": 2, "hf_overrides": {"moe_config": {"moe_num_experts": 4, "ffn_hidden_size": 33}}},
+        "`ffn_hidden_size` must be divisible by the tensor-parallel size, 2, not 33",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), WITH_EXPERTS.values(), ids=WITH_EXPERTS)
+def test_options_that_experts_do_not_support_are_rejected(
+    demo: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(with_fields(demo, tmp_path, **EXPERTS), **options)
+
+
 @pytest.mark.parametrize("model_type", ["yuan", "yuan2"])
-def test_a_checkpoint_of_yuan_2_m32_is_rejected_as_that(demo: Path, tmp_path: Path, model_type: str) -> None:
-    experts = {"moe_num_experts": 32, "moe_top_k": 2}
-    with pytest.raises(ValueError, match=r"sets `moe_config`, which is not supported: Yuan 2\.0-M32 and Yuan 3\.0 "):
-        configure(with_fields(demo, tmp_path, model_type=model_type, moe_config=experts))
+def test_a_checkpoint_of_yuan_3_is_rejected_as_that(demo: Path, tmp_path: Path, model_type: str) -> None:
+    with pytest.raises(ValueError, match=r"sets `num_kv_heads`, which is not supported: Yuan 3\.0 has other layers"):
+        configure(with_fields(demo, tmp_path, model_type=model_type, num_kv_heads=2, **EXPERTS))
 
 
 def test_an_overridden_base_is_used(demo: Path) -> None:

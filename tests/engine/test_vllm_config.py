@@ -144,6 +144,7 @@ def test_the_yuan_backend_is_used_where_it_is_supported(configure: Any, dtype: s
         (64, {"family": 80}),
         (64, {"flash_attention": 2}),
         (96, {}),
+        (256, {}),  # Yuan2.0-M32
     ],
     ids=str,
 )

@@ -174,4 +174,8 @@ CASES = (
 
 def copy_demo(folder: Path) -> Path:
     """Copy the files of the demo model and return the copy."""
-    return Path(shutil.copytree(DEMO, folder / "model", ignore=lambda _, names: {"2b-shape", "training"} & {*names}))
+    return Path(
+        shutil.copytree(
+            DEMO, folder / "model", ignore=lambda _, names: {"2b-shape", "m32-shape", "training"} & {*names}
+        )
+    )

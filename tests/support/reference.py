@@ -1,4 +1,4 @@
-"""Reference implementation of Yuan 2.0 in plain torch: float32, whole sequences, no cache."""
+"""Reference implementation of Yuan 2.0 and Yuan2.0-M32 in plain torch: float32, whole sequences, no cache."""
 
 import json
 import math
@@ -33,7 +33,9 @@ class ReferenceYuan:
             self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
         self.num_tokens = num_tokens
         self.heads = self.config["num_attention_heads"]
-        self.head_dim = self.config["hidden_size"] // self.heads
+        self.rotated = self.config["hidden_size"] // self.heads
+        self.head_dim = (self.config.get("attention_projection_size") or self.config["hidden_size"]) // self.heads
+        self.scale = self.head_dim**-0.5
 
     def logprobs(self, token_ids: list[int]) -> Tensor:
         """Return log-probabilities of the next token after each of [tokens] ids: [tokens, num_tokens], no padding."""
@@ -59,13 +61,38 @@ class ReferenceYuan:
         qk = torch.cat([z @ self.weights[prefix + f"self_attn.{name}_proj.weight"].T for name in "qk"], dim=-1)
         qk = qk.view(-1, self.heads, 2 * self.head_dim)
         q, k = self._rotate(qk[..., : self.head_dim]), self._rotate(qk[..., self.head_dim :])
-        scores = torch.einsum("shd,thd->hst", q, k) * self.head_dim**-0.5
+        scores = torch.einsum("shd,thd->hst", q, k) * self.scale
         future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
         mixed = torch.einsum("hst,thd->shd", softmax(scores.masked_fill(future, -torch.inf), dim=-1), v.view_as(q))
         x = x + mixed.flatten(1) @ self.weights[prefix + "self_attn.o_proj.weight"].T
         y = self._norm(x, prefix + "post_attention_layernorm.weight")
+        if self.config.get("moe_config"):
+            return x + self._mix_experts(y, prefix + "mlp.")
         up, gate = (y @ self.weights[prefix + f"mlp.{name}_proj.weight"].T for name in ("up", "gate"))
         return x + (silu(up) * gate) @ self.weights[prefix + "mlp.down_proj.weight"].T
+
+    def _mix_experts(self, y: Tensor, prefix: str) -> Tensor:
+        """Run each token through its experts, one after the other."""
+        moe = self.config["moe_config"]
+        mixed = torch.zeros_like(y)
+        for row, probabilities in enumerate(softmax(self._score_experts(y, prefix + "gate."), dim=-1)):
+            shares, experts = probabilities.sort(descending=True)
+            shares = shares[: moe["moe_top_k"]]
+            if moe.get("norm_topk_prob", True):
+                shares = shares / shares.sum()
+            for share, expert in zip(shares, experts.tolist(), strict=False):
+                mixed[row] += share * self._run_expert(y[row], f"{prefix}experts.{expert}.")
+        return mixed
+
+    def _score_experts(self, y: Tensor, prefix: str) -> Tensor:
+        q, k, v = (y @ self.weights[f"{prefix}{name}.weight"].T for name in ("query", "key", "value"))
+        return torch.einsum("tij,tj->ti", softmax(torch.einsum("ti,tj->tij", q, k), dim=-1), v)
+
+    def _run_expert(self, token: Tensor, prefix: str) -> Tensor:
+        h = self.weights[prefix + "w1.weight"] @ token
+        width = len(h) // 2
+        product: Tensor = self.weights[prefix + "w2.weight"] @ (silu(h[:width]) * h[width:])
+        return product
 
     def _filter(self, y: Tensor, prefix: str) -> Tensor:
         h1 = self._convolve(y, prefix + "conv1.")
@@ -82,16 +109,16 @@ class ReferenceYuan:
         return self.weights[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """Apply NeoX-style rotary embedding to the whole head: [tokens, heads, head_dim]."""
+        """Apply NeoX-style rotary embedding to the first dimensions of each head: [tokens, heads, head_dim]."""
         frequencies, magnitude = self._yarn() if self.config.get("use_yarn") else (self._frequencies(10_000.0), 1.0)
         angles = torch.arange(len(x))[:, None] * frequencies
         cos, sin = magnitude * angles.cos()[:, None], magnitude * angles.sin()[:, None]
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        a, b = x[..., : self.rotated].chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., self.rotated :]], dim=-1)
 
     def _frequencies(self, default_base: float) -> Tensor:
         base: float = self.config.get("rope_theta", default_base)
-        return torch.pow(base, -torch.arange(0, self.head_dim, 2) / self.head_dim)
+        return torch.pow(base, -torch.arange(0, self.rotated, 2) / self.rotated)
 
     def _yarn(self) -> tuple[Tensor, float]:
         """Return YaRN's frequencies, [head_dim / 2], and the factor for cosines and sines."""

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from yuan_grpc.model.config import (
-    UNSUPPORTED,
     Yuan2Config,
     YuanConfig,
     check_overrides,
     check_split,
     check_stages,
 )
+from yuan_grpc.model.variants import UNSUPPORTED
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 128, "original_max_position_embeddings": 8192}
 
@@ -114,17 +114,107 @@ def test_an_unsupported_rotation_is_rejected(fields: dict[str, Any], message: st
         config(**fields)
 
 
-M32 = {"moe_config": {"moe_num_experts": 32, "moe_top_k": 2}, "attention_projection_size": 4096}
+M32: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_projection_size": 4096,
+    "max_position_embeddings": 16384,
+    "use_moe": True,
+    "moe_config": {
+        "moe_num_experts": 32,
+        "moe_top_k": 2,
+        "norm_topk_prob": True,
+        "ffn_hidden_size": 8192,
+        "gated_linear_unit": True,
+        "router_type": "attn_router",
+    },
+}
+"""The fields of Yuan2.0-M32."""
+
+YUAN_3: dict[str, Any] = M32 | {
+    "num_hidden_layers": 40,
+    "num_kv_heads": 4,
+    "use_bias": False,
+    "use_lfa_bias": True,
+    "moe_config": M32["moe_config"] | {"per_layer_experts_blocks": [32] * 40},
+}
+"""Fields that the published code of Yuan 3.0 reads, and that Yuan 2.0 lacks."""
+
+
+def experts(**fields: Any) -> dict[str, Any]:
+    """Return M32's fields with others in `moe_config`."""
+    return M32 | {"moe_config": M32["moe_config"] | fields}
 
 
 @pytest.mark.parametrize("model_type", ["yuan", "yuan2"])
-def test_a_checkpoint_of_yuan_2_m32_is_rejected_as_that(model_type: str) -> None:
+def test_yuan_2_m32_has_wider_heads_and_experts(model_type: str) -> None:
     class_ = {"yuan": YuanConfig, "yuan2": Yuan2Config}[model_type]
     assert class_.model_type == model_type
+    m32 = class_(**M32)
+    assert (m32.head_dim, m32.rotary_dim, m32.attention_size) == (256, 128, 4096)
+    assert (m32.use_moe, m32.num_experts, m32.num_experts_per_tok) == (True, 32, 2)
+    assert class_(**m32.to_dict()).to_dict() == m32.to_dict()
+    assert not config().use_moe
+    assert config(moe_config={"moe_num_experts": 0}).moe_config is None
+
+
+def test_fields_of_experts_have_defaults() -> None:
+    m32 = config(intermediate_size=512, moe_config={"num_experts": 8})
+    assert m32.moe_config == M32["moe_config"] | {"moe_num_experts": 8, "ffn_hidden_size": 512}
+    assert m32.head_dim == m32.rotary_dim == 64
+
+
+@pytest.mark.parametrize("name", ["partial_rotary_factor", "rotary_percent"])
+def test_the_share_of_a_head_that_is_rotated_may_be_stated(name: str) -> None:
+    assert config(**M32, **{name: 0.5}).rotary_dim == 128
+    with pytest.raises(ValueError, match=rf"`{name}` in `config\.json` must be 1"):
+        config(**M32, **{name: 0.25})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (YUAN_3, "sets `num_kv_heads`, which is not supported: Yuan 3.0"),
+        (experts(per_layer_experts_blocks=[32, 31]), "`moe_config` sets `per_layer_experts_blocks`, .* Yuan 3.0"),
+        (experts(router_type="linear"), "`router_type` in `moe_config` must be 'attn_router', not 'linear'"),
+        (experts(gated_linear_unit=False), "`gated_linear_unit` in `moe_config` must be true, not false"),
+        (experts(moe_top_k=33), "`moe_top_k` in `moe_config` must be at most `moe_num_experts`, 32, not 33"),
+        (experts(moe_top_k=0), "`moe_top_k` in `moe_config` must be a positive integer, not 0"),
+        (experts(moe_num_experts=True), "`moe_num_experts` in `moe_config` must be a positive integer, not True"),
+        (experts(ffn_hidden_size="8192"), "`ffn_hidden_size` in `moe_config` must be a positive integer"),
+        (M32 | {"use_moe": False}, "`use_moe` must be true where `moe_config` has 32 experts, not false"),
+        ({"use_moe": True}, "`use_moe` must be false where `moe_config` is absent, not true"),
+        ({"moe_config": True}, "`moe_config` must be an object, not True"),
+        (M32 | {"use_yarn": True}, "`use_yarn` must be false with `attention_projection_size`"),
+        (M32 | {"attention_projection_size": 1024}, "`attention_projection_size` must be at least 2048, not 1024"),
+        (M32 | {"attention_projection_size": 4095}, "`attention_projection_size` must be .*, 16 × 255, not 4095"),
+        (M32 | {"attention_projection_size": 16 * 129}, "`head_dim` must be even, .*, not 129"),
+        (M32 | {"hidden_size": 2047}, "`hidden_size` must be divisible by the number of heads, 16, not 2047"),
+    ],
+)
+def test_other_variants_of_the_name_are_rejected(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_overridden_experts_are_derived_again() -> None:
+    overridden = config(**M32)
+    overridden.update({"moe_config": {"moe_num_experts": 8}})
+    assert (overridden.num_experts, overridden.use_moe) == (8, True)
+    overridden.moe_config = {"moe_num_experts": 4, "moe_top_k": 3}  # as vLLM sets an object
+    check_overrides(overridden)
+    assert (overridden.num_experts, overridden.num_experts_per_tok) == (4, 3)
+    assert overridden.moe_config["ffn_hidden_size"] == 8192
+
+
+def test_experts_are_split_by_width_or_by_number() -> None:
+    check_split(config(**M32), 4)
+    check_split(config(**experts(moe_num_experts=5, ffn_hidden_size=8190)), 4, expert_parallel=True)
     with pytest.raises(
-        ValueError, match=r"config.json sets `moe_config`, .* Yuan 2\.0-M32 and Yuan 3\.0 have layers of"
+        ValueError, match="`ffn_hidden_size` must be divisible by the tensor-parallel size, 4, not 8190"
     ):
-        class_(num_attention_heads=16, **M32)
+        check_split(config(**experts(ffn_hidden_size=8190)), 4)
+    with pytest.raises(ValueError, match="`moe_num_experts` must be at least the number of ranks, 4, not 3"):
+        check_split(config(**experts(moe_num_experts=3)), 4, expert_parallel=True)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +242,7 @@ def test_fields_that_follow_from_overridden_ones_are_derived_again(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_moe": True}, "sets `use_moe`, which is not supported"),
+        ({"use_moe": True}, "`use_moe` must be false where `moe_config` is absent"),
         ({"hidden_act": "gelu"}, "`hidden_act` must be 'silu', not 'gelu'"),
         ({"rope_theta": 0}, "`rope_theta` must be a number above 1, not 0"),
         ({"head_dim": 48}, "`hidden_size` must be `num_attention_heads` × `head_dim`, 32 × 48, not 2048"),

@@ -13,7 +13,7 @@ from yuan_grpc.demo.training.corpus import Corpus
 from yuan_grpc.demo.training.model import Shape, TrainableYuan
 from yuan_grpc.demo.training.training import Plan, batches, loss_of, make_shape, train, write_demo_tokenizer
 from yuan_grpc.model.tokenizer import YuanTokenizer
-from yuan_grpc.server.settings.demo import DEMO, LOAD_TEST
+from yuan_grpc.server.settings.demo import DEMO, LOAD_TEST, M32_LOAD_TEST
 
 PROMPT = "世界上最高的山是什么<sep>"
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -46,7 +46,7 @@ def test_the_demo_fits_the_wheel() -> None:
     assert sum(file.stat().st_size for file in files) < 12e6
 
 
-@pytest.mark.parametrize("folder", [DEMO, LOAD_TEST])
+@pytest.mark.parametrize("folder", [DEMO, LOAD_TEST, M32_LOAD_TEST])
 def test_the_ids_of_special_tokens_are_those_of_the_tokenizer(tokenizer: YuanTokenizer, folder: str) -> None:
     config = json.loads(Path(folder, "config.json").read_text("utf-8"))
     assert config["eod_token_id"] == tokenizer.eos_token_id == tokenizer.encode("<eod>")[0]
@@ -57,6 +57,17 @@ def test_the_load_test_has_the_published_shape_of_2b() -> None:
     config = json.loads(Path(LOAD_TEST, "config.json").read_text("utf-8"))
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     assert [config[name] for name in sizes] == [2048, 8192, 24, 32, 135040]
+
+
+def test_the_load_tests_are_the_folders_that_training_writes(tokenizer: YuanTokenizer, tmp_path: Path) -> None:
+    checkpoint.write_load_tests(tmp_path, tokenizer)
+    for folder in (LOAD_TEST, M32_LOAD_TEST):
+        written = tmp_path / Path(folder).name / "config.json"
+        assert written.read_bytes() == Path(folder, "config.json").read_bytes()
+    m32 = json.loads(Path(M32_LOAD_TEST, "config.json").read_text("utf-8"))
+    assert (m32["num_attention_heads"], m32["attention_projection_size"]) == (16, 4096)
+    experts = m32["moe_config"]
+    assert (experts["moe_num_experts"], experts["moe_top_k"], experts["ffn_hidden_size"]) == (32, 2, 8192)
 
 
 @pytest.mark.parametrize("has_lfa", [True, False])

@@ -1,18 +1,21 @@
 """The checks before vLLM is imported, where `newcomer` cannot play the fault."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from yuan_grpc import preflight
+from yuan_grpc.model.checkpoint.random import write_checkpoint
 from yuan_grpc.preflight import checkpoint, flags, hub, machine
 from yuan_grpc.server.settings import DEMO, Settings
-from yuan_grpc.server.settings.demo import LOAD_TEST, LOAD_TEST_FLAGS
+from yuan_grpc.server.settings.demo import LOAD_TEST, LOAD_TEST_FLAGS, M32_LOAD_TEST
 from yuan_grpc.server.start_error import StartError
 
 GIB = 1 << 30
@@ -127,7 +130,42 @@ def test_an_unknown_flag_is_found() -> None:
 
 def test_the_models_of_the_package_pass_the_checks_of_a_checkpoint() -> None:
     assert 8e6 < checkpoint.check(Path(DEMO), {}) < 12e6
-    assert checkpoint.check(Path(LOAD_TEST), flags.parse([*LOAD_TEST_FLAGS])) == 0
+    for folder in (LOAD_TEST, M32_LOAD_TEST):
+        assert checkpoint.check(Path(folder), flags.parse([*LOAD_TEST_FLAGS])) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_kv_heads": 4}, "sets `num_kv_heads`, which is not supported: Yuan 3.0"),
+        (
+            {"use_moe": True, "moe_config": {"per_layer_experts_blocks": [8, 7]}},
+            "sets `per_layer_experts_blocks`, which",
+        ),
+        ({"use_moe": True}, "`use_moe` must be false where `moe_config` is absent"),
+    ],
+)
+def test_other_models_of_the_same_name_are_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    """Their weights would have the wrong shapes, which is not what an operator needs to know."""
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(StartError, match=message):
+        checkpoint.check(model, {})
+
+
+def test_the_weights_of_experts_are_checked(tmp_path: Path) -> None:
+    fields = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"attention_projection_size": 32, "moe_config": {"moe_num_experts": 2}}
+    write_checkpoint(tmp_path, Path(DEMO), fields | experts)
+    assert checkpoint.check(tmp_path, {}) > 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["moe_config"]["moe_num_experts"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        StartError, match=r"mlp\.gate\.key\.weight must be of shape \[3, 16\] by config\.json, not \[2, 16\]"
+    ):
+        checkpoint.check(tmp_path, {})
 
 
 def test_weights_are_not_checked_if_they_are_not_loaded(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from yuan_grpc.server import settings
 from yuan_grpc.server.settings import DEMO, HttpSettings, Settings
-from yuan_grpc.server.settings.demo import LOAD_TEST
+from yuan_grpc.server.settings.demo import LOAD_TEST, M32_LOAD_TEST
 from yuan_grpc.server.settings.grpc_port import GrpcSettings
 from yuan_grpc.server.settings.lifecycle import LifecycleSettings
 from yuan_grpc.server.settings.security import SecuritySettings
@@ -33,13 +33,19 @@ def test_the_models_of_the_package_have_short_names() -> None:
     assert not load_test.is_demo
     name = ["--model", LOAD_TEST, "--served-model-name", "yuan-2b-shape"]
     assert load_test.vllm_flags == [*name, "--load-format", "dummy", "--tokenizer", DEMO, "--seed=1"]
+    assert read("--demo", "m32-shape").vllm_flags[:4] == [
+        "--model",
+        M32_LOAD_TEST,
+        "--served-model-name",
+        "yuan-m32-shape",
+    ]
     assert read("--demo", "2b-shape", YUAN_GRPC_MODEL="someone/model").model == LOAD_TEST
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--demo", "7b"), "argument --demo: must be small or 2b-shape, not '7b'"),
+        (("--demo", "7b"), "argument --demo: must be small, 2b-shape or m32-shape, not '7b'"),
         (("--demo", "2b-shape", "--model", "a/b"), "not allowed with argument"),
     ],
 )

@@ -75,6 +75,13 @@ def test_the_wheel_has_the_demo_and_not_its_training(tmp_path: Path) -> None:
     with zipfile.ZipFile(build_wheel(tmp_path, "")) as archive:
         demo = {file.filename.removeprefix("yuan_grpc/demo/"): file.file_size for file in archive.infolist()}
     names = {name for name in demo if not name.startswith(("yuan_grpc/", "yuan_grpc-"))}
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.model", "2b-shape/config.json"} <= names
+    assert {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "2b-shape/config.json",
+        "m32-shape/config.json",
+    } <= names
     assert not any(name.startswith("training") for name in names)
     assert sum(demo[name] for name in names) < 12e6

@@ -1,30 +1,14 @@
-"""The configuration of a Yuan 2.0 checkpoint."""
+"""The configuration of a Yuan 2.0 or Yuan2.0-M32 checkpoint."""
 
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from yuan_grpc.model.variants import parse_experts, reject_unsupported
+
 ARCHITECTURE = "YuanForCausalLM"
 TOKENIZER_MODE = "yuan"
 EOD_TOKEN_ID = 77185
-
-EXPERTS = "Yuan 2.0-M32 and Yuan 3.0 have layers of experts, and this is the model of Yuan 2.0"
-YUAN_3 = "Yuan 3.0 has other layers, and this is the model of Yuan 2.0"
-UNSUPPORTED = {
-    "use_shareqk": "the shared-query-key variant has no localized filtering",
-    "use_moe": EXPERTS,
-    "moe_config": EXPERTS,
-    "attention_projection_size": "Yuan 2.0-M32 has wider heads, and this is the model of Yuan 2.0",
-    "num_kv_heads": YUAN_3,
-    "per_layer_experts_blocks": YUAN_3,
-    "router_type": YUAN_3,
-    "use_bias": YUAN_3,
-    "use_lfa_bias": YUAN_3,
-}
-"""Fields that change the forward pass in ways this model does not implement, with the reason to reject them.
-
-All these models have the same name, `YuanForCausalLM`.
-"""
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 128.0, "original_max_position_embeddings": 8192}
@@ -38,7 +22,9 @@ PUBLISHED_NAMES = {
 }
 """Top-level fields of `config.json` that set an entry of `rope_parameters`."""
 
-DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "use_yarn")
+EXPERT_FIELDS = ("moe_config", "use_moe", "num_experts", "num_experts_per_tok")
+"""Fields that are completed from `moe_config`."""
+DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "use_yarn", *EXPERT_FIELDS[1:])
 """Fields that follow from others. When those are overridden, they are computed again."""
 VOCABULARY_MULTIPLE = 64
 """vLLM rounds the rows of the embedding up to a multiple of this number."""
@@ -76,6 +62,9 @@ class YuanConfig(PretrainedConfig):
         num_hidden_layers: int = 24,
         num_attention_heads: int = 32,
         head_dim: int | None = None,
+        attention_projection_size: int | None = None,
+        use_moe: bool | None = None,
+        moe_config: dict[str, Any] | None = None,
         hidden_act: str = "silu",
         rms_norm_eps: float = 1e-6,
         max_position_embeddings: int | None = None,
@@ -85,9 +74,7 @@ class YuanConfig(PretrainedConfig):
         eod_token_id: int = EOD_TOKEN_ID,
         **kwargs: Any,
     ) -> None:
-        for flag, reason in UNSUPPORTED.items():
-            if kwargs.get(flag):
-                raise ValueError(f"config.json sets `{flag}`, which is not supported: {reason}")
+        reject_unsupported(kwargs)
         if hidden_act != "silu":
             raise ValueError(f"`hidden_act` must be 'silu', not {hidden_act!r}")
         self.vocab_size = vocab_size
@@ -96,19 +83,27 @@ class YuanConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads
-        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.attention_projection_size = attention_projection_size or None
+        self.head_dim = self.attention_size // num_attention_heads if head_dim is None else head_dim
         self._check_heads()
+        self.moe_config = parse_experts(use_moe, moe_config, intermediate_size)
+        self.use_moe = self.moe_config is not None
+        self.num_experts, self.num_experts_per_tok = self._expert_counts()
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         limit = max_position_embeddings or model_max_length
+        self._accept_rotary_share(kwargs)
         self.rope_parameters = _rope_parameters(kwargs, use_yarn)
         self.use_yarn = self.rope_parameters["rope_type"] == "yarn"
+        if self.use_yarn and self.rotary_dim != self.head_dim:
+            raise ValueError("`use_yarn` must be false with `attention_projection_size`: no such model is published")
         if self.use_yarn:
             self.max_position_embeddings = _extended(limit, self.rope_parameters, kwargs)
         else:
             self.max_position_embeddings = limit or 8192
         self.eod_token_id = eod_token_id
-        kwargs.pop("num_key_value_heads", None)  # always the number of attention heads
+        for name in ("num_key_value_heads", "num_experts", "num_experts_per_tok"):  # they follow from other fields
+            kwargs.pop(name, None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, eod_token_id)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -131,14 +126,48 @@ class YuanConfig(PretrainedConfig):
             if not name.startswith("_"):
                 setattr(self, name, checked[name])
 
+    @property
+    def attention_size(self) -> int:
+        """Return the width of all heads; more than `hidden_size` in Yuan2.0-M32."""
+        return self.attention_projection_size or self.hidden_size
+
+    @property
+    def rotary_dim(self) -> int:
+        """Return the number of dimensions of a head that are rotated, the first ones; all of them in Yuan 2.0."""
+        return self.hidden_size // self.num_attention_heads
+
     def _check_heads(self) -> None:
-        if self.head_dim * self.num_attention_heads != self.hidden_size:
+        heads, field = self.num_attention_heads, "hidden_size"
+        if self.attention_projection_size:
+            field = "attention_projection_size"
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"`hidden_size` must be divisible by the number of heads, {heads}, not {self.hidden_size}"
+                )
+        if self.head_dim * heads != self.attention_size:
             raise ValueError(
-                f"`hidden_size` must be `num_attention_heads` × `head_dim`, {self.num_attention_heads} × "
-                f"{self.head_dim}, not {self.hidden_size}"
+                f"`{field}` must be `num_attention_heads` × `head_dim`, {heads} × {self.head_dim}, "
+                f"not {self.attention_size}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even, because its halves are rotated together, not {self.head_dim}")
+        if self.head_dim < self.rotary_dim:
+            raise ValueError(
+                f"`attention_projection_size` must be at least {self.hidden_size}, not {self.attention_size}"
+            )
+        if self.head_dim % 2 or self.rotary_dim % 2:
+            odd = self.head_dim if self.head_dim % 2 else self.rotary_dim
+            raise ValueError(f"`head_dim` must be even, because its halves are rotated together, not {odd}")
+
+    def _expert_counts(self) -> tuple[int, int]:
+        """Return the number of experts of a layer and of a token."""
+        if self.moe_config is None:
+            return 0, 0
+        return self.moe_config["moe_num_experts"], self.moe_config["moe_top_k"]
+
+    def _accept_rotary_share(self, fields: dict[str, Any]) -> None:
+        """Remove fields that state the share of a head which is rotated, where they state the right one."""
+        for name in ("partial_rotary_factor", "rotary_percent"):
+            if fields.get(name) == self.hidden_size / self.attention_size:
+                del fields[name]
 
 
 class Yuan2Config(YuanConfig):
@@ -153,34 +182,44 @@ class Yuan2Config(YuanConfig):
 def check_overrides(config: YuanConfig) -> None:
     """Check fields that were set one by one after the configuration was created, as nested `--hf-overrides` are.
 
+    Completes `moe_config`, which may have only the fields that are overridden.
+
     Raises:
         ValueError: a field has an unsupported value, or does not fit the others.
     """
     checked = type(config)(**config.to_dict())
+    for name in EXPERT_FIELDS:
+        setattr(config, name, getattr(checked, name))
     for name in ("rope_parameters", "max_position_embeddings", *DERIVED_FIELDS):
         if getattr(checked, name) != (value := getattr(config, name)):
             raise ValueError(f"`{name}` must be {getattr(checked, name)} with the other fields, not {value}")
 
 
-def check_split(config: YuanConfig, ranks: int) -> None:
+def check_split(config: YuanConfig, ranks: int, expert_parallel: bool = False) -> None:
     """Check that MLP and embedding can be split over tensor-parallel ranks; vLLM fails an assertion while loading.
 
     vLLM checks the heads early enough. If they can be split, so can LFA's hidden / 2, because `head_dim` is even.
 
     Raises:
-        ValueError: `intermediate_size` or the padded `vocab_size` is not divisible by the number of ranks.
+        ValueError: the width of the MLP or of an expert, the experts or the padded `vocab_size` cannot be split.
     """
-    if config.intermediate_size % ranks:
-        raise ValueError(
-            f"`intermediate_size` must be divisible by the tensor-parallel size, {ranks}, "
-            f"not {config.intermediate_size}"
-        )
+    if config.moe_config is None:
+        _check_width("intermediate_size", config.intermediate_size, ranks)
+    elif not expert_parallel:
+        _check_width("ffn_hidden_size", config.moe_config["ffn_hidden_size"], ranks)
+    elif config.num_experts < ranks:
+        raise ValueError(f"`moe_num_experts` must be at least the number of ranks, {ranks}, not {config.num_experts}")
     rows = -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if rows % ranks:
         raise ValueError(
             f"`vocab_size`, rounded up to a multiple of {VOCABULARY_MULTIPLE}, must be divisible by the "
             f"tensor-parallel size, {ranks}, not {rows}"
         )
+
+
+def _check_width(field: str, width: int, ranks: int) -> None:
+    if width % ranks:
+        raise ValueError(f"`{field}` must be divisible by the tensor-parallel size, {ranks}, not {width}")
 
 
 def check_stages(config: YuanConfig, stages: int) -> None:

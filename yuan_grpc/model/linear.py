@@ -18,7 +18,7 @@ class InputLinear(MergedColumnParallelLinear):
         hidden = config.hidden_size
         super().__init__(
             hidden,
-            [hidden // 2, hidden // 2, hidden],
+            [hidden // 2, hidden // 2, config.attention_size],
             bias=False,
             quant_config=vllm_config.quant_config,
             prefix=prefix,
@@ -37,7 +37,7 @@ class QueryKeyLinear(MergedColumnParallelLinear):
     def __init__(self, config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(
             config.hidden_size,
-            [config.hidden_size] * 2,
+            [config.attention_size] * 2,
             bias=False,
             quant_config=vllm_config.quant_config,
             prefix=prefix,
@@ -57,8 +57,8 @@ def place_heads(layer: QueryKeyLinear, joined: torch.Tensor, published: torch.Te
 
     Args:
         layer: the layer that defines the heads and the rank.
-        joined: [2 * hidden / tp, columns]; the rows of the other projection are not changed.
-        published: [hidden, columns].
+        joined: [2 * heads * head_dim / tp, columns]; the rows of the other projection are not changed.
+        published: [heads * head_dim, columns].
         projection: 0 for q_proj, 1 for k_proj.
     """
     local_heads = layer.total_heads // layer.tp_size

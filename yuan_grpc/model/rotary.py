@@ -28,6 +28,7 @@ def rotary_embedding(config: YuanConfig, positions: int | None = None) -> nn.Mod
     """
     parameters = config.rope_parameters
     if not config.use_yarn:
+        parameters = parameters | {"rope_dim": config.rotary_dim}
         return get_rope(config.head_dim, config.max_position_embeddings, is_neox_style=True, rope_parameters=parameters)
     return _shared_yarn(
         config.head_dim,

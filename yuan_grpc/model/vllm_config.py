@@ -83,7 +83,9 @@ def _check_vocabulary(model_config: ModelConfig) -> None:
 
 def _check_split(vllm_config: VllmConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    check_split(model.hf_config, parallel.tensor_parallel_size)
+    check_split(model.hf_config, parallel.tensor_parallel_size, parallel.enable_expert_parallel)
+    if model.hf_config.use_moe:
+        _check_experts(vllm_config)
     check_stages(model.hf_config, parallel.pipeline_parallel_size)
     if parallel.pipeline_parallel_size > 1 and model.enforce_eager and current_platform.is_cpu():
         raise ValueError(
@@ -95,6 +97,23 @@ def _check_split(vllm_config: VllmConfig) -> None:
             raise ValueError(f"`{option}` must be 1 for Yuan, not {ranks}: the LFA state is not split over the context")
     if parallel.use_ubatching:
         raise ValueError("`enable_dbo` must be false for Yuan, not true: the LFA state is planned for whole steps")
+
+
+def _check_experts(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"`data_parallel_size` must be 1 for a Yuan model with experts, not {parallel.data_parallel_size}: "
+            "only tensor and expert parallelism are known to work"
+        )
+    if parallel.enable_eplb:
+        raise ValueError(
+            "`enable_eplb` must be false for Yuan, not true: experts are loaded once, and each on one rank only"
+        )
+    if vllm_config.lora_config is not None:
+        raise ValueError(
+            "`enable_lora` must be false for a Yuan model with experts, not true: no such adapters are known"
+        )
 
 
 def _check_drafts(vllm_config: VllmConfig) -> None:

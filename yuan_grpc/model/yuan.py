@@ -1,4 +1,4 @@
-"""The complete Yuan 2.0 model, built from vLLM's layers."""
+"""The complete Yuan 2.0 and Yuan2.0-M32 model, built from vLLM's layers."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -37,7 +37,8 @@ from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa.layer import LocalizedFiltering
 from yuan_grpc.model.lfa.ops import new_plan
 from yuan_grpc.model.linear import InputLinear, QueryKeyLinear
-from yuan_grpc.model.patches import cpu_lora_slots, cpu_seeds, lora_classes
+from yuan_grpc.model.moe.layer import YuanExperts
+from yuan_grpc.model.patches import cpu_expert_map, cpu_lora_slots, cpu_seeds, lora_classes
 from yuan_grpc.model.rotary import rotary_embedding
 
 logger = init_logger("vllm.yuan_grpc.model")
@@ -50,12 +51,13 @@ class YuanAttention(nn.Module):
         super().__init__()
         quant_config = vllm_config.quant_config
         hidden, self.head_dim = config.hidden_size, config.head_dim
-        heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
+        ranks = get_tensor_model_parallel_world_size()
+        heads, self.sizes = config.num_attention_heads // ranks, [hidden // ranks, config.attention_size // ranks]
         self.input_proj = InputLinear(config, vllm_config, f"{prefix}.input_proj")
         self.lf_gate = LocalizedFiltering(config, vllm_config, f"{prefix}.lf_gate")
         self.qk_proj = QueryKeyLinear(config, vllm_config, f"{prefix}.qk_proj")
         self.o_proj = RowParallelLinear(
-            hidden, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+            config.attention_size, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
         self.rotary_emb = rotary_embedding(config, vllm_config.model_config.max_model_len)
         self.attn = Attention(
@@ -69,8 +71,8 @@ class YuanAttention(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
-        projected, _ = self.input_proj(y)  # [tokens, 2 * hidden / ranks]
-        contributions, v = projected.chunk(2, dim=-1)
+        projected, _ = self.input_proj(y)  # [tokens, (hidden + heads * head_dim) / ranks]
+        contributions, v = projected.split(self.sizes, dim=-1)
         qk, _ = self.qk_proj(self.lf_gate(contributions, y, plan))
         q, k = qk.chunk(2, dim=-1)
         q, k = self.rotary_emb(positions, q, k)
@@ -106,7 +108,7 @@ class YuanDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = YuanAttention(config, vllm_config, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = YuanMLP(config, vllm_config, f"{prefix}.mlp")
+        self.mlp = (YuanExperts if config.use_moe else YuanMLP)(config, vllm_config, f"{prefix}.mlp")
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, plan: torch.Tensor
@@ -188,6 +190,8 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
             lora_classes.apply()
         self.vllm_config = vllm_config
         self.config: YuanConfig = vllm_config.model_config.hf_config
+        if self.config.use_moe:
+            cpu_expert_map.apply()
         self.prefix = prefix
         self.model = YuanModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
@@ -246,11 +250,11 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         loaded: set[str] = set()
 
         def placement(name: str) -> Placement | None:
-            target, parts = parameter_of(name)
+            target, parts, expert = parameter_of(name)
             if is_pp_missing_parameter(target, self):  # it belongs to another pipeline rank
                 return None
             loaded.add(target)
-            return Placement(self.get_parameter(target), parts)
+            return Placement(self.get_parameter(target), parts, expert)
 
         # vLLM would read a `.bin` file completely into memory; Linux can reclaim the pages of a mapped file.
         with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from yuan_grpc.model.checkpoint.layout import DERIVED, HEAD, published_shapes
+from yuan_grpc.model.variants import parse_experts, reject_unsupported
 from yuan_grpc.preflight.safetensors import Header, read_header
 from yuan_grpc.server.start_error import StartError
 
@@ -31,6 +32,8 @@ def check(folder: Path, flags: Mapping[str, str]) -> int:
     """
     config = _read_config(folder)
     _check_architecture(config)
+    if "--hf-overrides" not in flags:
+        _check_variant(config)
     _check_tokenizer(folder, flags)
     if flags.get("--load-format", "") not in CHECKED_FORMATS:
         return 0
@@ -58,6 +61,15 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
     if ARCHITECTURE not in architectures and (architectures or model_type not in MODEL_TYPES):
         name = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
         raise StartError(f"not a Yuan model: config.json names {name}, and this server runs {ARCHITECTURE} only")
+
+
+def _check_variant(config: Mapping[str, Any]) -> None:
+    """Reject models of the same name that are not supported, before their weights seem to have the wrong shapes."""
+    try:
+        reject_unsupported(config)
+        parse_experts(config.get("use_moe"), config.get("moe_config"), SIZES["intermediate_size"])
+    except ValueError as error:
+        raise StartError(str(error)) from None
 
 
 def _check_tokenizer(folder: Path, flags: Mapping[str, str]) -> None:
@@ -134,7 +146,9 @@ def _check_names(config: Mapping[str, Any], headers: Mapping[Path, Header]) -> N
     sizes = {name: config.get(name, default) for name, default in SIZES.items()}
     if not all(isinstance(size, int) for size in sizes.values()):
         return
-    expected = published_shapes(SimpleNamespace(**sizes))
+    attention = config.get("attention_projection_size") or sizes["hidden_size"]
+    moe = parse_experts(config.get("use_moe"), config.get("moe_config"), sizes["intermediate_size"])
+    expected = published_shapes(SimpleNamespace(**sizes, attention_size=attention, moe_config=moe))
     shapes = {name: shape for header in headers.values() for name, shape in header.shapes.items()}
     _check_shapes(shapes, expected)
     optional = {HEAD} if config.get("tie_word_embeddings", True) else set[str]()

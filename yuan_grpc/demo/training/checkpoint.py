@@ -18,9 +18,19 @@ CONTEXT = 2048
 WEIGHTS = "model.safetensors"
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+LOAD_TESTS: dict[str, dict[str, Any]] = {
+    "2b-shape": {},
+    "m32-shape": {
+        "num_attention_heads": 16,
+        "attention_projection_size": 4096,
+        "moe_config": {"moe_num_experts": 32, "moe_top_k": 2, "ffn_hidden_size": 8192},
+        "max_position_embeddings": 16384,
+    },
+}
+"""Subfolders with the configuration of a published model, and where it differs from that of Yuan2.0-2B.
 
-LOAD_TEST = "2b-shape"
-"""Subfolder with the configuration of Yuan2.0-2B, which `yuan-grpc serve --demo 2b-shape` gives random weights."""
+`yuan-grpc serve --demo NAME` gives them random weights.
+"""
 
 
 def write(model: TrainableYuan, shape: Shape, folder: Path) -> None:
@@ -30,11 +40,18 @@ def write(model: TrainableYuan, shape: Shape, folder: Path) -> None:
     sizes: dict[str, Any] = {name: getattr(shape, name) for name in SIZES}
     config = YuanConfig(eod_token_id=tokens.eos_token_id, max_position_embeddings=CONTEXT, **sizes)
     write_config(folder, config, torch.bfloat16, tokens)
-    (folder / LOAD_TEST).mkdir(exist_ok=True)
-    write_config(folder / LOAD_TEST, YuanConfig(eod_token_id=tokens.eos_token_id), torch.bfloat16, tokens)
+    write_load_tests(folder, tokens)
     weights = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes files private, but a server may run as another user
+
+
+def write_load_tests(folder: Path, tokens: YuanTokenizer) -> None:
+    """Write the configurations of `LOAD_TESTS` to subfolders."""
+    for name, fields in LOAD_TESTS.items():
+        (folder / name).mkdir(exist_ok=True)
+        config = YuanConfig(eod_token_id=tokens.eos_token_id, **fields)
+        write_config(folder / name, config, torch.bfloat16, tokens)
 
 
 def read(folder: Path, *, has_lfa: bool = True) -> tuple[TrainableYuan, YuanTokenizer]:

@@ -23,7 +23,7 @@ FLASH_ATTENTION_VERSION = 3
 """FlashAttention's version for Hopper."""
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128)
-"""Head dimensions that `decode_kernel` supports."""
+"""Head dimensions that `decode_kernel` supports. Those of Yuan2.0-M32, 256, leave decoding to FlashAttention too."""
 
 
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:

@@ -15,13 +15,20 @@ class Placement:
     """The parameter that a published weight is loaded into, and its parts there if several weights share it."""
 
     param: nn.Parameter
-    parts: tuple[int, ...]
+    parts: tuple[int, ...] | tuple[str, ...]
+
+    expert: int | None = None
+    """The expert that the weight belongs to, where the parameter has the weights of all experts."""
 
     def load(self, loaded: torch.Tensor) -> None:
-        """Copy the weight, or this rank's share of it, into the parameter."""
-        tensors = split_taps(loaded) if loaded.dim() == 4 else (loaded,)
+        """Copy the weight, or this rank's share of it, into the parameter; nothing if the rank lacks the expert."""
         # Parameters of parallel layers have a loader that selects this rank's share.
         loader: Callable[..., None] = getattr(self.param, "weight_loader", _copy)
+        if self.expert is not None:
+            for part, tensor in zip(self.parts, loaded.chunk(len(self.parts)), strict=True):
+                loader(self.param, tensor, f"{part}_weight", part, self.expert)
+            return
+        tensors = split_taps(loaded) if loaded.dim() == 4 else (loaded,)
         if self.parts:
             for part, tensor in zip(self.parts, tensors, strict=True):
                 loader(self.param, tensor, part)

@@ -33,6 +33,9 @@ DEFAULT_SIZES = {
     "max_position_embeddings": 2048,
 }
 
+OPTIONAL_FIELDS = ("attention_projection_size", "moe_config", "use_moe")
+"""Fields of `config.json` that only Yuan2.0-M32 has."""
+
 ROW_MULTIPLE = 64
 """The embedding is padded to a multiple of this number of rows, as in published checkpoints."""
 
@@ -167,7 +170,10 @@ def write_config(folder: Path, config: YuanConfig, dtype: torch.dtype, tokens: Y
 
 def _published_config(config: YuanConfig, dtype: torch.dtype, tokens: YuanTokenizer) -> dict[str, Any]:
     """Return `config.json` with the fields of published files, including the remote code, which is never loaded."""
-    return {
+    optional = {
+        name: value for name in OPTIONAL_FIELDS if (value := getattr(config, name)) is not None and value is not False
+    }
+    return optional | {
         "architectures": [ARCHITECTURE],
         "auto_map": {
             "AutoConfig": "configuration_yuan.YuanConfig",
@@ -213,9 +219,13 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="50GB", help="maximum size of a file, e.g. 5GB (default: 50GB)")
     for size, value in DEFAULT_SIZES.items():
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--attention-projection-size", type=int, help="width of all heads (default: hidden size)")
+    parser.add_argument("--moe-num-experts", type=int, help="experts of each layer, of which a token uses two")
     arguments = vars(parser.parse_args())
     dtype = getattr(torch, arguments.pop("dtype"))
-    sizes = {size: arguments.pop(size) for size in DEFAULT_SIZES}
+    sizes = {size: arguments.pop(size) for size in (*DEFAULT_SIZES, "attention_projection_size")}
+    if experts := arguments.pop("moe_num_experts"):
+        sizes["moe_config"] = {"moe_num_experts": experts}
     write_checkpoint(arguments.pop("folder"), arguments.pop("tokenizer"), sizes, dtype=dtype, **arguments)
 
 

@@ -5,6 +5,7 @@
 | `client_requests` | requests of a dead front end run to their end | the engine notices that a client has died |
 | `cpu_amx` | no process requests the AMX registers: illegal instruction at the first request | vLLM requests them |
 | `cpu_busy_wait` | waiting processes poll with `sched_yield` and delay all others | vLLM sleeps between polls |
+| `cpu_expert_map` | the kernel of experts reads beyond its weights with expert parallelism | the kernel maps the ids |
 | `cpu_logprob_ranks` | the first request compiles for 8 s, and needs g++ | vLLM compiles nothing if it must not |
 | `cpu_model_info` | the first start imports vLLM once more | vLLM inspects a class elsewhere only for GPUs |
 | `cpu_lora_slots` | requests without an adapter get the adapter of the last slot | the CPU kernels skip slot -1 |

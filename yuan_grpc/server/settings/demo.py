@@ -1,4 +1,4 @@
-"""The models in the package: the trained demo, and the published 2B shape with random weights for load tests."""
+"""The models in the package: the trained demo, and published shapes with random weights for load tests."""
 
 import argparse
 from importlib.resources import files
@@ -10,12 +10,14 @@ DEMO_FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes"
 
 LOAD_TEST = f"{DEMO}/2b-shape"
 LOAD_TEST_NAME = "yuan-2b-shape"
+M32_LOAD_TEST = f"{DEMO}/m32-shape"
+M32_LOAD_TEST_NAME = "yuan-m32-shape"
 LOAD_TEST_FLAGS = ("--load-format", "dummy", "--tokenizer", DEMO)
-"""vLLM flags for a folder without weights and without a tokenizer."""
+"""vLLM flags for folders without weights and without a tokenizer."""
 
-CHOICES = {"small": DEMO, "2b-shape": LOAD_TEST}
-NAMES = {DEMO: DEMO_NAME, LOAD_TEST: LOAD_TEST_NAME}
-FLAGS = {DEMO: DEMO_FLAGS, LOAD_TEST: LOAD_TEST_FLAGS}
+CHOICES = {"small": DEMO, "2b-shape": LOAD_TEST, "m32-shape": M32_LOAD_TEST}
+NAMES = {DEMO: DEMO_NAME, LOAD_TEST: LOAD_TEST_NAME, M32_LOAD_TEST: M32_LOAD_TEST_NAME}
+FLAGS = {DEMO: DEMO_FLAGS, LOAD_TEST: LOAD_TEST_FLAGS, M32_LOAD_TEST: LOAD_TEST_FLAGS}
 
 BANNERS = {
     DEMO: (
@@ -23,6 +25,7 @@ BANNERS = {
         "           serve a real one with --model FOLDER or --model IEITYuan/Yuan2-2B-hf"
     ),
     LOAD_TEST: "the shape of Yuan2.0-2B with random weights, for load tests; its output is noise",
+    M32_LOAD_TEST: "the shape of Yuan2.0-M32 with random weights, for load tests; its output is noise",
 }
 """Lines of the banner that describe these models."""
 
@@ -35,7 +38,7 @@ def add_option(options: argparse._ActionsContainer) -> None:
         default=argparse.SUPPRESS,
         type=parse_name,
         metavar="NAME",
-        help="small (default); 2b-shape: for load tests",
+        help="small (default); 2b-shape or m32-shape: for load tests",
     )
 
 
@@ -43,4 +46,5 @@ def parse_name(text: str) -> str:
     """Return the folder of a model in the package."""
     if text in CHOICES:
         return CHOICES[text]
-    raise argparse.ArgumentTypeError(f"must be {' or '.join(CHOICES)}, not {text!r}")
+    *others, last = CHOICES
+    raise argparse.ArgumentTypeError(f"must be {', '.join(others)} or {last}, not {text!r}")
