@@ -1,4 +1,4 @@
-"""Fields of `config.json` that tell apart the models that call themselves `YuanForCausalLM`.
+"""Fields of `config.json` that distinguish the models that call themselves `YuanForCausalLM`.
 
 Yuan 2.0 has one MLP per layer. Yuan2.0-M32 has experts and wider heads. Yuan 3.0 is refused.
 """
