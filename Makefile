@@ -12,7 +12,8 @@ RELEASE_READY := .venv-release/.ready
 # The tests start hundreds of processes, and each would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 IN_TWO_PROCESSES := -n 2 --dist worksteal
-.PHONY: help setup install serve test test-fast demo-model newcomer coverage check proto proto-check proto-release lint format lock \
+.PHONY: help setup install serve test test-fast demo-model newcomer vllm-symbols vllm-next \
+  coverage check proto proto-check proto-release lint format lock \
   release-files image-check clean
 
 help: ## list these commands
@@ -46,6 +47,13 @@ demo-model: $(READY) ## train the demo model again, in 14 minutes on one core (F
 
 newcomer: $(READY) ## start the server with each mistake of newcomers, and check its last line
 	.venv/bin/python tests/newcomer
+
+vllm-symbols: $(READY) ## write docs/vllm-symbols.md, the table of what is used of vLLM
+	.venv/bin/python tests/upgrade table
+
+vllm-next: $(READY) ## compare another vLLM, and test with it on CPUs (VERSION=0.33.0, ARGS="..." goes to pytest)
+	$(call need,test -n '$(VERSION)',set VERSION to a version of vLLM: make vllm-next VERSION=0.33.0)
+	.venv/bin/python tests/upgrade next $(VERSION) $(ARGS)
 
 coverage: $(READY) ## measure the code that the tests run, engine processes included
 	.venv/bin/coverage erase

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +32,7 @@ import pytest
 import torch
 from engine_process import run_program
 
+from yuan_grpc.model import patches
 from yuan_grpc.model.patches import (
     cpu_busy_wait,
     cpu_lora_slots,
@@ -40,6 +44,7 @@ from yuan_grpc.model.patches import (
     worker_death,
 )
 from yuan_grpc.model.tokenizer import YuanTokenizer
+from yuan_grpc.vllm_check import NO_FUNCTION, UnsupportedVllmError, installed_version
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # vLLM's warnings while it is imported
 
@@ -55,6 +60,9 @@ SLOW_REGEX = "((a{0,100}){0,100}){0,100}"
 MASKS = 16
 """Tokens of the slow expression in a test: the time of a mask grows with the fourth power of their number."""
 
+PATCHES = Path(patches.__file__).parent
+REPLACE_NOTHING = {"__init__", "cpu_amx", "worker_process"}
+
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the fault is in vLLM for CPUs")
 
 
@@ -64,6 +72,23 @@ def kernels() -> None:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
+
+
+@on_a_cpu
+@pytest.mark.parametrize("name", sorted({path.stem for path in PATCHES.glob("*.py")} - REPLACE_NOTHING))
+def test_a_patch_is_not_applied_to_a_function_that_has_changed(name: str) -> None:
+    patch = import_module(f"{patches.__name__}.{name}")
+    assert patch.TARGETS
+    for symbol, parameters in patch.TARGETS.items():
+        owner, _, attribute = symbol.replace(":", ".").rpartition(".")
+        with pytest.MonkeyPatch.context() as changed:
+            if parameters == NO_FUNCTION:
+                changed.delattr(resolve_name(owner), attribute)
+            else:
+                changed.setattr(resolve_name(owner), attribute, lambda other, parameters: None)
+            message = f"^vLLM {re.escape(installed_version())} is not supported by .*: `{symbol}` must .* for {name};"
+            with pytest.raises(UnsupportedVllmError, match=message):
+                patch.apply()
 
 
 @on_a_cpu

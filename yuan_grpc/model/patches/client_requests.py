@@ -9,9 +9,16 @@ Remove when: vLLM's engine aborts the requests of a client that has died.
 
 from typing import Any
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.engine.core:EngineCore.abort_requests": "self, request_ids",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     from vllm.v1.engine.core import EngineCore
 
     EngineCore.abort_client = _abort_client

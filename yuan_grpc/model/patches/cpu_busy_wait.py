@@ -14,12 +14,19 @@ import time
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.distributed.device_communicators.shm_broadcast:sched_yield": "",
+}
+
 PAUSE_SECONDS = 20e-6
 
 
 def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if current_platform.is_cpu():
+        check_vllm(__name__, TARGETS)
         shm_broadcast.sched_yield = _pause
 
 

@@ -10,11 +10,19 @@ Remove when: vLLM does not compile with `--enforce-eager`.
 
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.sample.ops.logprobs:batched_count_greater_than": "x, values",
+    "vllm.v1.sample.sampler:batched_count_greater_than": "x, values",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if not current_platform.is_cpu():
         return
+    check_vllm(__name__, TARGETS)
     from vllm.v1.sample import sampler
     from vllm.v1.sample.ops import logprobs
 

@@ -10,8 +10,15 @@ Remove when: vLLM uses the other process for GPUs only.
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.model_executor.models.registry:_run_in_subprocess": "fn",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if current_platform.is_cpu():
-        registry._run_in_subprocess = lambda function: function()
+        check_vllm(__name__, TARGETS)
+        registry._run_in_subprocess = lambda fn: fn()

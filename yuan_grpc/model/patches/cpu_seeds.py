@@ -15,11 +15,19 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "self, ...",
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens": "self, ...",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if not current_platform.is_cpu():
         return
+    check_vllm(__name__, TARGETS)
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 

@@ -17,6 +17,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
 from yuan_grpc.model.tokenizer import YuanTokenizer
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request": "tokenizer, request",
+    "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer.decode_next": "self, next_token_id",
+}
 
 PROMPT_TOKENS = 16
 """Number of the prompt's last tokens to read. Only the last three bytes can belong to a character that goes on."""
@@ -26,6 +32,7 @@ UTF8_DECODER = getincrementaldecoder("utf-8")
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     if not hasattr(IncrementalDetokenizer.from_new_request, "__wrapped__"):
         IncrementalDetokenizer.from_new_request = staticmethod(
             _with_yuan_detokenizer(IncrementalDetokenizer.from_new_request)

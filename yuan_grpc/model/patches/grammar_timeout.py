@@ -24,6 +24,19 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarGrammar.fill_bitmask": "self, bitmask, idx",
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarGrammar.validate_tokens": "self, tokens",
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarGrammar.accept_tokens": "self, request_id, tokens",
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarBackend.compile_grammar": (
+        "self, request_type, grammar_spec, ..."
+    ),
+    "vllm.v1.structured_output.backend_xgrammar:validate_xgrammar_grammar": "sampling_params",
+    "vllm.v1.structured_output:StructuredOutputManager.__init__": "self, ...",
+}
+
 logger = init_logger("vllm.yuan_grpc.model")
 
 LIMIT_SECONDS = 0.15
@@ -44,6 +57,7 @@ _valid_constraints: OrderedDict[bytes, None] = OrderedDict()
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     from vllm.v1.structured_output import StructuredOutputManager, backend_xgrammar
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 

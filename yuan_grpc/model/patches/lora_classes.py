@@ -8,9 +8,17 @@ Upstream: not requested yet; vLLM 0.32.0.
 Remove when: vLLM lets a model register LoRA layers and an adapter manager.
 """
 
+from yuan_grpc.vllm_check import NO_FUNCTION, check_vllm
+
+TARGETS = {
+    "vllm.lora.utils:_all_lora_classes": NO_FUNCTION,
+    "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager": "vllm_config, device, embedding_modules, ...",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process, which must serve a Yuan model only. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     from vllm.lora import utils
     from vllm.v1.worker import lora_model_runner_mixin
 

@@ -12,11 +12,18 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.executor.multiproc_executor:WorkerProc.wait_for_ready": "unready_proc_handles",
+}
+
 JOIN_SECONDS = 1
 
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     from vllm.v1.executor.multiproc_executor import WorkerProc
 
     if not hasattr(WorkerProc.wait_for_ready, "__wrapped__"):

@@ -1,0 +1,1 @@
+"""What this package uses of vLLM, compared with another version of vLLM."""
