@@ -351,12 +351,14 @@ def test_logprob_token_ids_vllm_drops_the_top_tokens_of_other_requests(
 
 def test_lora_classes_vllm_has_no_registration_of_lora_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.lora import utils
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
     from vllm.v1.worker import lora_model_runner_mixin
 
     from yuan_grpc.model.lora import LORA_LAYERS, YuanAdapterManager
 
     monkeypatch.setattr(utils, "_all_lora_classes", utils._all_lora_classes)
-    monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", None)
+    original = LRUCacheWorkerLoRAManager  # an earlier test may have replaced it
+    monkeypatch.setattr(lora_model_runner_mixin, original.__name__, original)
     assert "for lora_cls in _all_lora_classes:" in inspect.getsource(utils.from_layer)
     load_lora_model = inspect.getsource(lora_model_runner_mixin.LoRAModelRunnerMixin.load_lora_model)
     assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in load_lora_model

@@ -1,4 +1,4 @@
-"""The table of vLLM's symbols, and the look-ups in vLLM's source that it is written from."""
+"""The table of symbols, and the look-ups in the source from which it is written."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What this package uses of vLLM, compared with another version of vLLM."""
+"""Comparison of two versions of vLLM, by what this package uses."""

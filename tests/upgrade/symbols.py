@@ -38,7 +38,7 @@ def find_uses(repository: Path, source: VllmSource) -> list[Use]:
 
     Args:
         repository: the folder of the repository.
-        source: the vLLM that the package is used with; tells a module from a function, and an override from a method.
+        source: the vLLM that the package is used with. Modules and overridden methods are looked up there.
     """
     uses: set[Use] = set()
     for path in sorted((repository / PACKAGE).rglob("*.py")):

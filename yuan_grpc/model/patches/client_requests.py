@@ -3,7 +3,7 @@
 Why: the engine does not notice that a client has died. It completes the client's requests, which can take minutes, and
     keeps their outputs for a client that never reads them.
 How: `EngineCore` gets a method `abort_client`, which other clients can call.
-Upstream: no issue is known; present in vLLM 0.32.0.
+Upstream: no issue is known; present in vLLM 0.32.0. Text: docs/upstream/client-requests.md.
 Remove when: vLLM's engine aborts the requests of a client that has died.
 """
 

@@ -6,6 +6,7 @@ Why: while vLLM's processes wait for each other they call `sched_yield` in a loo
 How: `shm_broadcast.sched_yield` sleeps for 20 µs instead. GPUs keep the loop: with one GPU the engine and its worker
     are a single process; the separate workers of several GPUs were not measured.
 Upstream: vllm-project/vllm#52848 and vllm-project/vllm#52814, both open; present in vLLM 0.32.0.
+    Text: docs/upstream/cpu-busy-wait.md.
 Remove when: vLLM sleeps between polls, or has an option for it.
 """
 

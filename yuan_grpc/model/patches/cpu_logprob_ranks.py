@@ -4,7 +4,7 @@ Why: the function that counts more likely tokens is compiled at the first reques
     `--enforce-eager`. Importing and running the compiler takes 8 s on two cores, and needs g++. The compiled function
     avoids a temporary copy in GPU memory; on CPUs the model takes far longer than the copy.
 How: `batched_count_greater_than` is the function before its compilation.
-Upstream: not reported yet; seen with vLLM 0.32.0.
+Upstream: not reported yet; seen with vLLM 0.32.0. Text: docs/upstream/cpu-logprob-ranks.md.
 Remove when: vLLM does not compile with `--enforce-eager`.
 """
 

@@ -3,7 +3,7 @@
 Why: before the first start, and after each change of the class, vLLM imports itself in another process to find what the
     class supports, so that the import does not initialize CUDA. This takes as long as the rest of a start.
 How: on CPUs, `registry._run_in_subprocess` calls the function directly.
-Upstream: not reported; vLLM needs the other process for GPUs only.
+Upstream: not reported; vLLM needs the other process for GPUs only. Text: docs/upstream/cpu-model-info.md.
 Remove when: vLLM uses the other process for GPUs only.
 """
 

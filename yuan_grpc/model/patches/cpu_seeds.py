@@ -5,7 +5,7 @@ Why: a prompt that is computed in several steps gets a token in each step, which
 How: `CPUModelRunner.sample_tokens` hides the generators of unfinished prompts. Their discarded tokens are drawn from
     the generator of requests without a seed.
 Upstream: not reported yet; seen with vLLM 0.32.0. Plugins for other devices have fixed copies of the same code
-    (RBLN-SW/vllm-rbln#1025).
+    (RBLN-SW/vllm-rbln#1025). Text: docs/upstream/cpu-seeds.md.
 Remove when: `GPUModelRunner._bookkeeping_sync` leaves CPU generators alone.
 """
 

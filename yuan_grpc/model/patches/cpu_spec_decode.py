@@ -7,7 +7,7 @@ Why: for each draft token vLLM expands its request's temperature, `top_k` and `t
 How: `cpu_triton_utils._expand_kernel_impl` is replaced by `expand`, and `apply_top_k_only` returns empty logits
     unchanged.
 Upstream: vllm-project/vllm#55005, fixed by vllm-project/vllm#55006, which is open; present in vLLM 0.32.0. The failure
-    of `apply_top_k_only` is not reported yet.
+    of `apply_top_k_only` is not reported yet. Text: docs/upstream/cpu-spec-decode.md.
 Remove when: vLLM has the fix and accepts empty logits.
 """
 

@@ -4,7 +4,7 @@ Why: vLLM waits for more tokens while a text ends with U+FFFD, its sign for the 
     that character also stands for bytes that no character has, and a text can contain it. At the end of a text it is
     lost, with all text that was held back, and a stop string that ends with it is found a token late.
 How: `IncrementalDetokenizer.from_new_request` returns a `YuanDetokenizer` for Yuan's tokenizer, which decodes bytes.
-Upstream: not reported yet; seen with vLLM 0.32.0.
+Upstream: not reported yet; seen with vLLM 0.32.0. Text: docs/upstream/detokenizer.md.
 Remove when: vLLM holds back incomplete characters only.
 """
 

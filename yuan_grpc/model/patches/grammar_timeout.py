@@ -9,6 +9,7 @@ How: the methods of `XgrammarGrammar` measure their processor time. When those o
     Another request with the same constraint is rejected without compiling it. Compilations run in many threads of a
     low priority, so that a short one ends before a long one that began earlier. A valid constraint is parsed once.
 Upstream: not reported yet; seen with vLLM 0.32.0. vllm-project/vllm#54003 is about compiling a constraint only.
+    Text: docs/upstream/grammar-timeout.md.
 Remove when: vLLM limits the time of these calls, or xgrammar computes such constraints in milliseconds.
 """
 

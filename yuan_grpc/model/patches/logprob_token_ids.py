@@ -5,7 +5,7 @@ Why: if one request of a batch has `logprob_token_ids`, the sampler of the V1 mo
     their most likely tokens. The V2 model runner merges the two kinds correctly.
 How: `Sampler.forward` records how many of the most likely tokens the batch needs, and
     `gather_specific_token_logprobs` fills them in for the rows without `logprob_token_ids`.
-Upstream: vllm-project/vllm#51789, open; present in vLLM 0.32.0.
+Upstream: vllm-project/vllm#51789, open; present in vLLM 0.32.0. Text: docs/upstream/logprob-token-ids.md.
 Remove when: `Sampler.forward` merges both kinds of result.
 """
 

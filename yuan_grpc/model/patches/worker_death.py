@@ -3,7 +3,7 @@
 Why: a worker that is killed, for example because the memory ran out, leaves no message. The engine reports only that
     the worker failed to start, and to look for the cause in the log, which has none.
 How: `WorkerProc.wait_for_ready` raises an exception that names the signal.
-Upstream: not reported yet; seen with vLLM 0.32.0.
+Upstream: not reported yet; seen with vLLM 0.32.0. Text: docs/upstream/worker-death.md.
 Remove when: vLLM reports the exit status of a worker that did not start.
 """
 
