@@ -14,8 +14,8 @@ DOCS_READY := .venv-docs/.ready
 unexport PYTHONDONTWRITEBYTECODE
 IN_TWO_PROCESSES := -n 2 --dist worksteal
 .PHONY: help setup install serve test test-fast examples examples-node examples-go examples-cpp demo-model newcomer chaos \
-  coverage check proto proto-check proto-release lint format lock release-files image-check docs docs-reference docs-check \
-  pictures clean
+  vllm-symbols vllm-next coverage check proto proto-check proto-release lint format lock release-files image-check docs \
+  docs-reference docs-check pictures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,14 @@ examples-go: $(READY)
 examples-cpp: $(READY)
 	$(call install_packages,$(CPP_PACKAGES))
 	@$(MAKE) --no-print-directory -C $(EXAMPLES)/cpp
+
+
+vllm-symbols: $(READY) ## write docs/vllm-symbols.md, the table of what is used of vLLM
+	.venv/bin/python tests/upgrade table
+
+vllm-next: $(READY) ## compare another vLLM, and test with it on CPUs (VERSION=0.33.0, ARGS="..." goes to pytest)
+	$(call need,test -n '$(VERSION)',set VERSION to a version of vLLM: make vllm-next VERSION=0.33.0)
+	.venv/bin/python tests/upgrade next $(VERSION) $(ARGS)
 
 coverage: $(READY) ## measure the code that the tests run, engine processes included
 	.venv/bin/coverage erase

@@ -28,6 +28,32 @@ def test_every_rank_gets_the_queries_and_keys_of_its_heads(ranks: int) -> None:
         assert torch.equal(keys, expected[:, 1])
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_every_rank_gets_the_quantized_rows_and_scales_of_its_heads(ranks: int) -> None:
+    from yuan_grpc.model.linear import PublishedQueryKeyLinear
+
+    published = torch.arange(2 * HIDDEN).view(2, HIDDEN)  # a scale for each row
+    scales: dict[int, int] = {}
+    for rank in range(ranks):
+        layer: Any = SimpleNamespace(hidden=HIDDEN, tp_size=ranks, tp_rank=rank)
+        param = torch.nn.Parameter(torch.full((1, 2 * HIDDEN // ranks), -1), requires_grad=False)
+        vars(param)["output_dim"] = 1
+        scale = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+        for projection in (0, 1):
+            load = PublishedQueryKeyLinear._load
+            load(layer, param, published[projection][None], projection, lambda *_: None)
+            load(
+                layer,
+                scale,
+                torch.tensor(0),
+                projection,
+                lambda _, __, half, own=projection: scales.update({half: own}),
+            )
+        rows = 2 * HIDDEN // ranks
+        assert param.flatten().tolist() == published.flatten()[rank * rows : (rank + 1) * rows].tolist()
+        assert [scales[half] for half in (0, 1)] == [(2 * rank + half) // ranks for half in (0, 1)]
+
+
 @pytest.mark.parametrize(("seconds", "lines"), [(0, 17), (3600, 0)])
 def test_progress_is_logged_every_few_seconds(monkeypatch: pytest.MonkeyPatch, seconds: int, lines: int) -> None:
     from yuan_grpc.model.checkpoint import progress

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +32,7 @@ import pytest
 import torch
 from engine_process import run_program
 
+from yuan_grpc.model import patches
 from yuan_grpc.model.patches import (
     cpu_busy_wait,
     cpu_expert_map,
@@ -41,6 +45,7 @@ from yuan_grpc.model.patches import (
     worker_death,
 )
 from yuan_grpc.model.tokenizer import YuanTokenizer
+from yuan_grpc.vllm_check import NO_FUNCTION, UnsupportedVllmError, installed_version
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # vLLM's warnings while it is imported
 
@@ -56,6 +61,9 @@ SLOW_REGEX = "((a{0,100}){0,100}){0,100}"
 MASKS = 16
 """Tokens of the slow expression in a test: the time of a mask grows with the fourth power of their number."""
 
+PATCHES = Path(patches.__file__).parent
+REPLACE_NOTHING = {"__init__", "cpu_amx", "worker_process"}
+
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the fault is in vLLM for CPUs")
 
 
@@ -65,6 +73,23 @@ def kernels() -> None:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
+
+
+@on_a_cpu
+@pytest.mark.parametrize("name", sorted({path.stem for path in PATCHES.glob("*.py")} - REPLACE_NOTHING))
+def test_a_patch_is_not_applied_to_a_function_that_has_changed(name: str) -> None:
+    patch = import_module(f"{patches.__name__}.{name}")
+    assert patch.TARGETS
+    for symbol, parameters in patch.TARGETS.items():
+        owner, _, attribute = symbol.replace(":", ".").rpartition(".")
+        with pytest.MonkeyPatch.context() as changed:
+            if parameters == NO_FUNCTION:
+                changed.delattr(resolve_name(owner), attribute)
+            else:
+                changed.setattr(resolve_name(owner), attribute, lambda other, parameters: None)
+            message = f"^vLLM {re.escape(installed_version())} is not supported by .*: `{symbol}` must .* for {name};"
+            with pytest.raises(UnsupportedVllmError, match=message):
+                patch.apply()
 
 
 @on_a_cpu
@@ -352,12 +377,14 @@ def test_logprob_token_ids_vllm_drops_the_top_tokens_of_other_requests(
 
 def test_lora_classes_vllm_has_no_registration_of_lora_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.lora import utils
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
     from vllm.v1.worker import lora_model_runner_mixin
 
     from yuan_grpc.model.lora import LORA_LAYERS, YuanAdapterManager
 
     monkeypatch.setattr(utils, "_all_lora_classes", utils._all_lora_classes)
-    monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", None)
+    original = LRUCacheWorkerLoRAManager  # an earlier test may have replaced it
+    monkeypatch.setattr(lora_model_runner_mixin, original.__name__, original)
     assert "for lora_cls in _all_lora_classes:" in inspect.getsource(utils.from_layer)
     load_lora_model = inspect.getsource(lora_model_runner_mixin.LoRAModelRunnerMixin.load_lora_model)
     assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in load_lora_model

@@ -122,11 +122,25 @@ def test_context_parallelism_is_rejected(demo: Path, tmp_path: Path, option: str
         configure(with_fields(demo, tmp_path, **FOUR_HEADS), tensor_parallel_size=2, **{option: 2})
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "compressed-tensors"])
-def test_a_quantized_checkpoint_is_rejected(demo: Path, tmp_path: Path, method: str) -> None:
-    config = {"quant_method": method, "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "zero_point": True}
-    with pytest.raises(ValueError, match=r"`quantization_config` in config\.json must be absent for Yuan, not '"):
+def test_a_checkpoint_in_another_quantized_format_is_rejected(demo: Path, tmp_path: Path) -> None:
+    config = {"quant_method": "experts_int8"}
+    with pytest.raises(ValueError, match=r"must have one of the methods awq, .*, gptq for Yuan, not"):
         configure(with_fields(demo, tmp_path, quantization_config=config))
+
+
+def test_a_quantized_checkpoint_with_experts_is_rejected(demo: Path, tmp_path: Path) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    experts = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 64}
+    folder = with_fields(demo, tmp_path, quantization_config=config, moe_config=experts)
+    with pytest.raises(ValueError, match=r"must be absent for Yuan2\.0-M32, not one with gptq"):
+        configure(folder, dtype="bfloat16")
+
+
+def test_adapters_for_a_quantized_checkpoint_are_rejected(demo: Path, tmp_path: Path) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    folder = with_fields(demo, tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match="`enable_lora` must be false for a checkpoint that is quantized with gptq"):
+        configure(folder, enable_lora=True, dtype="bfloat16")
 
 
 @cpu_only

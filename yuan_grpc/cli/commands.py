@@ -19,6 +19,7 @@ SUMMARIES = {
     "bench": "measure throughput and latency under load",
     "humaneval": "measure a model on HumanEval",
     "run": "load a model and complete prompts, without a server",
+    "quantize": "write a checkpoint with smaller weights",
     "token": "create a token for callers of a server",
     "completion": "print a shell completion script",
 }

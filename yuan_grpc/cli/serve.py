@@ -15,6 +15,7 @@ from yuan_grpc.server import log_format, log_queue, settings, signals
 from yuan_grpc.server.engine.vllm import env, openmp
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.start_error import StartError
+from yuan_grpc.vllm_check import vllm_imports_checked
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ def _run(options: argparse.Namespace) -> int:
         logging.getLogger("vllm").setLevel(logging.WARNING)  # until vLLM has read `engine_log.json`
     os.umask(env.OWN_UMASK)
     try:
-        return _serve(config)
+        with vllm_imports_checked():
+            return _serve(config)
     except StartError as error:
         cause = str(error)
     except ModuleNotFoundError as error:

@@ -4,9 +4,16 @@ vLLM calls `register` through the entry point group `vllm.general_plugins`, in t
 process. The model and the tokenizer are registered by name and imported only when a Yuan checkpoint is loaded.
 """
 
+from yuan_grpc.vllm_check import vllm_imports_checked
 
+
+@vllm_imports_checked()
 def register() -> None:
-    """Register the architecture, its configuration, tokenizer and graph-splitting op. Safe to call twice."""
+    """Register the architecture, its configuration, tokenizer and graph-splitting op. Safe to call twice.
+
+    Raises:
+        UnsupportedVllmError: vLLM lacks what the model uses, or has changed a function that a patch replaces.
+    """
     from transformers import AutoConfig
     from vllm.config import CompilationConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -22,6 +22,9 @@ DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
 ONLINE_QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
 """Quantizations that are computed from the published weights while they are loaded."""
 
+STORED_QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "gptq")
+"""Formats of quantized checkpoints."""
+
 VLLM_CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 """Tokens per step that vLLM captures a CUDA graph for, up to twice the number of sequences."""
 PREFILL_CAPTURE_SIZES = (64, *range(128, 2048, 128), *range(2048, 4097, 256))
@@ -57,7 +60,7 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         _check_vocabulary(vllm_config.model_config)
         _check_split(vllm_config)
         _check_drafts(vllm_config)
-        _check_quantization(vllm_config.model_config)
+        _check_quantization(vllm_config)
         _check_transfer(vllm_config)
         _check_invariance()
         outputs = vllm_config.structured_outputs_config
@@ -127,13 +130,23 @@ def _check_drafts(vllm_config: VllmConfig) -> None:
         check_block_size(vllm_config)
 
 
-def _check_quantization(model_config: ModelConfig) -> None:
+def _check_quantization(vllm_config: VllmConfig) -> None:
+    model_config = vllm_config.model_config
     stored = model_config.model_arch_config.quantization_config
     if stored is not None:
-        raise ValueError(
-            f"`quantization_config` in config.json must be absent for Yuan, not '{stored.get('quant_method')}': "
-            "LFA's first convolution and v_proj are one product here, and such checkpoints quantize only v_proj"
-        )
+        if (method := stored.get("quant_method")) not in STORED_QUANTIZATIONS:
+            raise ValueError(
+                f"`quantization_config` in config.json must have one of the methods {', '.join(STORED_QUANTIZATIONS)} "
+                f"for Yuan, not '{method}': no other is known to load"
+            )
+        if model_config.hf_config.use_moe:
+            raise ValueError(
+                f"`quantization_config` in config.json must be absent for Yuan2.0-M32, not one with {method}: "
+                "the experts of such files are not read; --quantization fp8 computes them from the published weights"
+            )
+        if vllm_config.lora_config is not None:
+            raise ValueError(f"`enable_lora` must be false for a checkpoint that is quantized with {method}, not true")
+        return
     if model_config.quantization not in (None, *ONLINE_QUANTIZATIONS):
         raise ValueError(
             f"`quantization` must be one of {', '.join(ONLINE_QUANTIZATIONS)} for Yuan, "

@@ -33,10 +33,11 @@ from yuan_grpc.model.attention.backend import attention_backend
 from yuan_grpc.model.checkpoint.loader import Placement, load_checkpoint
 from yuan_grpc.model.checkpoint.mapping import parameter_of
 from yuan_grpc.model.checkpoint.progress import report_progress
+from yuan_grpc.model.checkpoint.quantized import load_quantized_checkpoint
 from yuan_grpc.model.config import YuanConfig
 from yuan_grpc.model.lfa.layer import LocalizedFiltering
 from yuan_grpc.model.lfa.ops import new_plan
-from yuan_grpc.model.linear import InputLinear, QueryKeyLinear
+from yuan_grpc.model.linear import has_quantized_weights, input_projection, query_key_projection
 from yuan_grpc.model.moe.layer import YuanExperts
 from yuan_grpc.model.patches import cpu_expert_map, cpu_lora_slots, cpu_seeds, lora_classes
 from yuan_grpc.model.rotary import rotary_embedding
@@ -53,9 +54,9 @@ class YuanAttention(nn.Module):
         hidden, self.head_dim = config.hidden_size, config.head_dim
         ranks = get_tensor_model_parallel_world_size()
         heads, self.sizes = config.num_attention_heads // ranks, [hidden // ranks, config.attention_size // ranks]
-        self.input_proj = InputLinear(config, vllm_config, f"{prefix}.input_proj")
+        self.input_proj = input_projection(config, vllm_config, f"{prefix}.input_proj")
         self.lf_gate = LocalizedFiltering(config, vllm_config, f"{prefix}.lf_gate")
-        self.qk_proj = QueryKeyLinear(config, vllm_config, f"{prefix}.qk_proj")
+        self.qk_proj = query_key_projection(config, vllm_config, f"{prefix}.qk_proj")
         self.o_proj = RowParallelLinear(
             config.attention_size, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
@@ -247,6 +248,8 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         Raises:
             ValueError: a weight is missing, unknown or has the wrong shape; the message names it.
         """
+        if has_quantized_weights(self.vllm_config):
+            return self._load_quantized(weights)
         loaded: set[str] = set()
 
         def placement(name: str) -> Placement | None:
@@ -259,6 +262,18 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         # vLLM would read a `.bin` file completely into memory; Linux can reclaim the pages of a mapped file.
         with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
             stored_head = load_checkpoint(report_progress(weights, self.config), self.config, placement)
+        if stored_head is not None and get_pp_group().is_last_rank:
+            self._load_head(stored_head)
+        return loaded
+
+    def _load_quantized(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint with the parameters that vLLM's linear layers for its format take."""
+
+        def is_on_other_rank(target: str) -> bool:
+            return bool(is_pp_missing_parameter(target, self))
+
+        progress = report_progress(weights, self.config)
+        loaded, stored_head = load_quantized_checkpoint(progress, self.config, self, is_on_other_rank)
         if stored_head is not None and get_pp_group().is_last_rank:
             self._load_head(stored_head)
         return loaded

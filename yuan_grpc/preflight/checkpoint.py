@@ -38,7 +38,8 @@ def check(folder: Path, flags: Mapping[str, str]) -> int:
     if flags.get("--load-format", "") not in CHECKED_FORMATS:
         return 0
     overridden = {"--hf-overrides", "--hf-config-path", "--quantization", "--model-loader-extra-config"} & flags.keys()
-    return _check_weights(folder, None if overridden else config)
+    has_other_names = overridden or config.get("quantization_config")
+    return _check_weights(folder, None if has_other_names else config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Names of the parameters that the published weights are loaded into."""
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
-JOINED_MODULES = {
+JOINED_MODULES: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "self_attn.lf_gate.conv1": ("self_attn.input_proj", (0, 1)),
     "self_attn.v_proj": ("self_attn.input_proj", (2,)),
     "self_attn.q_proj": ("self_attn.qk_proj", (0,)),
@@ -15,6 +16,13 @@ JOINED_MODULES = {
     "mlp.gate.value": ("mlp.router", (2,)),
 }
 """Published module -> the module here that contains it, and its parts there. A convolution has one part per tap."""
+
+QUANTIZED_MODULES: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    **JOINED_MODULES,
+    "self_attn.lf_gate.conv1": ("self_attn.input_proj.conv1", (0, 1)),
+    "self_attn.v_proj": ("self_attn.input_proj.v_proj", ()),
+}
+"""The same for a quantized checkpoint."""
 
 
 EXPERT = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<number>\d+)\.w(?P<weight>[12])\.weight")
@@ -35,15 +43,15 @@ class Target(NamedTuple):
     """The expert that the weight belongs to."""
 
 
-def parameter_of(published: str) -> Target:
-    """Return where a published weight is loaded to."""
+def parameter_of(published: str, modules: Mapping[str, tuple[str, tuple[int, ...]]] = JOINED_MODULES) -> Target:
+    """Return where a published weight is loaded to, with the modules of `JOINED_MODULES` or `QUANTIZED_MODULES`."""
     if match := EXPERT.fullmatch(published):
         param, shards = EXPERT_PARAMETERS[match["weight"]]
         return Target(f"{match['experts']}.{param}", shards, int(match["number"]))
     path, _, kind = published.rpartition(".")
     if kind == "bias":  # only convolutions have one; here it is a parameter next to the product
         return Target(f"{path}_bias")
-    for module, (joined, parts) in JOINED_MODULES.items():
+    for module, (joined, parts) in modules.items():
         if path.endswith(f".{module}"):
             return Target(f"{path.removesuffix(module)}{joined}.{kind}", parts)
     return Target(published)

@@ -14,11 +14,18 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.lora.worker_manager:create_lora_manager": "model, ...",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if not current_platform.is_cpu():
         return
+    check_vllm(__name__, TARGETS)
     from vllm.lora import worker_manager
 
     if not hasattr(worker_manager.create_lora_manager, "__wrapped__"):

@@ -5,7 +5,7 @@ Why: a prompt that is computed in several steps gets a token in each step, which
 How: `CPUModelRunner.sample_tokens` hides the generators of unfinished prompts. Their discarded tokens are drawn from
     the generator of requests without a seed.
 Upstream: not reported yet; seen with vLLM 0.32.0. Plugins for other devices have fixed copies of the same code
-    (RBLN-SW/vllm-rbln#1025).
+    (RBLN-SW/vllm-rbln#1025). Text: docs/upstream/cpu-seeds.md.
 Remove when: `GPUModelRunner._bookkeeping_sync` leaves CPU generators alone.
 """
 
@@ -15,11 +15,19 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "self, ...",
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens": "self, ...",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if not current_platform.is_cpu():
         return
+    check_vllm(__name__, TARGETS)
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 

@@ -7,7 +7,7 @@ Why: for each draft token vLLM expands its request's temperature, `top_k` and `t
 How: `cpu_triton_utils._expand_kernel_impl` is replaced by `expand`, and `apply_top_k_only` returns empty logits
     unchanged.
 Upstream: vllm-project/vllm#55005, fixed by vllm-project/vllm#55006, which is open; present in vLLM 0.32.0. The failure
-    of `apply_top_k_only` is not reported yet.
+    of `apply_top_k_only` is not reported yet. Text: docs/upstream/cpu-spec-decode.md.
 Remove when: vLLM has the fix and accepts empty logits.
 """
 
@@ -17,6 +17,15 @@ from functools import wraps
 import torch
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.utils.cpu_triton_utils:_expand_kernel_impl": (
+        "output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS"
+    ),
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only": "logits, k",
+}
+
 EXPAND_KERNEL = "_expand_kernel_impl"
 
 
@@ -24,6 +33,7 @@ def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if not current_platform.is_cpu():
         return
+    check_vllm(__name__, TARGETS)
     from vllm.utils import cpu_triton_utils
     from vllm.v1.sample.ops import topk_topp_sampler
 

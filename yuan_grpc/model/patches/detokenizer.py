@@ -4,7 +4,7 @@ Why: vLLM waits for more tokens while a text ends with U+FFFD, its sign for the 
     that character also stands for bytes that no character has, and a text can contain it. At the end of a text it is
     lost, with all text that was held back, and a stop string that ends with it is found a token late.
 How: `IncrementalDetokenizer.from_new_request` returns a `YuanDetokenizer` for Yuan's tokenizer, which decodes bytes.
-Upstream: not reported yet; seen with vLLM 0.32.0.
+Upstream: not reported yet; seen with vLLM 0.32.0. Text: docs/upstream/detokenizer.md.
 Remove when: vLLM holds back incomplete characters only.
 """
 
@@ -17,6 +17,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
 from yuan_grpc.model.tokenizer import YuanTokenizer
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request": "tokenizer, request",
+    "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer.decode_next": "self, next_token_id",
+}
 
 PROMPT_TOKENS = 16
 """Number of the prompt's last tokens to read. Only the last three bytes can belong to a character that goes on."""
@@ -26,6 +32,7 @@ UTF8_DECODER = getincrementaldecoder("utf-8")
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     if not hasattr(IncrementalDetokenizer.from_new_request, "__wrapped__"):
         IncrementalDetokenizer.from_new_request = staticmethod(
             _with_yuan_detokenizer(IncrementalDetokenizer.from_new_request)

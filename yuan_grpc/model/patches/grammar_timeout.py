@@ -9,6 +9,7 @@ How: the methods of `XgrammarGrammar` measure their processor time. When those o
     Another request with the same constraint is rejected without compiling it. Compilations run in many threads of a
     low priority, so that a short one ends before a long one that began earlier. A valid constraint is parsed once.
 Upstream: not reported yet; seen with vLLM 0.32.0. vllm-project/vllm#54003 is about compiling a constraint only.
+    Text: docs/upstream/grammar-timeout.md.
 Remove when: vLLM limits the time of these calls, or xgrammar computes such constraints in milliseconds.
 """
 
@@ -23,6 +24,19 @@ from hashlib import sha256
 from typing import Any
 
 from vllm.logger import init_logger
+
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarGrammar.fill_bitmask": "self, bitmask, idx",
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarGrammar.validate_tokens": "self, tokens",
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarGrammar.accept_tokens": "self, request_id, tokens",
+    "vllm.v1.structured_output.backend_xgrammar:XgrammarBackend.compile_grammar": (
+        "self, request_type, grammar_spec, ..."
+    ),
+    "vllm.v1.structured_output.backend_xgrammar:validate_xgrammar_grammar": "sampling_params",
+    "vllm.v1.structured_output:StructuredOutputManager.__init__": "self, ...",
+}
 
 logger = init_logger("vllm.yuan_grpc.model")
 
@@ -44,6 +58,7 @@ _valid_constraints: OrderedDict[bytes, None] = OrderedDict()
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     from vllm.v1.structured_output import StructuredOutputManager, backend_xgrammar
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 

@@ -5,43 +5,36 @@ Why: if one request of a batch has `logprob_token_ids`, the sampler of the V1 mo
     their most likely tokens. The V2 model runner merges the two kinds correctly.
 How: `Sampler.forward` records how many of the most likely tokens the batch needs, and
     `gather_specific_token_logprobs` fills them in for the rows without `logprob_token_ids`.
-Upstream: vllm-project/vllm#51789, open; present in vLLM 0.32.0.
+Upstream: vllm-project/vllm#51789, open; present in vLLM 0.32.0. Text: docs/upstream/logprob-token-ids.md.
 Remove when: `Sampler.forward` merges both kinds of result.
 """
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-GATHER = "gather_specific_token_logprobs"
-_EXPECTED_PARAMETERS = {
-    "forward": ["self", "logits", "sampling_metadata"],
-    GATHER: ["self", "logprobs", "logprob_token_ids", "sampled"],
-    "gather_logprobs": ["logprobs", "num_logprobs", "token_ids"],
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.sample.sampler:Sampler.forward": "self, logits, sampling_metadata, ...",
+    "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs": "self, logprobs, logprob_token_ids, sampled",
+    "vllm.v1.sample.sampler:Sampler.gather_logprobs": "logprobs, num_logprobs, token_ids",
 }
+
+GATHER = "gather_specific_token_logprobs"
 
 
 def apply() -> None:
-    """Apply the patch in this process, unless the sampler's methods have changed. Safe to call twice."""
-    try:
-        from vllm.v1.sample.sampler import Sampler
-    except ImportError:
-        return
-    if _can_patch(Sampler):
+    """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
+    from vllm.v1.sample.sampler import Sampler
+
+    if not hasattr(getattr(Sampler, GATHER), "__wrapped__"):
         Sampler.forward = _recording_num_logprobs(Sampler.forward)
         setattr(Sampler, GATHER, _keeping_top_logprobs(getattr(Sampler, GATHER)))
-
-
-def _can_patch(sampler: type) -> bool:
-    for name, parameters in _EXPECTED_PARAMETERS.items():
-        method = getattr(sampler, name, None)
-        if method is None or list(signature(method).parameters)[: len(parameters)] != parameters:
-            return False
-    return not hasattr(getattr(sampler, GATHER), "__wrapped__")
 
 
 def _recording_num_logprobs(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,9 +12,17 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": "self, request, ...",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": "self, block_ids",
+}
+
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     from vllm.v1.core.sched.scheduler import Scheduler
 
     if not hasattr(Scheduler._preempt_request, "__wrapped__"):

@@ -3,7 +3,7 @@
 Why: a worker that is killed, for example because the memory ran out, leaves no message. The engine reports only that
     the worker failed to start, and to look for the cause in the log, which has none.
 How: `WorkerProc.wait_for_ready` raises an exception that names the signal.
-Upstream: not reported yet; seen with vLLM 0.32.0.
+Upstream: not reported yet; seen with vLLM 0.32.0. Text: docs/upstream/worker-death.md.
 Remove when: vLLM reports the exit status of a worker that did not start.
 """
 
@@ -12,11 +12,18 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.v1.executor.multiproc_executor:WorkerProc.wait_for_ready": "unready_proc_handles",
+}
+
 JOIN_SECONDS = 1
 
 
 def apply() -> None:
     """Apply the patch in this process. Safe to call twice."""
+    check_vllm(__name__, TARGETS)
     from vllm.v1.executor.multiproc_executor import WorkerProc
 
     if not hasattr(WorkerProc.wait_for_ready, "__wrapped__"):

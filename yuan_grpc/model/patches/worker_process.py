@@ -6,7 +6,7 @@ Why: Ctrl-C in a terminal sends SIGINT to the whole process group. vLLM's worker
 How: each process gets its own process group, and a thread that terminates it when its parent has ended, and kills it
     a second later.
 Upstream: vllm-project/vllm#55510, fixed by vllm-project/vllm#55846, which is open, for the killed server;
-    vllm-project/vllm#36259, closed, for Ctrl-C. Both are present in vLLM 0.32.0.
+    vllm-project/vllm#36259, closed, for Ctrl-C. Both are present in vLLM 0.32.0. Text: docs/upstream/worker-process.md.
 Remove when: vLLM's engine processes ignore a terminal's SIGINT and end with their parent.
 """
 

@@ -38,7 +38,7 @@ def add_option(options: argparse._ActionsContainer) -> None:
         default=argparse.SUPPRESS,
         type=parse_name,
         metavar="NAME",
-        help="small (default); 2b-shape or m32-shape: for load tests",
+        help="small, or 2b-shape, m32-shape for load tests",
     )
 
 

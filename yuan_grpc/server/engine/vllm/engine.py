@@ -30,6 +30,12 @@ from yuan_grpc.server.engine.vllm.lora import LoraRegistry, create_registry
 from yuan_grpc.server.engine.vllm.processes import ProcessTree
 from yuan_grpc.server.engine.vllm.shared_engine import ClientLink
 from yuan_grpc.server.errors import OverloadedError, UnavailableError
+from yuan_grpc.vllm_check import NO_FUNCTION, check_vllm
+
+TARGETS = {
+    "vllm.v1.engine.core_client:AsyncMPClient.get_output_async": "self",
+    "vllm.sampling_params:SamplingParams._bad_words_token_ids": NO_FUNCTION,  # `convert` sets it
+}
 
 INLINE_CHARACTERS = 16_384
 """Length of the longest text to tokenize on the event loop. Longer ones would block every stream, and are tokenized in
@@ -85,6 +91,7 @@ class VllmEngine:
             StartError: the engine could not be started.
         """
         with self._launch.failures_described():
+            check_vllm(__name__, TARGETS)
             self._started = llm = await self._launch.run(self._connect)
             core: Any = llm.engine_core
             self._count_outputs(core)

@@ -32,8 +32,15 @@ from vllm.v1.engine import utils as engine_utils
 from vllm.v1.executor import multiproc_executor
 
 from yuan_grpc.server.engine.vllm import env
+from yuan_grpc.vllm_check import check_vllm
 
 logger = logging.getLogger("vllm.yuan_grpc.server")
+
+TARGETS = {
+    "vllm.utils.system_utils:get_mp_context": "",
+    "vllm.v1.engine.utils:get_mp_context": "",
+    "vllm.v1.executor.multiproc_executor:get_mp_context": "",
+}
 
 PRELOADED = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "yuan_grpc.model.yuan")
 """Modules of the engine and its workers that the server's own process does not need."""
@@ -79,9 +86,13 @@ def start(modules: Sequence[str] = ()) -> None:
 
     Args:
         modules: more modules to import before the first fork.
+
+    Raises:
+        UnsupportedVllmError: vLLM chooses the context of its processes otherwise.
     """
     if not current_platform.is_cpu():
         return
+    check_vllm(__name__, TARGETS)
     folder = tempfile.mkdtemp(prefix=env.PREFIX, dir=env.socket_parent())  # only this user can connect
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{folder}/fork")

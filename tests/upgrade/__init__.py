@@ -1,0 +1,1 @@
+"""Comparison of two versions of vLLM, by what this package uses."""
