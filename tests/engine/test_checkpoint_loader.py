@@ -35,7 +35,7 @@ def test_every_rank_gets_the_quantized_rows_and_scales_of_its_heads(ranks: int) 
     published = torch.arange(2 * HIDDEN).view(2, HIDDEN)  # a scale for each row
     scales: dict[int, int] = {}
     for rank in range(ranks):
-        layer: Any = SimpleNamespace(hidden=HIDDEN, tp_size=ranks, tp_rank=rank)
+        layer: Any = SimpleNamespace(total_rows=HIDDEN, tp_size=ranks, tp_rank=rank)
         param = torch.nn.Parameter(torch.full((1, 2 * HIDDEN // ranks), -1), requires_grad=False)
         vars(param)["output_dim"] = 1
         scale = torch.nn.Parameter(torch.zeros(2), requires_grad=False)

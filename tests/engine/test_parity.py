@@ -143,12 +143,6 @@ def test_no_prefix_caching(run: Run, prompts: list[list[int]], expected: list[Co
     assert logprob_difference([answers[0] for answers in one_by_one], expected) < TOLERANCE
 
 
-def test_compiled_model(run: Run, prompts: list[list[int]], expected: list[Continuation]) -> None:
-    result = run([prompts, prompts], enforce_eager=False)
-    for answers in result["rounds"]:
-        assert logprob_difference(answers, expected) < TOLERANCE
-
-
 def test_prefix_caching(run: Run, prompts: list[list[int]], expected: list[Continuation]) -> None:
     result = run([prompts, prompts, *alone(prompts)], enable_prefix_caching=True)
     first, repeated, *one_by_one = result["rounds"]

@@ -45,11 +45,12 @@ def test_the_engine_matches_the_reference(
     checkpoint = checkpoint_with(fields, tmp_path / "model", demo)
     generator = random.Random(0)
     prompts = [[generator.randrange(tokens) for _ in range(length)] for length in LENGTHS]
-    job = {"model": checkpoint, "engine": ENGINE | engine, "rounds": [prompts], "tokens": TOKENS}
+    job = {"model": checkpoint, "engine": ENGINE | engine, "rounds": [prompts, prompts], "tokens": TOKENS}
     result = run_program("run_engine.py", job, tmp_path / "out.json")
     reference = ReferenceYuan(checkpoint, tokens)
     expected = [reference.continue_greedily(prompt, TOKENS) for prompt in prompts]
-    assert logprob_difference(result["rounds"][0], expected) < TOLERANCE
+    for answers in result["rounds"]:
+        assert logprob_difference(answers, expected) < TOLERANCE
 
 
 def test_the_engine_serves_the_extended_length_unless_a_smaller_one_is_configured(demo: Path, tmp_path: Path) -> None:

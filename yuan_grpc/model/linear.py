@@ -125,7 +125,7 @@ class PublishedQueryKeyLinear(MergedColumnParallelLinear):
             quant_config=vllm_config.quant_config,
             prefix=prefix,
         )
-        self.rows, self.head_dim = config.attention_size, config.head_dim
+        self.total_rows, self.head_dim = config.attention_size, config.head_dim
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         by_head, _ = super().forward(x)
@@ -143,10 +143,10 @@ class PublishedQueryKeyLinear(MergedColumnParallelLinear):
         self, param: nn.Parameter, loaded: torch.Tensor, projection: int, load_shared: Callable[..., None]
     ) -> None:
         """Copy rows, packed rows or scales of rows; values for a whole projection are left to vLLM."""
-        rows = self.rows // self.tp_size
+        rows = self.total_rows // self.tp_size
         dim: int | None = getattr(param, "output_dim", None)
         for half in (0, 1):
-            owner, first_row = divmod((2 * self.tp_rank + half) * rows, self.rows)
+            owner, first_row = divmod((2 * self.tp_rank + half) * rows, self.total_rows)
             if owner != projection:
                 continue
             if dim is None:
