@@ -22,7 +22,7 @@ SHORT_TIMEOUT_SECONDS = 30.0
 """Timeout of calls that do not generate, unless the client's own is shorter."""
 
 UNLIMITED_SECONDS = 1e8
-"""Timeout from which a call has no deadline, about three years. gRPC treats much longer ones as already expired."""
+"""Shortest timeout that means no deadline, in seconds: three years. gRPC treats much longer ones as already expired."""
 
 READY_POLL_SECONDS = 0.2
 """Delay before watching the server's health again, in seconds."""
@@ -79,19 +79,19 @@ class BaseClient:
                 RESOURCE_EXHAUSTED.
             proxy: `http://host:port` of an HTTP CONNECT proxy. If None, gRPC reads `grpc_proxy`, `https_proxy`,
                 `http_proxy` and their `no_` variants from the environment.
-            metadata: sent with each call. Secrets have the same requirements as `token`: keys whose last word is
-                authorization, cookie, credential, key, password, secret, session or token.
+            metadata: sent with each call. Entries whose key ends in the word authorization, cookie, credential,
+                key, password, secret, session or token have the requirements of `token`.
             options: gRPC channel options; they override those set by this client.
             interceptors: gRPC client interceptors, sync or async like the client.
             gzip: compress requests, and ask the server to compress responses.
-            connections: maximum number of connections, 1 to 64. Another one is opened for each 16 calls that run at a
-                time. A server with several processes serves each connection by one of them.
+            connections: maximum number of connections, 1 to 64. One is opened for every 16 concurrent calls. A
+                server with several processes serves each connection by one of them.
 
         Raises:
             ValueError: an argument is out of range, or arguments exclude each other.
             OSError: a certificate or key file cannot be read.
         """
-        self._closed = True  # until all steps that can fail are done
+        self._closed = True  # so that an error below leaves no half-open client
         self._settings = Settings(
             target,
             tls,
@@ -253,7 +253,9 @@ def grpc_timeout(seconds: float) -> float | None:
 
 
 def check_readable(message: Any, request_id: str) -> Any:
-    """Return the message of a successful call. gRPC returns None for a missing one, and for a malformed one in asyncio.
+    """Return the message of a successful call.
+
+    gRPC returns None for a missing message; with asyncio, also for a malformed one.
 
     Raises:
         InternalError: it is missing or malformed.

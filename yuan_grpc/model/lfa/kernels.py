@@ -13,7 +13,7 @@ ROWS = 128
 """Rows of the batch per program of `plan`."""
 
 SEARCHED_SEQUENCES = 128
-"""Sequences that a program checks at once when it searches for the one that computes a shared block."""
+"""Sequences per iteration of the search for the one that computes a shared block."""
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _slot(
     return block * slots + position % block_size % slots
 
 
-@triton.jit(do_not_specialize=["rows", "sequences", "search_steps"])  # they change from step to step
+@triton.jit(do_not_specialize=["rows", "sequences", "search_steps"])  # each value would compile a kernel
 def _plan_kernel(
     plan: tl.tensor,
     query_start_loc: tl.tensor,
@@ -48,7 +48,7 @@ def _plan_kernel(
     SEQUENCE_START: tl.constexpr,
     IN_BATCH: tl.constexpr,
 ) -> None:
-    """Write the plan of ROWS rows, except predecessors in blocks that this step fills: see `_shared_blocks_kernel`."""
+    """Write the plan of ROWS rows. `_shared_blocks_kernel` then corrects predecessors in blocks of this step."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_plan = row < rows
     # Find the last sequence that starts at or before the row: a sequence without rows starts where the next one does.
@@ -73,7 +73,8 @@ def _plan_kernel(
     is_block_end = position % block_size == block_size - 1
     is_kept = is_token & (is_block_end | (last - row < kept_tokens))
     is_delegated = is_kept & has_computed & (own_slot == start_slot)
-    # A sequence's first row stores the state of the row that reuses the slot this sequence starts from. Find that row.
+    # A later row may reuse the slot that the sequence starts from. The first row reads the slot, then stores that row's
+    # state. Find the later row.
     end_in_block = position + (last - row) - last_computed // block_size * block_size  # relative to the first block
     end_in_block = tl.minimum(end_in_block, block_size - 1)
     start_in_block = last_computed % block_size

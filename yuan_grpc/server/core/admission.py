@@ -16,7 +16,7 @@ from yuan_grpc.server.errors import DeadlineTooShortError, OverloadedError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 SHARE = 8
-"""Maximum of a caller's part, relative to the free part of the queue. One caller alone can have 8/9 of it, two 8/17
+"""Largest share of a caller, as a multiple of what is free in the queue. One caller alone can have 8/9 of it, two 8/17
 each, and so on, so that there is always some left for another one."""
 
 QUEUE_FACTOR = 8
@@ -51,7 +51,7 @@ class Cost:
         return Cost(self.sequences - other.sequences, self.tokens - other.tokens)
 
     def clamp(self, limit: "Cost") -> "Cost":
-        """Return the cost of a request that may run alone, however large it is; validation rejects impossible ones."""
+        """Return the cost, at most `limit`: a larger request may run alone. Validation rejects impossible ones."""
         return Cost(min(self.sequences, limit.sequences), min(self.tokens, limit.tokens))
 
 
@@ -111,22 +111,22 @@ class Budget(Protocol):
     """Counts of what requests take. Processes that serve the same engine share one."""
 
     poll_seconds: float | None
-    """Interval at which to try again what `start` refused; None if all requests are this process's."""
+    """Interval at which to try again what `take_engine` refused; None if all requests are this process's."""
 
-    def take(self, caller: str, cost: Cost, limit: Cost) -> str:
+    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
         """Take a part of the queue, and return the empty text. Otherwise, return why nothing was taken."""
 
-    def give_back(self, caller: str, cost: Cost) -> None:
+    def return_queue(self, caller: str, cost: Cost) -> None:
         """Give a part of the queue back."""
 
-    def start(self, cost: Cost, limit: Cost) -> bool:
+    def take_engine(self, cost: Cost, limit: Cost) -> bool:
         """Take a part of the engine; return False if it has none left.
 
         The last request may take more than is left. Otherwise a large one would wait for an empty engine, and the
         others for it.
         """
 
-    def finish(self, cost: Cost) -> None:
+    def return_engine(self, cost: Cost) -> None:
         """Give a part of the engine back."""
 
 
@@ -139,42 +139,42 @@ class LocalBudget:
         self._queued = self._started = NOTHING
         self._by_caller: dict[str, Cost] = {}
 
-    def take(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue; see `Budget.take`."""
+    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Take a part of the queue; see `Budget.take_queue`."""
         used_by_caller = self._by_caller.get(caller, NOTHING)
-        if refusal := refuse(cost, limit, self._queued, used_by_caller):
+        if refusal := refusal_of(cost, limit, self._queued, used_by_caller):
             return refusal
         self._queued += cost
         self._by_caller[caller] = used_by_caller + cost
         return ""
 
-    def give_back(self, caller: str, cost: Cost) -> None:
+    def return_queue(self, caller: str, cost: Cost) -> None:
         """Give a part of the queue back."""
         self._queued -= cost
         self._by_caller[caller] -= cost
         if self._by_caller[caller] == NOTHING:  # forget callers that have left
             del self._by_caller[caller]
 
-    def start(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; see `Budget.start`."""
+    def take_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Take a part of the engine; see `Budget.take_engine`."""
         if self._started.sequences >= limit.sequences or self._started.tokens >= limit.tokens:
             return False
         self._started += cost
         return True
 
-    def finish(self, cost: Cost) -> None:
+    def return_engine(self, cost: Cost) -> None:
         """Give a part of the engine back."""
         self._started -= cost
 
 
-def refuse(cost: Cost, limit: Cost, used: Cost, used_by_caller: Cost) -> str:
+def refusal_of(cost: Cost, limit: Cost, used: Cost, used_by_caller: Cost) -> str:
     """Return why a part of the queue cannot be taken; the empty text if it can."""
-    return _refuse(
+    return _refusal_of(
         "the request queue", cost.sequences, limit.sequences, used.sequences, used_by_caller.sequences
-    ) or _refuse("the queue of tokens", cost.tokens, limit.tokens, used.tokens, used_by_caller.tokens)
+    ) or _refusal_of("the queue of tokens", cost.tokens, limit.tokens, used.tokens, used_by_caller.tokens)
 
 
-def _refuse(queue: str, size: int, limit: int, used: int, used_by_caller: int) -> str:
+def _refusal_of(queue: str, size: int, limit: int, used: int, used_by_caller: int) -> str:
     if used + size > limit:
         return f"{queue} is full (limit {limit})"
     if used_by_caller + size > SHARE * (limit - used):
@@ -190,7 +190,7 @@ class Ticket:
         queue_cost, engine_cost: its parts of the queue, and of the engine from its turn on.
         min_tokens: tokens that each sequence has at least.
         deadline: the loop's time at which the caller stops waiting; None for none.
-        tag: its place in the order.
+        start_tag: its place in the order.
         turn: set when the engine may have it; None if it did not have to wait.
         has_engine: whether it has taken its part of the engine.
         waited: seconds until its turn.
@@ -202,7 +202,7 @@ class Ticket:
     engine_cost: Cost
     min_tokens: int
     deadline: float | None
-    tag: float = 0.0
+    start_tag: float = 0.0
     turn: "asyncio.Future[None] | None" = None
     has_engine: bool = False
     waited: float = 0.0
@@ -223,7 +223,7 @@ class Admission:
         self._budget: Budget = budget or LocalBudget()
         self._waiting: list[tuple[float, int, Ticket]] = []
         self._arrivals = 0
-        self._now = 0.0
+        self._virtual_time = 0.0
         self._next_tags: dict[str, float] = {}
         self._limit: Cost | None = None
         self._poll: asyncio.TimerHandle | None = None
@@ -248,37 +248,37 @@ class Admission:
         now = asyncio.get_running_loop().time()
         ticket = Ticket(caller, queue_cost, engine_cost, min_tokens, None if remaining is None else now + remaining)
         self._check_deadline(ticket)
-        if refusal := self._budget.take(caller, queue_cost, limits.queue):
+        if refusal := self._budget.take_queue(caller, queue_cost, limits.queue):
             raise OverloadedError(refusal)
         try:
             yield ticket
         finally:
-            self._budget.give_back(caller, queue_cost)
+            self._budget.return_queue(caller, queue_cost)
             if ticket.has_engine:
-                self._budget.finish(engine_cost)
-            self._start_waiting()
+                self._budget.return_engine(engine_cost)
+            self._start_waiting_requests()
 
     def try_start(self, ticket: Ticket, limits: Limits) -> bool:
-        """Give a request its turn, if no other waits and the engine has some left."""
+        """Give a request its turn, if no other request waits and the engine has capacity."""
         self._limit = limits.engine
-        if self._waiting or not self._starts(ticket):
+        if self._waiting or not self._take_engine(ticket):
             return False
-        self._tag(ticket)
-        self._started(ticket)
+        self._set_start_tag(ticket)
+        self._record_start(ticket)
         return True
 
     async def wait_for_turn(self, ticket: Ticket, stop_waiting: asyncio.Event | None = None) -> None:
-        """Wait for the turn of a request, or for an event after which it needs no more of the engine than to end.
+        """Wait for the turn of a request, or until `stop_waiting` is set: the request then ends with what it has.
 
         Raises:
             DeadlineTooShortError: the request can no longer finish before its deadline. Its turn goes to the next one.
         """
         loop = asyncio.get_running_loop()
         begin, ticket.turn = loop.time(), loop.create_future()
-        self._tag(ticket)
+        self._set_start_tag(ticket)
         self._arrivals += 1
-        heapq.heappush(self._waiting, (ticket.tag, self._arrivals, ticket))
-        self._start_waiting()
+        heapq.heappush(self._waiting, (ticket.start_tag, self._arrivals, ticket))
+        self._start_waiting_requests()
         stop = asyncio.ensure_future(stop_waiting.wait()) if stop_waiting else None
         try:
             awaited: list[asyncio.Future[Any]] = [ticket.turn, stop] if stop else [ticket.turn]
@@ -289,36 +289,35 @@ class Admission:
             if stop:
                 stop.cancel()
         self._check_deadline(ticket)
-        ticket.started = loop.time()
 
-    def _tag(self, ticket: Ticket) -> None:
+    def _set_start_tag(self, ticket: Ticket) -> None:
         """Set the place of a request in the order."""
-        ticket.tag = max(self._now, self._next_tags.get(ticket.caller, 0.0))
-        self._next_tags[ticket.caller] = ticket.tag + ticket.engine_cost.tokens
+        ticket.start_tag = max(self._virtual_time, self._next_tags.get(ticket.caller, 0.0))
+        self._next_tags[ticket.caller] = ticket.start_tag + ticket.engine_cost.tokens
 
-    def _starts(self, ticket: Ticket) -> bool:
+    def _take_engine(self, ticket: Ticket) -> bool:
         """Take the request's part of the engine; return False if it has none left."""
         if self._limit is None:
             return True
-        ticket.has_engine = self._budget.start(ticket.engine_cost, self._limit)
+        ticket.has_engine = self._budget.take_engine(ticket.engine_cost, self._limit)
         return ticket.has_engine
 
-    def _started(self, ticket: Ticket) -> None:
+    def _record_start(self, ticket: Ticket) -> None:
         ticket.started = asyncio.get_running_loop().time()
-        self._now = max(self._now, ticket.tag)
-        if len(self._next_tags) > 2 * len(self._waiting) + MIN_SEQUENCES:  # forget callers without an advance
-            self._next_tags = {caller: tag for caller, tag in self._next_tags.items() if tag > self._now}
+        self._virtual_time = max(self._virtual_time, ticket.start_tag)
+        if len(self._next_tags) > 2 * len(self._waiting) + MIN_SEQUENCES:  # forget callers whose next tag has passed
+            self._next_tags = {caller: tag for caller, tag in self._next_tags.items() if tag > self._virtual_time}
 
-    def _start_waiting(self) -> None:
-        """Give turns to requests in order, as long as the engine has some left."""
+    def _start_waiting_requests(self) -> None:
+        """Give turns to requests in order, as long as the engine has capacity."""
         while self._waiting:
             ticket = self._waiting[0][2]
             assert ticket.turn is not None
             if not ticket.turn.done():
-                if not self._starts(ticket):
+                if not self._take_engine(ticket):
                     self._poll_later()
                     return
-                self._started(ticket)
+                self._record_start(ticket)
                 ticket.turn.set_result(None)
             heapq.heappop(self._waiting)
 
@@ -327,7 +326,7 @@ class Admission:
         if self._budget.poll_seconds is not None:
             if self._poll:
                 self._poll.cancel()
-            self._poll = asyncio.get_running_loop().call_later(self._budget.poll_seconds, self._start_waiting)
+            self._poll = asyncio.get_running_loop().call_later(self._budget.poll_seconds, self._start_waiting_requests)
 
     def _check_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is None:

@@ -3,7 +3,7 @@
 from collections.abc import MutableSequence
 from zlib import crc32
 
-from yuan_grpc.server.core.admission import Cost, refuse
+from yuan_grpc.server.core.admission import Cost, refusal_of
 
 CALLERS = 256
 """Number of classes that callers are counted in. Two callers of the same class share what one could have alone."""
@@ -35,29 +35,29 @@ class SharedBudget:
         """Return how many numbers the counts of some processes take."""
         return processes * _SIZE
 
-    def take(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue; see `Budget.take`."""
+    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Take a part of the queue; see `Budget.take_queue`."""
         position = _position(caller)
-        if refusal := refuse(cost, limit, self._sum(_QUEUED), self._sum(position)):
+        if refusal := refusal_of(cost, limit, self._sum(_QUEUED), self._sum(position)):
             return refusal
         self._add(_QUEUED, cost)
         self._add(position, cost)
         return ""
 
-    def give_back(self, caller: str, cost: Cost) -> None:
+    def return_queue(self, caller: str, cost: Cost) -> None:
         """Give a part of the queue back."""
         self._add(_QUEUED, Cost(-cost.sequences, -cost.tokens))
         self._add(_position(caller), Cost(-cost.sequences, -cost.tokens))
 
-    def start(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; see `Budget.start`."""
+    def take_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Take a part of the engine; see `Budget.take_engine`."""
         started = self._sum(_STARTED)
         if started.sequences >= limit.sequences or started.tokens >= limit.tokens:
             return False
         self._add(_STARTED, cost)
         return True
 
-    def finish(self, cost: Cost) -> None:
+    def return_engine(self, cost: Cost) -> None:
         """Give a part of the engine back."""
         self._add(_STARTED, Cost(-cost.sequences, -cost.tokens))
 

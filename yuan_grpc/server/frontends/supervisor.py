@@ -229,16 +229,18 @@ class Supervisor:
         """Free what a front end that has died used, and start another one."""
         assert lost.process is not None
         assert lost.link is not None
-        logger.error("front end %d was lost (status %s); starting another one", lost.number, lost.process.exitcode)
+        link = next(self._links, None)
+        status = lost.process.exitcode
+        if link is None:
+            self._fail(f"front end {lost.number} was lost (status {status}), after {MAX_REPLACEMENTS} replacements")
+            return
+        logger.error("front end %d was lost (status %s); starting another one", lost.number, status)
         SharedBudget(self._budget, lost.link.index).clear()
         await self._engine.abort_client(lost.link)
         await self._loras.release_all(lost.link.index)
         replacement = self._create_front_end(lost.number)
         self._front_ends[lost.number] = replacement
         replacement.control.start()
-        if (link := next(self._links, None)) is None:
-            self._fail(f"{MAX_REPLACEMENTS} front ends were lost: the server stops instead of starting another one")
-            return
         await asyncio.to_thread(self._start_process, replacement, link)
         assert replacement.link is not None
         for name in self._loras.requests:
