@@ -40,8 +40,8 @@ serve: $(READY) ## run the server (ARGS="..." goes to yuan-grpc serve)
 test: $(READY) ## run all tests in two processes (ARGS="..." goes to pytest, in one process)
 	.venv/bin/pytest $(or $(ARGS),$(IN_TWO_PROCESSES))
 
-test-fast: $(READY) ## run the tests that need no engine
-	.venv/bin/pytest $(IN_TWO_PROCESSES) tests/unit tests/contract
+test-fast: $(READY) ## run the tests that need neither an engine nor many processes
+	.venv/bin/pytest $(IN_TWO_PROCESSES) -m "not slow" tests/unit tests/contract
 
 demo-model: $(READY) ## train the demo model again, in 14 minutes on one core (FOLDER=..., default: its own folder)
 	.venv/bin/python -m yuan_grpc.demo.training train $(or $(FOLDER),yuan_grpc/demo)

@@ -6,6 +6,8 @@ import pytest
 from chaos.account import Run
 from chaos.scenarios import WITHOUT_ENGINE, Scenario
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("scenario", WITHOUT_ENGINE.values(), ids=WITHOUT_ENGINE)

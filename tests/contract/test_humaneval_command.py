@@ -32,7 +32,7 @@ from yuan_grpc.humaneval.scoring import Sample, score
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
-pytestmark = pytest.mark.timeout(60)  # programs and commands are processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]  # programs and commands are processes
 
 TASKS = {
     f"set/{i}": {

@@ -12,7 +12,7 @@ from yuan_grpc.humaneval.records import Record, Run
 from yuan_grpc.humaneval.report.page import render_page
 from yuan_grpc.humaneval.report.scored_run import ScoredRun, ScoredSample
 
-pytestmark = pytest.mark.timeout(60)  # a browser takes seconds to start
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]  # a browser takes seconds to start
 
 HOSTILE = (
     "</pre></code></summary></details></style></title><script>document.title = 'hacked'</script>"

@@ -37,7 +37,7 @@ BUF = str(Path(sys.executable).with_name("buf"))
 TEXT = "abc"
 INVALID = "INVALID_REQUEST temperature: `temperature` must be between 0 and 2, not -1"
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 class ExampleEngine(FakeEngine):

@@ -5,6 +5,8 @@ from newcomer.__main__ import ends_as_expected
 from newcomer.cases import CASES, Case
 from newcomer.play import play
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if not case.needs_engine])
 def test_a_failed_start_ends_with_its_cause(case: Case) -> None:

@@ -23,6 +23,8 @@ from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
+pytestmark = pytest.mark.slow
+
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 CODES = grpc.StatusCode
 CALLS, CONNECTIONS = 20_000, 20

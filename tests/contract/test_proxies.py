@@ -31,7 +31,7 @@ from yuan_grpc.server.settings.mesh import MeshSettings
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 PROXIES = ("envoy", "nginx", "haproxy")
 REQUEST = pb.GenerateRequest(prompt="AB")
 

@@ -30,7 +30,7 @@ from yuan_grpc.humaneval.sandbox.runner import (
     parse_verdict,
 )
 
-pytestmark = pytest.mark.timeout(60)  # each program is three processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]  # each program is three processes
 
 MARK = f"mark{uuid.uuid4().hex}"
 """Name of a package that does not exist. It marks the command line of every program that these tests run."""
