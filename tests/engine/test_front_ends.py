@@ -161,6 +161,7 @@ def test_a_front_end_that_dies_is_replaced_and_its_requests_are_freed(
     assert replacement.pid != killed.pid
     adapted = pb.GenerateRequest(prompt=SHORT.prompt, max_tokens=4, model="style")
     assert stubs[0].Generate(adapted).usage.completion_tokens == 4
+    stubs[1].UnloadLora(pb.UnloadLoraRequest(name="style"))
     with ThreadPoolExecutor(QUEUE_LIMIT) as pool:  # the queue is empty: the lost requests do not count any more
         calls = [pool.submit(stubs[1].Generate, SHORT) for _ in range(QUEUE_LIMIT)]
         assert {call.result().usage.completion_tokens for call in calls} == {4}

@@ -13,7 +13,7 @@ from isolation import run_in_user_namespace, skip_without_isolation
 from yuan_grpc.humaneval.sandbox import jail, seccomp
 from yuan_grpc.humaneval.sandbox.runner import Sandbox, SandboxError
 
-pytestmark = pytest.mark.timeout(60)  # each program is three processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]  # each program is three processes
 
 ORDINARY_USER = f"1000 {os.geteuid()} 1"
 ROOT_OF_ONE_USER = f"0 {os.geteuid()} 1"

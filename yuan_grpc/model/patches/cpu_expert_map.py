@@ -15,11 +15,20 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
+from yuan_grpc.vllm_check import check_vllm
+
+TARGETS = {
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply": (
+        "self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map, ..."
+    ),
+}
+
 
 def apply() -> None:
     """Apply the patch in this process, on CPUs only. Safe to call twice."""
     if not current_platform.is_cpu():
         return
+    check_vllm(__name__, TARGETS)
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     if not hasattr(CPUUnquantizedExperts.apply, "__wrapped__"):
