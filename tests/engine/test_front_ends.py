@@ -35,6 +35,12 @@ def ports() -> int:
 
 
 @pytest.fixture(scope="module")
+def unix_socket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unix socket of the first front end; that of the second has a number."""
+    return tmp_path_factory.mktemp("socket") / "yuan"
+
+
+@pytest.fixture(scope="module")
 def started() -> Iterator[list[ServerProcess]]:
     """The servers that have been started, of which only the last one can be running."""
     servers: list[ServerProcess] = []
@@ -44,7 +50,9 @@ def started() -> Iterator[list[ServerProcess]]:
 
 
 @pytest.fixture
-def server(started: list[ServerProcess], ports: int, tmp_path_factory: pytest.TempPathFactory) -> ServerProcess:
+def server(
+    started: list[ServerProcess], ports: int, unix_socket: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ServerProcess:
     """A server with two front ends and two engines of one adapter each; started again if a test has ended it."""
     if not started or started[-1].process.poll() is not None:
         loras = tmp_path_factory.mktemp("loras")
@@ -53,7 +61,7 @@ def server(started: list[ServerProcess], ports: int, tmp_path_factory: pytest.Te
             ServerProcess(
                 *("--frontends", "2", "--frontend-ports", str(ports), "--http-port", "0"),
                 *("--data-parallel-size", "2", "--max-num-queued-reqs", str(QUEUE_LIMIT)),
-                *("--enable-lora", "--lora-folder", str(loras)),
+                *("--enable-lora", "--lora-folder", str(loras), "--unix-socket", str(unix_socket)),
                 **ONE_THREAD,  # for each engine
             )
         )
@@ -72,12 +80,15 @@ def stubs(server: ServerProcess, ports: int) -> Iterator[list[YuanServiceStub]]:
 
 
 def test_all_front_ends_listen_on_one_port_and_give_equal_answers(
-    server: ServerProcess, stubs: list[YuanServiceStub], ports: int
+    server: ServerProcess, stubs: list[YuanServiceStub], ports: int, unix_socket: Path
 ) -> None:
     processes = {process.pid for number in range(2) for process in processes_on(ports + number)}
     assert {process.pid for process in processes_on(int(server.address.rpartition(":")[2]))} == processes
     assert len(processes) == 2
     assert len({stub.Generate(SHORT).choices[0].text for stub in (server.stub, *stubs)}) == 1
+    for path in (unix_socket, unix_socket.with_name(f"{unix_socket.name}.1")):
+        with grpc.insecure_channel(f"unix:{path}") as channel:
+            assert YuanServiceStub(channel).Generate(SHORT).usage.completion_tokens == 4
 
 
 def test_both_engines_run_requests_of_each_front_end(stubs: list[YuanServiceStub]) -> None:

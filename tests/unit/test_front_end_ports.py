@@ -31,6 +31,7 @@ def test_each_front_end_has_its_own_port_socket_and_channelz() -> None:
     own = replace(SETTINGS, frontend_ports=first, grpc=GrpcSettings(unix_socket=Path("/run/yuan.sock")))
     with Ports(replace(own, mesh=MeshSettings(channelz_port=9000)), 1) as ports:
         assert ports.own_address(0) == f"127.0.0.1:{first}"
+        assert ports.settings_for(0).grpc.unix_socket == Path("/run/yuan.sock")
         assert ports.settings_for(1).grpc.unix_socket == Path("/run/yuan.sock.1")
         assert ports.settings_for(1).mesh.channelz_port == 9001
 

@@ -51,9 +51,12 @@ class Ports:
         self._sockets.close()
 
     def settings_for(self, number: int) -> Settings:
-        """Return the settings of one front end: a unix socket and a channelz port cannot be shared."""
+        """Return the settings of one front end: a unix socket and a channelz port cannot be shared.
+
+        The first front end keeps the path, so that a probe of it works for any number of them.
+        """
         settings, path, port = self.settings, self.settings.grpc.unix_socket, self.settings.mesh.channelz_port
-        if path is not None:
+        if path is not None and number:
             settings = replace(
                 settings, grpc=replace(settings.grpc, unix_socket=path.with_name(f"{path.name}.{number}"))
             )
