@@ -55,18 +55,16 @@ def folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
 def test_the_server_finishes_running_calls_and_leaves_no_process_and_no_temporary_file(
-    start: Callable[..., ServerProcess], folder: Path, stop_signal: signal.Signals
+    start: Callable[..., ServerProcess], folder: Path
 ) -> None:
-    """The whole process group gets the signal, as with Ctrl-C in a terminal."""
     server = start(TMPDIR=str(folder), XDG_CACHE_HOME=str(folder / "cache"))
     server.wait_until_serving()
     engine_processes = server.engine_processes()
     assert any(path.is_socket() for path in folder.glob("yuan-grpc-*/*"))
     call = server.stub.GenerateStream(LONG)
     messages = [next(call)]
-    os.killpg(server.process.pid, stop_signal)
+    os.killpg(server.process.pid, signal.SIGTERM)
     messages += call
     assert messages[-1].usage.completion_tokens == 200
     status, log = server.wait_for_exit()
@@ -198,7 +196,10 @@ def test_a_killed_server_takes_its_engine_with_it(start: Callable[..., ServerPro
     assert have_exited(engine_processes)
 
 
-def test_a_lower_priority_number_is_scheduled_first(start: Callable[..., ServerProcess]) -> None:
+def test_a_lower_priority_number_is_scheduled_first_and_ctrl_c_lets_calls_finish(
+    start: Callable[..., ServerProcess],
+) -> None:
+    """The whole process group gets the signal, as from a terminal."""
     server = start("--scheduling-policy", "priority", "--max-num-seqs", "1")
     server.wait_until_serving()
     running = server.stub.GenerateStream(ENDLESS)
@@ -221,8 +222,15 @@ def test_a_lower_priority_number_is_scheduled_first(start: Callable[..., ServerP
     assert finished.acquire(timeout=60)
     assert finished.acquire(timeout=60)
     assert order.index(5) >= max(1, order.count(1) // 2)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.wait_for_exit()[0] == 0
+    engine_processes, call = server.engine_processes(), server.stub.GenerateStream(LONG)
+    next(call)
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert list(call)[-1].usage.completion_tokens == 200
+    status, log = server.wait_for_exit()
+    assert status == 0, log
+    assert "Traceback" not in log
+    assert "WARNING" not in log  # as when a process has to be killed
+    assert have_exited(engine_processes)
 
 
 def test_the_server_can_be_stopped_while_the_model_loads(start: Callable[..., ServerProcess]) -> None:
