@@ -57,8 +57,6 @@ COLUMNS = (
     " tokens/s of a host ",
     " price of a million ",
 )
-POLICIES = ("random", "round_robin", "least_request", "reported", "picker", "ideal")
-FAULTS = ("slow", "stalled", "lost")
 
 
 @dataclass(eq=False)
@@ -310,8 +308,13 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
-def row_of(fleet: Fleet, seconds: float) -> str:
-    """Return the figures of the requests that arrived after the warm-up, as cells of a Markdown table."""
+def row_of(fleet: Fleet, seconds: float, price: float) -> str:
+    """Return the figures of the requests that arrived after the warm-up, as cells of a Markdown table.
+
+    Args:
+        seconds: the simulated time.
+        price: the price of a host for an hour.
+    """
     requests = [request for request in fleet.requests if request.arrival >= WARM_UP]
     started = [request.first_token - request.arrival for request in requests if 0 < request.first_token < seconds]
     ended = [request for request in requests if not request.outcome]
@@ -327,6 +330,7 @@ def row_of(fleet: Fleet, seconds: float) -> str:
         f"{lost / len(requests):.2%}",
         f"{overdue / len(requests):.2%}",
         f"{tokens:,.0f}",
+        f"{price / (tokens * 3600) * 1e6:.3f}",
     )
     return " | ".join(cells)
 
@@ -337,7 +341,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=100, metavar="N")
     parser.add_argument("--seconds", type=float, default=30, metavar="S", help="simulated time (default: 30)")
     parser.add_argument("--load", default="0.7,0.9,1.1", metavar="L,L", help="default: 0.7,0.9,1.1")
-    parser.add_argument("--policy", default=",".join(POLICIES), metavar="P,P")
+    parser.add_argument("--policy", default=",".join(CHOOSERS), metavar="P,P")
     parser.add_argument("--fault", default="", metavar="F,F", help="to host 0: slow, stalled, lost")
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="mean (default: 512)")
     parser.add_argument("--output-tokens", type=int, default=256, metavar="N", help="mean (default: 256)")
@@ -352,10 +356,8 @@ def main() -> None:
                 fleet = Fleet(arguments.hosts, policy, fault, arguments.seed)
                 lengths = (arguments.prompt_tokens, arguments.output_tokens)
                 fleet.run(load * each * arguments.hosts, arguments.seconds, *lengths)
-                row = row_of(fleet, arguments.seconds)
-                rate = float(row.rpartition(" ")[2].replace(",", ""))
-                price = arguments.price / (rate * 3600) * 1e6
-                print(f"| {load} | {fault or 'none'} | {policy} | {row} | {price:.3f} |", flush=True)
+                row = row_of(fleet, arguments.seconds, arguments.price)
+                print(f"| {load} | {fault or 'none'} | {policy} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

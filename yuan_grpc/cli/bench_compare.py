@@ -11,6 +11,7 @@ from typing import Any
 
 from yuan_grpc.cli.common.errors import UsageError, handle_errors
 from yuan_grpc.cli.common.terminal import BOLD, GREEN, RED, colorize, sanitize_line
+from yuan_grpc.cli.load_generator import METRICS
 
 NOTABLE = 0.05
 """Relative difference above which a ratio has a color."""
@@ -99,7 +100,7 @@ def _rows(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[str, 
         if key in first and key in second:
             yield label, (first[key], second[key], True)
     yield "errors", (sum(first["errors"].values()), sum(second["errors"].values()), False)
-    for metric in ("ttft", "tpot", "itl", "e2el"):
+    for metric in METRICS:
         a, b = (level.get(f"{metric}_seconds", {}) for level in (first, second))
         for part in a:
             if a[part] is not None and b.get(part) is not None:

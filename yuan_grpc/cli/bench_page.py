@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from yuan_grpc.cli.load_generator import METRICS, PERCENTILES
+
 WIDTH, HEIGHT, MARGIN = 360, 200, 44
 """Size of a chart and the space for its labels, in pixels."""
 COLORS = ("#1f6feb", "#bf8700", "#cf222e")
@@ -20,12 +22,15 @@ svg{fill:currentColor;font:11px system-ui,sans-serif;max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #8884}
 """
+TITLES = {
+    "ttft": "Time to first token (ms)",
+    "tpot": "Time per output token (ms)",
+    "itl": "Time between tokens (ms)",
+    "e2el": "Time of a call (ms)",
+}
 _CHARTS = (
     ("Tokens per second", (("output_tokens_per_second", None),), 1.0),
-    ("Time to first token (ms)", (("ttft_seconds", "p50"), ("ttft_seconds", "p90"), ("ttft_seconds", "p99")), 1000.0),
-    ("Time per output token (ms)", (("tpot_seconds", "p50"), ("tpot_seconds", "p90"), ("tpot_seconds", "p99")), 1000.0),
-    ("Time between tokens (ms)", (("itl_seconds", "p50"), ("itl_seconds", "p90"), ("itl_seconds", "p99")), 1000.0),
-    ("Time of a call (ms)", (("e2el_seconds", "p50"), ("e2el_seconds", "p90"), ("e2el_seconds", "p99")), 1000.0),
+    *((title, tuple((f"{metric}_seconds", part) for part in PERCENTILES), 1000.0) for metric, title in TITLES.items()),
 )
 """Title, series and factor of each chart. A series is a key of a level, and a key in it if it has several."""
 
@@ -111,17 +116,16 @@ def _y(value: float, top: float) -> float:
 def _format_table(levels: Sequence[Any]) -> str:
     goodput = ["goodput/s"] if "goodput_per_second" in levels[0] else []
     names = ["level", "requests", "errors", "requests/s", "tokens/s", *goodput]
-    metrics = ("ttft", "tpot", "itl", "e2el")
-    names += [f"{metric.upper()} {part} (ms)" for metric in metrics for part in ("p50", "p90", "p99")]
-    rows = [_format_row(level, metrics) for level in levels]
+    names += [f"{metric.upper()} {part} (ms)" for metric in METRICS for part in PERCENTILES]
+    rows = map(_format_row, levels)
     head = "".join(f"<th>{name}</th>" for name in names)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _format_row(level: dict[str, Any], metrics: Sequence[str]) -> str:
+def _format_row(level: dict[str, Any]) -> str:
     cells = [escape(level["label"]), str(level["requests"]), str(sum(level["errors"].values()))]
     rates = [level["requests_per_second"], level["output_tokens_per_second"], level.get("goodput_per_second")]
     cells += [f"{rate:.2f}" for rate in rates if rate is not None]
-    values = [_value(level, f"{metric}_seconds", part, 1000) for metric in metrics for part in ("p50", "p90", "p99")]
+    values = [_value(level, f"{metric}_seconds", part, 1000) for metric in METRICS for part in PERCENTILES]
     cells += ["-" if value is None else f"{value:.2f}" for value in values]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -16,11 +16,11 @@ from typing import Any
 from yuan_grpc.cli.bench_page import to_html
 from yuan_grpc.cli.common.errors import UsageError
 from yuan_grpc.cli.common.terminal import is_terminal, sanitize
-from yuan_grpc.cli.load_generator import METRICS, QUANTILES, Measurement, quantile
+from yuan_grpc.cli.load_generator import METRICS, PERCENTILES, Measurement, quantile
 from yuan_grpc.client import Model
 
 Document = dict[str, Any]
-"""The results of a run as JSON; docs/command-line.md lists the keys."""
+"""The results of a run as JSON; docs/call/command-line.md lists the keys."""
 
 
 def to_document(options: argparse.Namespace, model: Model, levels: Sequence[Measurement]) -> Document:
@@ -98,7 +98,7 @@ def _finite_or_none(value: float) -> float | None:
 
 
 def _summarize(times: Sequence[float]) -> dict[str, float | None]:
-    quantiles = {f"p{round(fraction * 100)}": quantile(times, fraction) for fraction in QUANTILES}
+    quantiles = {name: quantile(times, fraction) for name, fraction in PERCENTILES.items()}
     return {"mean": sum(times) / len(times) if times else None, **quantiles}
 
 

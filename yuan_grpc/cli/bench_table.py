@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from yuan_grpc.cli.common.terminal import BOLD, colorize, sanitize_line
-from yuan_grpc.cli.load_generator import QUANTILES, Measurement, Workload, quantile
+from yuan_grpc.cli.load_generator import PERCENTILES, Measurement, Workload, quantile
 from yuan_grpc.client import Model
 
 _COUNTS = (("conc", 4), ("reqs", 6), ("errs", 4), ("req/s", 7), ("tokens/s", 8))
 _TIME_WIDTHS = (7, 6)
-"""Titles and widths of the columns. A time has a column for each of QUANTILES. A row has 78 characters."""
+"""Titles and widths of the columns. A time has a column for each of PERCENTILES. A row has 78 characters."""
 
 
 def print_header(options: argparse.Namespace, model: Model, workload: Workload) -> None:
@@ -58,12 +58,12 @@ def _format_titles(options: argparse.Namespace) -> list[str]:
     lines, pairs = [], _pairs(options.percentile_metrics)
     for metrics in pairs:
         titles = [
-            f"{metric.upper()} (ms)".rjust(len(QUANTILES) * (width + 1) - 1)
+            f"{metric.upper()} (ms)".rjust(len(PERCENTILES) * (width + 1) - 1)
             for metric, width in zip(metrics, _TIME_WIDTHS, strict=False)
         ]
         lines.append(" ".join([" " * _COUNTS_WIDTH, *titles]))
     for width in _TIME_WIDTHS[: len(pairs[0])]:
-        names += [f"p{round(fraction * 100)}".rjust(width) for fraction in QUANTILES]
+        names += [name.rjust(width) for name in PERCENTILES]
     return [*lines, " ".join(names)]
 
 
@@ -78,7 +78,7 @@ def _format_times(level: Measurement, metrics: Sequence[str]) -> list[str]:
     cells = []
     for metric, width in zip(metrics, _TIME_WIDTHS, strict=False):
         times = level.times(metric)
-        cells += [_format_milliseconds(quantile(times, fraction), width) for fraction in QUANTILES]
+        cells += [_format_milliseconds(quantile(times, fraction), width) for fraction in PERCENTILES.values()]
     return cells
 
 

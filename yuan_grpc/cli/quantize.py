@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     try:
         quantize_checkpoint(options.source, options.target, options.scheme, options.group_size)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print_error(str(error))
         return 1
     before, after = map(_weight_bytes, (options.source, options.target))

@@ -248,35 +248,33 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         Raises:
             ValueError: a weight is missing, unknown or has the wrong shape; the message names it.
         """
-        if has_quantized_weights(self.vllm_config):
-            return self._load_quantized(weights)
+        load = self._load_quantized if has_quantized_weights(self.vllm_config) else self._load_published
+        # vLLM would read a `.bin` file completely into memory; Linux can reclaim the pages of a mapped file.
+        with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
+            loaded, stored_head = load(report_progress(weights, self.config))
+        if stored_head is not None and get_pp_group().is_last_rank:
+            self._load_head(stored_head)
+        return loaded
+
+    def _load_published(self, weights: Iterable[tuple[str, torch.Tensor]]) -> tuple[set[str], torch.Tensor | None]:
         loaded: set[str] = set()
 
         def placement(name: str) -> Placement | None:
             target, parts, expert = parameter_of(name)
-            if is_pp_missing_parameter(target, self):  # it belongs to another pipeline rank
+            if self._is_on_other_rank(target):
                 return None
             loaded.add(target)
             return Placement(self.get_parameter(target), parts, expert)
 
-        # vLLM would read a `.bin` file completely into memory; Linux can reclaim the pages of a mapped file.
-        with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
-            stored_head = load_checkpoint(report_progress(weights, self.config), self.config, placement)
-        if stored_head is not None and get_pp_group().is_last_rank:
-            self._load_head(stored_head)
-        return loaded
+        return loaded, load_checkpoint(weights, self.config, placement)
 
-    def _load_quantized(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def _load_quantized(self, weights: Iterable[tuple[str, torch.Tensor]]) -> tuple[set[str], torch.Tensor | None]:
         """Load a checkpoint with the parameters that vLLM's linear layers for its format take."""
+        return load_quantized_checkpoint(weights, self.config, self, self._is_on_other_rank)
 
-        def is_on_other_rank(target: str) -> bool:
-            return bool(is_pp_missing_parameter(target, self))
-
-        progress = report_progress(weights, self.config)
-        loaded, stored_head = load_quantized_checkpoint(progress, self.config, self, is_on_other_rank)
-        if stored_head is not None and get_pp_group().is_last_rank:
-            self._load_head(stored_head)
-        return loaded
+    def _is_on_other_rank(self, target: str) -> bool:
+        """Return whether a parameter belongs to another pipeline rank."""
+        return bool(is_pp_missing_parameter(target, self))
 
     def _load_head(self, stored: torch.Tensor) -> None:
         """Load the head that a checkpoint stores despite a tied embedding; keep a second copy only if they differ."""

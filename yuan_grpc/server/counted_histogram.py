@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import Histogram
 
@@ -16,10 +16,7 @@ class CountedHistogram(Histogram):
 
     def observe_all(self, amounts: Sequence[float]) -> None:
         """Add observations."""
-        self._add(Counter(self._buckets_of(amounts)), sum(amounts))
-
-    def _buckets_of(self, amounts: Iterable[float]) -> Iterable[int]:
-        return (bisect_left(self._upper_bounds, amount) for amount in amounts)
+        self._add(Counter(bisect_left(self._upper_bounds, amount) for amount in amounts), sum(amounts))
 
     def _add(self, counts: Mapping[int, int], total: float) -> None:
         self._sum.inc(total)

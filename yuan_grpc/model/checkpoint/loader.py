@@ -1,6 +1,6 @@
 """The loader of published checkpoints."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -71,9 +71,8 @@ def load_checkpoint(
         if name.endswith(DERIVED):
             continue
         if name not in expected:
-            raise ValueError(f"the checkpoint has a weight that no Yuan model has: {name}")
-        if loaded.shape != expected[name]:
-            raise ValueError(f"{name} must be of shape {list(expected[name])}, not {list(loaded.shape)}")
+            raise unknown_weight_error(name)
+        check_shape(name, loaded, expected[name])
         missing.pop(name, None)
         if name == HEAD and config.tie_word_embeddings:
             stored_head = loaded
@@ -81,7 +80,23 @@ def load_checkpoint(
             place.load(loaded)
     if config.tie_word_embeddings:
         missing.pop(HEAD, None)
+    check_none_is_missing(missing)
+    return stored_head
+
+
+def unknown_weight_error(name: str) -> ValueError:
+    """Return the error for a weight of the checkpoint that the model does not have."""
+    return ValueError(f"the checkpoint has a weight that no Yuan model has: {name}")
+
+
+def check_shape(name: str, loaded: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless a weight of the checkpoint has its published shape."""
+    if loaded.shape != expected:
+        raise ValueError(f"{name} must be of shape {list(expected)}, not {list(loaded.shape)}")
+
+
+def check_none_is_missing(missing: Collection[str]) -> None:
+    """Raise ValueError if the checkpoint lacks a weight."""
     if missing:
         first, *others = missing
         raise ValueError(f"the checkpoint lacks {first}" + (f" and {len(others)} other weights" if others else ""))
-    return stored_head

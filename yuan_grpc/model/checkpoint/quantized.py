@@ -5,13 +5,14 @@ Such a checkpoint has the published names, except that a linear layer has the pa
 Convolutions, norms and the embedding are not quantized.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from yuan_grpc.model.checkpoint.layout import DERIVED, HEAD, published_shapes
-from yuan_grpc.model.checkpoint.loader import Placement
+from yuan_grpc.model.checkpoint.loader import Placement, check_none_is_missing, check_shape, unknown_weight_error
 from yuan_grpc.model.checkpoint.mapping import QUANTIZED_MODULES, parameter_of
 from yuan_grpc.model.config import YuanConfig
 
@@ -61,9 +62,9 @@ class _Loader:
     def load(self, name: str, tensor: torch.Tensor) -> None:
         module, _, kind = name.rpartition(".")
         if f"{module}.weight" not in self.shapes:
-            raise ValueError(f"the checkpoint has a weight that no Yuan model has: {name}")
-        if (expected := self.shapes.get(name)) is not None and tensor.shape != expected:
-            raise ValueError(f"{name} must be of shape {list(expected)}, not {list(tensor.shape)}")
+            raise unknown_weight_error(name)
+        if name in self.shapes:
+            check_shape(name, tensor, self.shapes[name])
         if name == HEAD and self.config.tie_word_embeddings:
             self.stored_head = tensor
             return
@@ -95,20 +96,20 @@ class _Loader:
 
     def check_missing(self) -> None:
         """Raise an error for the first parameter of this rank, or part of one, that was not loaded."""
-        missing = [name for name in self._required() if not self._is_loaded(name)]
-        if missing:
-            first, *others = missing
-            raise ValueError(f"the checkpoint lacks {first}" + (f" and {len(others)} other weights" if others else ""))
+        check_none_is_missing([name for name in self._required() if not self._is_loaded(name)])
 
     def _required(self) -> list[str]:
         """Return the names that the checkpoint must have, by the parameters of the model's layers."""
+        kinds = defaultdict[str, list[str]](list)  # by layer
+        for parameter in self.parameters:
+            layer, _, kind = parameter.rpartition(".")
+            kinds[layer].append(kind)
         required = []
         for name in self.shapes:
             module = name.removesuffix(".weight")
             layer = parameter_of(name, QUANTIZED_MODULES).name.removesuffix(".weight")
-            kinds = [other.rpartition(".")[2] for other in self.parameters if other.rpartition(".")[0] == layer]
             if name.endswith(".weight"):
-                required += [f"{module}.{kind}" for kind in kinds if kind not in OPTIONAL]
+                required += [f"{module}.{kind}" for kind in kinds[layer] if kind not in OPTIONAL]
             else:
                 required.append(name)
         tied = {HEAD} if self.config.tie_word_embeddings else set[str]()

@@ -73,12 +73,13 @@ class ResponseBuilder:
         response = pb.GenerateResponse(
             request_id=self._request_id,
             model=self._model,
-            choices=[self._choice(delta) for delta in sorted(output.deltas, key=lambda delta: delta.index)],
             usage=self._add_usage(output),
             seed=self._seed,
             prompt_token_ids=self._prompt_token_ids,
             timings=_timings(self._stats),
         )
+        for delta in sorted(output.deltas, key=lambda delta: delta.index):
+            self._fill_choice(response.choices.add(), delta)
         self._add_prompt_logprobs(response, output.prompt_logprobs)
         return response
 
@@ -144,11 +145,6 @@ class ResponseBuilder:
         if self._shows_cached_tokens:  # in a shared cache, they would show which prompts other callers have sent
             self._usage.cached_tokens = output.cached_tokens or self._usage.cached_tokens
         return self._usage
-
-    def _choice(self, delta: ChoiceDelta) -> pb.Choice:
-        choice = pb.Choice()
-        self._fill_choice(choice, delta)
-        return choice
 
     def _fill_choice(self, choice: pb.Choice, delta: ChoiceDelta) -> None:
         """Set what a delta has, which for most is a text and a token."""
