@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,8 +51,9 @@ def pytest_timeout_set_timer() -> Generator[None, Any, Any]:
 
     def end(number: int, frame: FrameType | None) -> None:
         for child in psutil.Process().children(recursive=True):
-            if child.create_time() > started - BOOT_TIME_ERROR:
-                child.kill()
+            with suppress(psutil.NoSuchProcess):
+                if child.create_time() > started - BOOT_TIME_ERROR:
+                    child.kill()
         assert callable(fail)
         fail(number, frame)
 

@@ -27,12 +27,13 @@ SIZES = ("--prompt-tokens", "4", "--max-tokens", "4")
 class FourTokenEngine(FakeEngine):
     """Generates four tokens, one per step. Keeps the highest number of running requests."""
 
-    most = 0
+    def __init__(self) -> None:
+        super().__init__(more("a"), more("b"), more("c"), last("d"))
+        self.most = 0
 
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
-        self.script = (more("a"), more("b"), more("c"), last("d"))
         async for output in super().generate(request, stream=stream, deadline=deadline):
             self.most = max(self.most, self.running)
             await asyncio.sleep(0)

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,14 +47,10 @@ class ExampleEngine(FakeEngine):
         super().__init__()
         self.info = replace(self.info, max_model_len=4096)
 
-    async def generate(
-        self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
-    ) -> AsyncGenerator[StepOutput, None]:
-        is_long = request.sampling.max_tokens > 100
-        self.script = (more(TEXT[0]),) if is_long else (*map(more, TEXT[:-1]), last(TEXT[-1]))
-        self.hangs = is_long
-        async for output in super().generate(request, stream=stream, deadline=deadline):
-            yield output
+    def script_for(self, request: EngineRequest) -> tuple[Sequence[StepOutput | Exception], bool]:
+        if request.sampling.max_tokens > 100:
+            return [more(TEXT[0])], True
+        return [*map(more, TEXT[:-1]), last(TEXT[-1])], False
 
 
 @pytest.fixture(scope="module")

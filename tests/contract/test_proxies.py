@@ -24,6 +24,7 @@ from servers import serve_grpc
 
 from yuan_grpc.client import AsyncClient, AsyncStream, YuanError
 from yuan_grpc.server.engine.load import EngineLoad
+from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.errors import OverloadedError
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME
@@ -182,10 +183,8 @@ async def test_the_route_timeout_of_envoy_cuts_every_stream(tmp_path: Path) -> N
 class OverloadedOnce(FakeEngine):
     """An engine whose queue is full for the first request."""
 
-    def generate(self, *arguments: Any, **keywords: Any) -> Any:
-        is_first = not self.requests
-        self.script = (OverloadedError("the request queue is full (limit 1)") if is_first else last("yes"),)
-        return super().generate(*arguments, **keywords)
+    def script_for(self, request: EngineRequest) -> tuple[Sequence[StepOutput | Exception], bool]:
+        return [last("yes") if self.requests else OverloadedError("the request queue is full (limit 1)")], False
 
 
 async def test_clients_retry_after_the_delay_of_the_server(name: str, tmp_path: Path) -> None:

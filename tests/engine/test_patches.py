@@ -45,6 +45,7 @@ from yuan_grpc.model.patches import (
     worker_death,
 )
 from yuan_grpc.model.tokenizer import YuanTokenizer
+from yuan_grpc.server.engine.vllm.processes import ProcessTree
 from yuan_grpc.vllm_check import NO_FUNCTION, UnsupportedVllmError, installed_version
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # vLLM's warnings while it is imported
@@ -445,8 +446,7 @@ def unpatched_engine(tmp_path: Path) -> Iterator[UnpatchedEngine]:
         try:
             yield UnpatchedEngine(server, process, started["group"])
         finally:
-            for one in (*process.children(recursive=True), process):
-                one.kill()
+            ProcessTree([process.pid]).kill()
             server.kill()
 
 

@@ -123,28 +123,33 @@ class FakeEngine:
     async def pin_lora(self, lora: str) -> AsyncGenerator[str, None]:
         yield lora
 
+    def script_for(self, request: EngineRequest) -> tuple[Sequence[StepOutput | Exception], bool]:
+        """Return the script of a request, and whether it hangs after it."""
+        return self.script, self.hangs
+
     async def generate(
         self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
     ) -> AsyncGenerator[StepOutput, None]:
+        script, hangs = self.script_for(request)
         self.requests.append(request)
         self.running += 1
         self.began.set()
         finished = {
             delta.index
-            for output in self.script
+            for output in script
             if isinstance(output, StepOutput)
             for delta in output.deltas
             if delta.finish_reason
         }
         try:
-            if not (self.script and isinstance(self.script[0], Exception)):
+            if not (script and isinstance(script[0], Exception)):
                 yield StepOutput()
-            for output in self.script:
+            for output in script:
                 if isinstance(output, Exception):
                     raise output
                 self.progress += 1
                 yield output
-            if self.hangs:
+            if hangs:
                 await (deadline or asyncio.Event()).wait()
                 unfinished = [index for index in range(request.sampling.n) if index not in finished]
                 yield StepOutput(

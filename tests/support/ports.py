@@ -28,4 +28,4 @@ def free_ports() -> int:
 def processes_on(port: int) -> list[psutil.Process]:
     """Return the processes that listen on a port."""
     listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
-    return [psutil.Process(each.pid) for each in listening if each.laddr.port == port]
+    return [psutil.Process(each.pid) for each in listening if each.laddr.port == port and each.pid]

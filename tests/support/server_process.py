@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2
 from health_client import health_stub
 from one_thread import default_environment
 
+from yuan_grpc.server.engine.vllm.processes import ProcessTree
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 COMMAND = (sys.executable, "-m", "yuan_grpc", "serve", "--port", "0")
@@ -63,9 +64,8 @@ class ServerProcess:
 
     def kill(self) -> None:
         """Kill all processes, if the server is running."""
-        is_running = self.process.poll() is None
-        for process in (*self.engine_processes(), self.process) if is_running else ():
-            process.kill()
+        if self.process.poll() is None:
+            ProcessTree([self.process.pid]).kill()
         assert self.process.stderr is not None
         self.process.stderr.close()
         self.process.wait()
