@@ -12,7 +12,7 @@ DOCS_READY := .venv-docs/.ready
 .NOTPARALLEL: # `check` runs the tests last
 # The tests start hundreds of processes, and each would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
-IN_TWO_PROCESSES := -n 2 --dist worksteal
+IN_TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
 .PHONY: help setup install serve test test-fast examples examples-node examples-go examples-cpp demo-model newcomer chaos \
   vllm-symbols vllm-next coverage check proto proto-check proto-release lint format lock release-files image-check docs \
   docs-reference docs-check pictures clean

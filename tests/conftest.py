@@ -13,6 +13,7 @@ import grpc
 import psutil
 import pytest
 from one_thread import set_one_thread
+from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
 
 set_one_thread()
 
@@ -24,23 +25,41 @@ BOOT_TIME_ERROR = 1.0
 """Error of the start time of a process, in seconds: it is relative to the boot time, which the kernel rounds."""
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give tests without an engine a shorter timeout, and run them last: they fill the time of the other process.
 
-    Of two processes, one starts with the first half of the tests and the other with the second half. The process that
-    is done takes tests from the end of the other's. So only one of them needs the session's engine, most of the time.
+    One of two processes runs all tests of the session's engine, so the other one never starts it.
     """
     items.sort(key=_order)
     for item in items:
         if not item.get_closest_marker("engine") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
+        if "session_server" in _fixtures(item):
+            item.add_marker(pytest.mark.xdist_group("session"))
+
+
+class FileScheduling(LoadGroupScheduling):  # type: ignore[misc]
+    """Gives a process whole files, whose fixtures it starts once, and all tests of a group."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope: str = super()._split_scope(nodeid)
+        return scope.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    """Return the scheduler of `-n 2 --dist loadgroup`."""
+    return FileScheduling(config, log)
 
 
 def _order(item: pytest.Item) -> tuple[bool, bool]:
     """Return the key of a test: the session's engine first, then other engines, then no engine."""
+    return item.get_closest_marker("engine") is None, "session_server" not in _fixtures(item)
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
     fixtures: list[str] = getattr(item, "fixturenames", [])
-    return item.get_closest_marker("engine") is None, "session_server" not in fixtures
+    return fixtures
 
 
 @pytest.hookimpl(wrapper=True)

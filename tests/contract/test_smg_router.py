@@ -50,7 +50,12 @@ async def routed(engine: FakeEngine, folder: Path) -> AsyncIterator[httpx.AsyncC
     health, port = Health(NAME), free_port()
     async with serve_grpc(engine, health, mesh=MeshSettings(vllm_engine=True)) as address:
         await health.set_serving()
-        command = ["-m", "smg.launch_router", "--host", "127.0.0.1", "--port", str(port), "--worker-urls"]
+        command = ["-m", "smg.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+        command += [
+            "--worker-startup-check-interval",
+            "1",
+            "--worker-urls",
+        ]  # it is 30 s, also after a slow first check
         with (folder / "router.log").open("wb") as log:
             router = await asyncio.create_subprocess_exec(
                 *(sys.executable, *command, f"grpc://{address}"),
