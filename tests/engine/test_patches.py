@@ -65,6 +65,10 @@ MASKS = 16
 PATCHES = Path(patches.__file__).parent
 REPLACE_NOTHING = {"__init__", "cpu_amx", "worker_process"}
 
+slow_and_only_for_another_vllm = pytest.mark.skipif(
+    "TEST_UNPATCHED_VLLM" not in os.environ,
+    reason="starts processes of a vLLM without patches, and the pinned one does not change: `make vllm-next` runs it",
+)
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the fault is in vLLM for CPUs")
 
 
@@ -94,6 +98,7 @@ def test_a_patch_is_not_applied_to_a_function_that_has_changed(name: str) -> Non
 
 
 @on_a_cpu
+@slow_and_only_for_another_vllm
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
 def test_cpu_amx_vllm_does_not_request_the_tile_registers() -> None:
     program = [sys.executable, str(SUPPORT / "unpatched_attention.py")]
@@ -450,6 +455,7 @@ def unpatched_engine(tmp_path: Path) -> Iterator[UnpatchedEngine]:
             server.kill()
 
 
+@slow_and_only_for_another_vllm
 def test_worker_process_vllm_leaves_its_engine_in_the_servers_group_and_alive_after_it(
     unpatched_engine: UnpatchedEngine, tmp_path: Path
 ) -> None:

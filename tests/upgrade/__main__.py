@@ -100,7 +100,8 @@ def run_tests(number: str, target: Path, arguments: list[str]) -> int:
     path = os.pathsep.join((str(target), str(REPOSITORY)))
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *arguments]
     report.unlink(missing_ok=True)
-    completed = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": path})
+    environment = os.environ | {"PYTHONPATH": path, "TEST_UNPATCHED_VLLM": "1"}
+    completed = subprocess.run(command, cwd=REPOSITORY, env=environment)
     if not report.is_file():
         return completed.returncode
     failed = []
