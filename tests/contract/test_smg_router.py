@@ -50,15 +50,11 @@ async def routed(engine: FakeEngine, folder: Path) -> AsyncIterator[httpx.AsyncC
     health, port = Health(NAME), free_port()
     async with serve_grpc(engine, health, mesh=MeshSettings(vllm_engine=True)) as address:
         await health.set_serving()
-        command = ["-m", "smg.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-        command += [
-            "--worker-startup-check-interval",
-            "1",
-            "--worker-urls",
-        ]  # it is 30 s, also after a slow first check
+        command = ["-m", "smg.launch_router", "--host", "127.0.0.1", "--port", str(port), "--worker-urls"]
+        check_often = ["--worker-startup-check-interval", "1"]  # of a worker that did not answer; 30 s otherwise
         with (folder / "router.log").open("wb") as log:
             router = await asyncio.create_subprocess_exec(
-                *(sys.executable, *command, f"grpc://{address}"),
+                *(sys.executable, *command, f"grpc://{address}", *check_often),
                 env=os.environ | {"HF_HUB_OFFLINE": "1"},
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,

@@ -20,8 +20,7 @@ from yuan_grpc.cli.arrivals import Arrivals
 from yuan_grpc.client import AsyncClient, YuanError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
-QUANTILES = (0.5, 0.9, 0.99)
-PERCENTILES = {f"p{round(fraction * 100)}": fraction for fraction in QUANTILES}
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 """Name of each reported quantile -> its fraction."""
 METRICS = ("ttft", "tpot", "itl", "e2el")
 """Time to first token, mean time per token after it, time between tokens, and time of the whole call."""
