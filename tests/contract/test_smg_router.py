@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from fake_engine import FakeEngine, last, more
 from proxies import free_port
 from servers import serve_grpc
 
+from yuan_grpc.server.engine.types import EngineRequest, StepOutput
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME
 from yuan_grpc.server.settings.mesh import MeshSettings
@@ -96,12 +97,36 @@ async def test_the_router_serves_completions(tmp_path: Path) -> None:
     assert "".join(json.loads(event)["choices"][0]["text"] for event in events if '"choices":[{' in event) == "ab"
 
 
+class EndlessEngine(FakeEngine):
+    """An engine that generates until it is cancelled, once its script is empty.
+
+    The router finds out that a caller has left when it sends him the next token, and not before.
+    """
+
+    async def generate(
+        self, request: EngineRequest, *, stream: bool, deadline: asyncio.Event | None = None
+    ) -> AsyncGenerator[StepOutput, None]:
+        if self.script:
+            async for output in super().generate(request, stream=stream, deadline=deadline):
+                yield output
+            return
+        yield StepOutput()
+        self.began.set()
+        try:
+            while True:
+                yield more("a")
+                await asyncio.sleep(0.01)
+        finally:
+            self.freed.set()
+
+
 async def test_a_caller_that_leaves_the_router_frees_its_engine_request(tmp_path: Path) -> None:
-    engine = FakeEngine(last("a"))
+    engine = EndlessEngine(last("a"))
     async with routed(engine, tmp_path) as client:
-        engine.script, engine.hangs = tuple(map(more, "abcdefgh")), True
+        engine.script = ()
+        engine.began.clear()
         engine.freed.clear()
         async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as response:
             await anext(response.aiter_lines())
-            assert engine.running == 1
+            assert engine.began.is_set()
         await engine.freed.wait()
