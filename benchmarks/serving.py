@@ -212,6 +212,7 @@ def load_of(arguments: argparse.Namespace, protocol: str, addresses: tuple[str, 
         prompt_tokens=arguments.prompt_tokens,
         max_tokens=arguments.max_tokens,
         vocabulary=arguments.vocabulary,
+        long_prompts_per_s=arguments.long_prompts,
     )
 
 
@@ -257,6 +258,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--vocabulary", type=int, default=1000, metavar="N", help="prompts have ids from 300 to this")
+    parser.add_argument(
+        "--long-prompts", type=float, default=0, metavar="N", help="prompts of 4,096 tokens that arrive in each second"
+    )
     parser.add_argument("--offline-job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.streams = [int(number) for number in arguments.streams.split(",")]

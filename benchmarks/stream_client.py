@@ -40,6 +40,8 @@ class Load:
         prompt_tokens: length of each prompt.
         max_tokens: number of tokens to generate for each prompt.
         vocabulary: upper limit of the token ids, exclusive.
+        long_prompt_tokens: length of additional prompts that arrive during the load and are not measured.
+        long_prompts_per_s: number of those in a second; 0 for none.
     """
 
     protocol: str
@@ -50,6 +52,8 @@ class Load:
     prompt_tokens: int
     max_tokens: int
     vocabulary: int
+    long_prompt_tokens: int = 4096
+    long_prompts_per_s: float = 0.0
 
 
 @dataclass
@@ -133,9 +137,24 @@ async def _run_streams(load: Load, index: int, count: int, barrier: Barrier) -> 
     generator = random.Random(f"{index} {time.time_ns()}")
     streams = range(index, load.streams, count)
     prompts = [generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=load.prompt_tokens) for _ in streams]
-    async with PROTOCOLS[load.protocol](load, index) as stream:
+    async with PROTOCOLS[load.protocol](load, index) as stream, asyncio.TaskGroup() as group:
         await asyncio.to_thread(barrier.wait)
-        return list(await asyncio.gather(*(_time(stream(prompt)) for prompt in prompts)))
+        others = group.create_task(_send_long_prompts(load, generator, stream)) if index == 0 else None
+        timings = list(await asyncio.gather(*(_time(stream(prompt)) for prompt in prompts)))
+        if others:
+            others.cancel()
+    return timings
+
+
+async def _send_long_prompts(load: Load, generator: random.Random, stream: Callable[[list[int]], Arrivals]) -> None:
+    """Send long prompts at regular intervals until this is cancelled."""
+    if not load.long_prompts_per_s:
+        return
+    async with asyncio.TaskGroup() as group:
+        while True:
+            prompt = generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=load.long_prompt_tokens)
+            group.create_task(_time(stream(prompt)))
+            await asyncio.sleep(1 / load.long_prompts_per_s)
 
 
 async def _time(arrivals: Arrivals) -> Timing:

@@ -15,13 +15,14 @@ from engine.test_parity import (
     ENGINE,
     FP8_TOLERANCE,
     LENGTHS,
+    TF32_TOLERANCE,
     TOKENS,
     TOLERANCE,
     alone,
     logprob_difference,
 )
 from engine_process import run_program
-from gpus import VLLM_DEFAULTS, requires_gpu
+from gpus import FLOAT32_ON_GPUS, VLLM_DEFAULTS, requires_gpu
 from reference import Continuation, ReferenceYuan
 
 from yuan_grpc.model.checkpoint.random import write_checkpoint
@@ -156,14 +157,22 @@ def typical_difference(reference: ReferenceYuan, prompts: list[list[int]], answe
 @requires_gpu
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["", "expert parallel"])
-@pytest.mark.parametrize(("quantization", "tolerance"), [(None, BFLOAT16_TOLERANCE), ("fp8", FP8_TOLERANCE)])
-def test_vllms_default_configuration_on_gpus(
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (FLOAT32_ON_GPUS, TF32_TOLERANCE),
+        (VLLM_DEFAULTS, BFLOAT16_TOLERANCE),
+        (VLLM_DEFAULTS | {"quantization": "fp8"}, FP8_TOLERANCE),
+    ],
+    ids=["float32, eager", "bfloat16, compiled", "fp8, compiled"],
+)
+def test_ranks_on_gpus(
     demo: Path,
     tokens: int,
     prompts: list[list[int]],
     ranks: int,
     expert_parallel: bool,
-    quantization: str | None,
+    options: dict[str, Any],
     tolerance: float,
     tmp_path: Path,
 ) -> None:
@@ -172,8 +181,8 @@ def test_vllms_default_configuration_on_gpus(
     if expert_parallel and ranks == 1:
         pytest.skip("expert parallelism needs several GPUs")
     model = write(tmp_path / "model", demo, GPU_SIZES)
-    options = {"tensor_parallel_size": ranks, "enable_expert_parallel": expert_parallel, "quantization": quantization}
-    rounds = run(model, [prompts, prompts], tmp_path, **VLLM_DEFAULTS, **options)["rounds"]
+    parallel = {"tensor_parallel_size": ranks, "enable_expert_parallel": expert_parallel}
+    rounds = run(model, [prompts, prompts], tmp_path, **options, **parallel)["rounds"]
     assert rounds[1][-2]["cached"] > 0
     reference = ReferenceYuan(model, tokens)
     for answers in rounds:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_process import run_program
-from gpus import VLLM_DEFAULTS, largest_difference, requires_gpu
+from gpus import FLOAT32_ON_GPUS, VLLM_DEFAULTS, largest_difference, requires_gpu
 from reference import Continuation, ReferenceYuan
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +22,8 @@ TOKENS = 24
 TOLERANCE = 1e-4
 BFLOAT16_TOLERANCE = 0.15  # with these random weights; 0.075 was measured on an H200
 FP8_TOLERANCE = 1.0  # 0.53 was measured on an H100
+TF32_TOLERANCE = 0.01
+"""Of float32 on GPUs, where Triton's attention multiplies tf32. 0.0027 was measured on an H100."""
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -109,6 +111,33 @@ def test_vllms_default_configuration_on_a_gpu(
     reference = ReferenceYuan(checkpoint, tokens)
     for requested, answers in zip(rounds, result["rounds"], strict=True):
         assert largest_difference(reference, requested, answers) < BFLOAT16_TOLERANCE
+
+
+@requires_gpu
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [(VLLM_DEFAULTS, BFLOAT16_TOLERANCE), (FLOAT32_ON_GPUS, TF32_TOLERANCE)],
+    ids=["bfloat16, compiled", "float32, eager"],
+)
+def test_ranks_on_gpus(
+    run: Run,
+    checkpoint: Path,
+    tokens: int,
+    prompts: list[list[int]],
+    ranks: int,
+    options: dict[str, Any],
+    tolerance: float,
+) -> None:
+    """Send all prompts, prefixes that are cached, equal prompts in one step, and two prompts at a time."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"fewer than {ranks} GPUs here")
+    rounds = [prompts, prompts, [prompts[4]] * 4, prompts[2:4], prompts[4:6]]
+    results = run(rounds, tensor_parallel_size=ranks, **options)["rounds"]
+    assert results[1][-1]["cached"] > 0
+    reference = ReferenceYuan(checkpoint, tokens)
+    for requested, answers in zip(rounds, results, strict=True):
+        assert largest_difference(reference, requested, answers) < tolerance
 
 
 @requires_gpu

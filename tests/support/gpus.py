@@ -15,7 +15,8 @@ VLLM_DEFAULTS = {  # overrides a test's own settings, except for the memory limi
     "max_num_batched_tokens": None,
     "gpu_memory_utilization": 0.2,
 }
-
+FLOAT32_ON_GPUS = {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.2}
+"""Settings for float32, which FlashAttention 3 does not have."""
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
