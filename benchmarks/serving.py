@@ -158,6 +158,9 @@ def measure_server(name: str, arguments: argparse.Namespace, log: Path) -> Itera
             result = measure(replace(load, streams=streams))
             cpu = server_cpu_seconds(process) - cpu
             yield {"server": name, **result, "us_per_token": 1e6 * cpu / result["tokens"]}
+        if arguments.long_prompts:
+            result = measure(replace(load, streams=streams, long_prompts_per_s=arguments.long_prompts))
+            yield {"server": f"{name}, long prompts", **result}
 
 
 def measure_offline(arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
@@ -212,7 +215,6 @@ def load_of(arguments: argparse.Namespace, protocol: str, addresses: tuple[str, 
         prompt_tokens=arguments.prompt_tokens,
         max_tokens=arguments.max_tokens,
         vocabulary=arguments.vocabulary,
-        long_prompts_per_s=arguments.long_prompts,
     )
 
 
@@ -259,7 +261,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--vocabulary", type=int, default=1000, metavar="N", help="prompts have ids from 300 to this")
     parser.add_argument(
-        "--long-prompts", type=float, default=0, metavar="N", help="prompts of 4,096 tokens that arrive in each second"
+        "--long-prompts",
+        type=float,
+        default=0,
+        metavar="N",
+        help="repeat the last number of streams while N prompts of 4,096 tokens arrive in each second",
     )
     parser.add_argument("--offline-job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -28,6 +28,18 @@ def test_every_rank_gets_the_queries_and_keys_of_its_heads(ranks: int) -> None:
         assert torch.equal(keys, expected[:, 1])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_projection_without_a_head_of_the_rank_leaves_a_quantized_layer_as_it_is(rank: int) -> None:
+    """Fp8 stores the weights in another order once a rank has all of its rows, which one projection can hold."""
+    from yuan_grpc.model.linear import QueryKeyLinear
+
+    layer: Any = SimpleNamespace(total_heads=4, head_dim=2, tp_size=2, tp_rank=rank)
+    quantized = torch.zeros(8, 3).t()  # columns, rows
+    param: Any = SimpleNamespace(data=quantized)
+    QueryKeyLinear.weight_loader(layer, param, torch.ones(8, 3), projection=1 - rank)
+    assert not quantized.any()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_every_rank_gets_the_quantized_rows_and_scales_of_its_heads(ranks: int) -> None:
     from yuan_grpc.model.linear import PublishedQueryKeyLinear

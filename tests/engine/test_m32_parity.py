@@ -83,6 +83,7 @@ def run(model: Path, rounds: list[list[list[int]]], out: Path, **engine: object)
     """Run an engine in a separate process."""
     job = {"model": model, "engine": ENGINE | engine, "rounds": rounds, "tokens": TOKENS}
     result: dict[str, Any] = run_program("run_engine.py", job, out / "out.json")
+    assert "error" not in result, result
     return result
 
 

@@ -85,13 +85,19 @@ def place_heads(layer: QueryKeyLinear, joined: torch.Tensor, published: torch.Te
         projection: 0 for q_proj, 1 for k_proj.
     """
     local_heads = layer.total_heads // layer.tp_size
-    first_head = layer.tp_rank * local_heads
+    first_head, first_block = layer.tp_rank * local_heads, projection * layer.total_heads
+    # The published rows have a block for the query and one for the key of each head.
+    blocks = [
+        (block, *divmod(first_block + block, 2))
+        for block in range(layer.total_heads)
+        if first_head <= (first_block + block) // 2 < first_head + local_heads
+    ]
+    if not blocks:  # vLLM quantizes a layer when it has all rows of its rank, and stores them in another order then
+        return
     target = joined.view(2, local_heads, layer.head_dim, -1)  # (query | key), head, row, column
     source = published.view(layer.total_heads, layer.head_dim, -1)
-    for block in range(layer.total_heads):
-        head, half = divmod(projection * layer.total_heads + block, 2)
-        if first_head <= head < first_head + local_heads:
-            target[half, head - first_head].copy_(source[block])
+    for block, head, half in blocks:
+        target[half, head - first_head].copy_(source[block])
 
 
 class SeparateInput(nn.Module):
