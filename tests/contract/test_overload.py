@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 CODES = grpc.StatusCode
-CALLS, CONNECTIONS = 20_000, 20
+CALLS, CONNECTIONS = 10_000, 20
 
 
 async def code_of(call: Any) -> grpc.StatusCode:
@@ -170,7 +170,7 @@ async def test_deadlines_count_the_time_in_the_queue() -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_twenty_thousand_calls_are_refused_without_more_memory() -> None:
+async def test_thousands_of_calls_are_refused_without_more_memory() -> None:
     """None of them ends. The clients are connections of their own, so that each could have a part of the queue."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -189,7 +189,7 @@ async def test_twenty_thousand_calls_are_refused_without_more_memory() -> None:
                 tasks += [asyncio.ensure_future(call(stub)) for _ in range(CALLS // CONNECTIONS)]
                 while codes.total() < len(tasks) - limit:  # noqa: ASYNC110 - the last ones wait in the server
                     await asyncio.sleep(0.05)
-                if number in (CONNECTIONS // 4, CONNECTIONS):
+                if number in (CONNECTIONS // 2, CONNECTIONS):
                     used.append(psutil.Process(process.pid).memory_info().rss)
             assert codes.keys() == {CODES.RESOURCE_EXHAUSTED}
             for task in tasks:

@@ -98,11 +98,14 @@ def test_the_reference_tells_the_choices_of_the_architecture_apart(
         assert (other.logprobs(prompts[4]) - right).abs().max() > 100 * TOLERANCE
 
 
-def test_compiled_in_chunks_and_behind_prefix_hits(
-    checkpoint: Path, prompts: list[list[int]], expected: list[Continuation], tmp_path: Path
+def test_compiled_in_chunks_and_after_prefix_hits(
+    demo: Path, tokens: int, prompts: list[list[int]], tmp_path: Path
 ) -> None:
+    """One layer: each takes ten seconds to compile."""
+    model = write(tmp_path / "model", demo, SIZES | {"num_hidden_layers": 1})
+    expected = continuations(model, tokens, prompts)
     rounds = [prompts, prompts, *alone(prompts)]
-    first, repeated, *one_by_one = run(checkpoint, rounds, tmp_path, enforce_eager=False)["rounds"]
+    first, repeated, *one_by_one = run(model, rounds, tmp_path, enforce_eager=False)["rounds"]
     for answers in (first, repeated, [answers[0] for answers in one_by_one]):
         assert logprob_difference(answers, expected) < TOLERANCE
     assert [answer["cached"] for answer in repeated][4:] == [96, 320, 32]

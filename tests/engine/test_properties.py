@@ -24,7 +24,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
-PARTS = int(os.environ.get("FUZZ_PARTS", "6"))
+PARTS = int(os.environ.get("FUZZ_PARTS", "4"))
 DRAFTING_PARTS = -(-PARTS // 4)
 DRAFTS = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}'
 ROUNDS = 5

@@ -11,7 +11,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
 
 REQUEST = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=1900, ignore_eos=True, temperature=1)
-BASELINE_GAPS = 200
+BASELINE_GAPS = 80
 LARGEST_GAP = 0.25
 MAX_SLOWDOWN = 3
 """Limits on the gaps with the expensive caller: in seconds, and in gaps of the same run without it."""
