@@ -97,7 +97,7 @@ def _characters(request: pb.GenerateRequest, info: ModelInfo) -> int:
     return prompt_size(request) if len(request.messages) <= MAX_MESSAGES else info.max_model_len
 
 
-def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
+def min_output_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
     """Return the number of tokens that each sequence of a request has at least."""
     if is_prompt_only(request):
         return 0
@@ -111,23 +111,23 @@ class Budget(Protocol):
     """Counts of what requests take. Processes that serve the same engine share one."""
 
     poll_seconds: float | None
-    """Interval at which to try again what `take_engine` refused; None if all requests are this process's."""
+    """Interval at which to try again what `reserve_engine` refused; None if all requests are this process's."""
 
-    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue, and return the empty text. Otherwise, return why nothing was taken."""
+    def reserve_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Reserve a part of the queue, and return the empty text. Otherwise, return why nothing was reserved."""
 
-    def return_queue(self, caller: str, cost: Cost) -> None:
-        """Give a part of the queue back."""
+    def release_queue(self, caller: str, cost: Cost) -> None:
+        """Release a part of the queue."""
 
-    def take_engine(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; return False if it has none left.
+    def reserve_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Reserve a part of the engine; return False if it has none left.
 
         The last request may take more than is left. Otherwise a large one would wait for an empty engine, and the
         others for it.
         """
 
-    def return_engine(self, cost: Cost) -> None:
-        """Give a part of the engine back."""
+    def release_engine(self, cost: Cost) -> None:
+        """Release a part of the engine."""
 
 
 class LocalBudget:
@@ -139,8 +139,8 @@ class LocalBudget:
         self._queued = self._started = NOTHING
         self._by_caller: dict[str, Cost] = {}
 
-    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue; see `Budget.take_queue`."""
+    def reserve_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Reserve a part of the queue; see `Budget.reserve_queue`."""
         used_by_caller = self._by_caller.get(caller, NOTHING)
         if refusal := refusal_of(cost, limit, self._queued, used_by_caller):
             return refusal
@@ -148,22 +148,22 @@ class LocalBudget:
         self._by_caller[caller] = used_by_caller + cost
         return ""
 
-    def return_queue(self, caller: str, cost: Cost) -> None:
-        """Give a part of the queue back."""
+    def release_queue(self, caller: str, cost: Cost) -> None:
+        """Release a part of the queue."""
         self._queued -= cost
         self._by_caller[caller] -= cost
         if self._by_caller[caller] == NOTHING:  # forget callers that have left
             del self._by_caller[caller]
 
-    def take_engine(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; see `Budget.take_engine`."""
+    def reserve_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Reserve a part of the engine; see `Budget.reserve_engine`."""
         if self._started.sequences >= limit.sequences or self._started.tokens >= limit.tokens:
             return False
         self._started += cost
         return True
 
-    def return_engine(self, cost: Cost) -> None:
-        """Give a part of the engine back."""
+    def release_engine(self, cost: Cost) -> None:
+        """Release a part of the engine."""
         self._started -= cost
 
 
@@ -248,20 +248,20 @@ class Admission:
         now = asyncio.get_running_loop().time()
         ticket = Ticket(caller, queue_cost, engine_cost, min_tokens, None if remaining is None else now + remaining)
         self._check_deadline(ticket)
-        if refusal := self._budget.take_queue(caller, queue_cost, limits.queue):
+        if refusal := self._budget.reserve_queue(caller, queue_cost, limits.queue):
             raise OverloadedError(refusal)
         try:
             yield ticket
         finally:
-            self._budget.return_queue(caller, queue_cost)
+            self._budget.release_queue(caller, queue_cost)
             if ticket.has_engine:
-                self._budget.return_engine(engine_cost)
+                self._budget.release_engine(engine_cost)
             self._start_waiting_requests()
 
     def try_start(self, ticket: Ticket, limits: Limits) -> bool:
         """Give a request its turn, if no other request waits and the engine has capacity."""
         self._limit = limits.engine
-        if self._waiting or not self._take_engine(ticket):
+        if self._waiting or not self._reserve_engine(ticket):
             return False
         self._set_start_tag(ticket)
         self._record_start(ticket)
@@ -295,11 +295,11 @@ class Admission:
         ticket.start_tag = max(self._virtual_time, self._next_tags.get(ticket.caller, 0.0))
         self._next_tags[ticket.caller] = ticket.start_tag + ticket.engine_cost.tokens
 
-    def _take_engine(self, ticket: Ticket) -> bool:
+    def _reserve_engine(self, ticket: Ticket) -> bool:
         """Take the request's part of the engine; return False if it has none left."""
         if self._limit is None:
             return True
-        ticket.has_engine = self._budget.take_engine(ticket.engine_cost, self._limit)
+        ticket.has_engine = self._budget.reserve_engine(ticket.engine_cost, self._limit)
         return ticket.has_engine
 
     def _record_start(self, ticket: Ticket) -> None:
@@ -314,7 +314,7 @@ class Admission:
             ticket = self._waiting[0][2]
             assert ticket.turn is not None
             if not ticket.turn.done():
-                if not self._take_engine(ticket):
+                if not self._reserve_engine(ticket):
                     self._poll_later()
                     return
                 self._record_start(ticket)
@@ -331,7 +331,7 @@ class Admission:
     def _check_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is None:
             return
-        seconds = self.pace.least_seconds(ticket.min_tokens)
+        seconds = self.pace.min_seconds(ticket.min_tokens)
         remaining = ticket.deadline - asyncio.get_running_loop().time()
         if seconds > remaining:
             if remaining > 0:

@@ -15,7 +15,7 @@ class Pace:
         if tokens > 0:
             self._seconds = min(self._seconds or seconds / tokens, seconds / tokens)
 
-    def least_seconds(self, tokens: int) -> float:
+    def min_seconds(self, tokens: int) -> float:
         """Return a time that a sequence of this many tokens takes at least; 0 if unknown."""
         return self._seconds * tokens
 

@@ -35,8 +35,8 @@ class SharedBudget:
         """Return how many numbers the counts of some processes take."""
         return processes * _SIZE
 
-    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue; see `Budget.take_queue`."""
+    def reserve_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Reserve a part of the queue; see `Budget.reserve_queue`."""
         position = _position(caller)
         if refusal := refusal_of(cost, limit, self._sum(_QUEUED), self._sum(position)):
             return refusal
@@ -44,21 +44,21 @@ class SharedBudget:
         self._add(position, cost)
         return ""
 
-    def return_queue(self, caller: str, cost: Cost) -> None:
-        """Give a part of the queue back."""
+    def release_queue(self, caller: str, cost: Cost) -> None:
+        """Release a part of the queue."""
         self._add(_QUEUED, Cost(-cost.sequences, -cost.tokens))
         self._add(_position(caller), Cost(-cost.sequences, -cost.tokens))
 
-    def take_engine(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; see `Budget.take_engine`."""
+    def reserve_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Reserve a part of the engine; see `Budget.reserve_engine`."""
         started = self._sum(_STARTED)
         if started.sequences >= limit.sequences or started.tokens >= limit.tokens:
             return False
         self._add(_STARTED, cost)
         return True
 
-    def return_engine(self, cost: Cost) -> None:
-        """Give a part of the engine back."""
+    def release_engine(self, cost: Cost) -> None:
+        """Release a part of the engine."""
         self._add(_STARTED, Cost(-cost.sequences, -cost.tokens))
 
     def clear(self) -> None:

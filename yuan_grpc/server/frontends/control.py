@@ -81,14 +81,14 @@ class ControlChannel:
     def _read(self) -> None:
         try:
             while not self.closed.is_set() and self._connection.poll():
-                self._handle(*self._connection.recv())
+                self._dispatch(*self._connection.recv())
         except (EOFError, OSError):
             self.close()
 
-    def _handle(self, kind: str, number: int, *rest: Any) -> None:
+    def _dispatch(self, kind: str, number: int, *rest: Any) -> None:
         match kind:
             case "call":
-                task = asyncio.ensure_future(self._run(number, *rest))
+                task = asyncio.ensure_future(self._run_handler(number, *rest))
                 if number:
                     self._running[number] = task
                 else:
@@ -102,7 +102,7 @@ class ControlChannel:
                 else:
                     future.set_exception(rest[0])
 
-    async def _run(self, number: int, name: str, arguments: tuple[object, ...]) -> None:
+    async def _run_handler(self, number: int, name: str, arguments: tuple[object, ...]) -> None:
         try:
             result = await self._handlers[name](*arguments)
         except Exception as error:

@@ -115,10 +115,10 @@ class Supervisor:
     async def _start(self) -> None:
         for each in self._front_ends:
             each.control.start()
-        await self._or_failure(self._engine.start(self._start_first_processes))
-        await self._or_failure(self._all_ready.wait())
+        await self._await_unless_failed(self._engine.start(self._start_first_processes))
+        await self._await_unless_failed(self._all_ready.wait())
 
-    async def _or_failure(self, awaitable: Awaitable[object]) -> None:
+    async def _await_unless_failed(self, awaitable: Awaitable[object]) -> None:
         """Await, unless a front end fails first; its cause precedes that of the engine."""
         future = asyncio.ensure_future(awaitable)
         future.add_done_callback(_retrieve)

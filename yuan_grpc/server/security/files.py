@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def stamp(file: Path) -> object:
+def file_version(file: Path) -> object:
     """Return what changes with the contents of a file, also if a link to it is replaced; None if it is missing."""
     try:
         status = file.stat()

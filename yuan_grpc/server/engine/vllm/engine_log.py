@@ -54,7 +54,7 @@ HARMLESS_WARNINGS = (r"`torch.distributed.reduce_op` is deprecated",)
 
 
 @cache
-def hide_harmless() -> None:
+def hide_harmless_warnings() -> None:
     """Hide the harmless messages that do not pass through vLLM's loggers, once, unless the level is debug."""
     if os.environ.get(LEVEL_VARIABLE) == "debug":
         return
@@ -84,7 +84,7 @@ class EngineLogHandler(logging.Handler):
         self._level = os.environ.get(LEVEL_VARIABLE, "warning").upper()
         self._shows_all = self._level == "DEBUG" or "VLLM_LOGGING_LEVEL" in os.environ
         self._last_progress = ""
-        hide_harmless()
+        hide_harmless_warnings()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, if it is of interest."""

@@ -224,8 +224,8 @@ class _PromptChunks:
 
     @property
     def has_unlocated_prompt(self) -> bool:
-        """Whether the prompt has log-probabilities without their places."""
-        return bool(self.prompt.logprobs) and not self.prompt.places
+        """Whether the prompt has log-probabilities without their offsets."""
+        return bool(self.prompt.logprobs) and not self.prompt.text_offsets
 
     def size_with(self, message: pb.GenerateStreamResponse) -> int:
         """Return the size of a message and of what was kept for the first chunk with text, in bytes."""

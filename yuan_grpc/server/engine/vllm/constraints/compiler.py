@@ -140,18 +140,18 @@ class ConstraintCompiler:
             raise OverloadedError("too many constraints are being compiled") from None
         if outcome.get("error") == "lost":
             raise UnavailableError("the process that compiled the constraint was lost")
-        verdict = Verdict(self._rule(outcome), outcome.get("kind", ""), outcome.get("text", "").encode())
-        self._remember(key, verdict)
+        verdict = Verdict(self._violated_rule(outcome), outcome.get("kind", ""), outcome.get("text", "").encode())
+        self._cache_verdict(key, verdict)
         return verdict
 
-    def _remember(self, key: bytes, verdict: Verdict) -> None:
+    def _cache_verdict(self, key: bytes, verdict: Verdict) -> None:
         self._verdicts[key] = verdict
         self._verdict_bytes += VERDICT_BYTES + len(verdict.text)
         while self._verdict_bytes > MAX_VERDICT_BYTES:
             _, oldest = self._verdicts.popitem(last=False)
             self._verdict_bytes -= VERDICT_BYTES + len(oldest.text)
 
-    def _rule(self, outcome: dict[str, Any]) -> str | None:
+    def _violated_rule(self, outcome: dict[str, Any]) -> str | None:
         match outcome.get("error"):
             case None:
                 return None
@@ -225,9 +225,9 @@ class _Process:
             pass
         finally:
             writer.close()
-            self._lose()
+            self._discard_process()
 
-    def _lose(self) -> None:
+    def _discard_process(self) -> None:
         self._starting = None
         if self._process is not None:
             self._process.kill()  # its jobs end with it
@@ -242,7 +242,7 @@ class _Process:
         for task in (self._starting, self._reading):
             if task is not None:
                 task.cancel()
-        self._lose()
+        self._discard_process()
 
 
 def _spawn(connection: socket.socket) -> Popen[bytes]:

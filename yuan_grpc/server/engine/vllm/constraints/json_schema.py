@@ -89,7 +89,7 @@ class _Rewriter:
         if "enum" in keywords or "const" in keywords:
             types = _types(keywords, at) if "type" in keywords else []
             return to_enforceable_values(keywords, types, at)
-        return self._typed(keywords, at, depth)
+        return self._rewrite_by_type(keywords, at, depth)
 
     def _combination(self, keyword: str, value: object, at: str, depth: int) -> Schema:
         at_keyword = f"{at}/{keyword}"
@@ -117,14 +117,14 @@ class _Rewriter:
     def _resolve(self, reference: object) -> object:
         return self._references[reference][1] if isinstance(reference, str) and reference in self._references else None
 
-    def _typed(self, keywords: Schema, at: str, depth: int) -> Schema:
+    def _rewrite_by_type(self, keywords: Schema, at: str, depth: int) -> Schema:
         types = _types(keywords, at)
         if not types:
             return {}
-        schemas = [self._of_type(one, keywords, at, depth) for one in types]
+        schemas = [self._rewrite_for_type(one, keywords, at, depth) for one in types]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
-    def _of_type(self, name: str, keywords: Schema, at: str, depth: int) -> Schema:
+    def _rewrite_for_type(self, name: str, keywords: Schema, at: str, depth: int) -> Schema:
         family = "number" if name == "integer" else name
         own = {keyword: keywords[keyword] for keyword in _FAMILIES.get(family, ()) if keyword in keywords}
         match family:
