@@ -319,6 +319,6 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 def _is_task_cancelled() -> bool:
-    """Return whether the current task was cancelled; always False before Python 3.11, which cannot say."""
+    """Return whether the current task was cancelled; always False before Python 3.11, which does not expose it."""
     task = asyncio.current_task()
     return task is not None and hasattr(task, "cancelling") and task.cancelling() > 0
