@@ -103,7 +103,7 @@ def _shared_blocks_kernel(
     SEARCHED_SEQUENCES: tl.constexpr,
     IN_BATCH: tl.constexpr,
 ) -> None:
-    """Find the row that computes the predecessor of a sequence, if that is in a block which this step fills."""
+    """Find the row that computes a sequence's predecessor, if the predecessor is in a block that this step fills."""
     sequence = tl.program_id(0)
     first = tl.load(query_start_loc + sequence)
     end = tl.load(query_start_loc + sequence + 1)

@@ -44,8 +44,8 @@ class GenerationService:
     """Runs generate requests on an engine. Its methods raise the errors of `server.errors`.
 
     Args:
-        engine: the engine to run them on.
-        admission: limits the requests, and orders them; by default, those of this process.
+        engine: the engine that runs the requests.
+        admission: limits and orders the requests; by default, those of this process alone.
 
     Attributes:
         inflight: the requests that are running.
@@ -80,7 +80,7 @@ class GenerationService:
         return limits_of(self._engine.info).queue.sequences if self._engine.is_ready else None
 
     def tokenization_slot(self, characters: int) -> AbstractAsyncContextManager[None]:
-        """Return a context in which to tokenize a text; long texts wait for each other, and leave cores to others."""
+        """Return a context in which to tokenize a text. Long texts wait for each other, to leave cores to others."""
         return self._tokenizing.hold() if characters > MAX_INLINE_CHARACTERS else nullcontext()
 
     async def generate(

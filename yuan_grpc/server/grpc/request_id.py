@@ -60,7 +60,7 @@ async def send_headers(context: "Context", request_id: str) -> None:
     try:
         await asyncio.shield(headers)
     except asyncio.CancelledError:
-        await asyncio.gather(headers, return_exceptions=True)  # a failure that no one asks for would be logged
+        await asyncio.gather(headers, return_exceptions=True)  # asyncio logs failures that are not retrieved
         raise
     except grpc.aio.InternalError as error:
         raise asyncio.CancelledError from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def file_version(file: Path) -> object:
-    """Return what changes with the contents of a file, also if a link to it is replaced; None if it is missing."""
+    """Return a value that changes with a file's contents, or with the target of a link; None if the file is missing."""
     try:
         status = file.stat()
     except OSError:

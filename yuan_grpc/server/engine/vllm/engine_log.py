@@ -61,7 +61,7 @@ def hide_harmless_warnings() -> None:
     for pattern in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("torch._library.triton").addFilter(lambda record: False)  # it notes that Triton is missing
-    # The tracker of shared memory removes what a failed engine leaves. It is started with these options.
+    # The tracker of shared memory, which is started with these options, removes the leftovers of a failed engine.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 
 

@@ -27,7 +27,7 @@ def finite_logprob(token: pb.TokenLogprob | pb.TopLogprob) -> float:
 
 
 class TokenTexts:
-    """The texts and bytes of tokens, kept for the next time that a token is shown.
+    """The texts and bytes of tokens, cached by id.
 
     Args:
         engine: the engine whose tokens they are.
@@ -66,10 +66,10 @@ class TokenTexts:
 
 
 class TextPosition:
-    """The offset in a text, in characters, while its tokens are added. The bytes of a character all have its offset.
+    """A running offset in a text, in characters. All bytes of a character have its offset.
 
     Args:
-        start: the characters before the first token.
+        start: number of characters before the first token.
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -77,7 +77,7 @@ class TextPosition:
         self._decoder = _UTF8_DECODER("replace")
 
     def set_preceding_bytes(self, raw: bytes) -> None:
-        """Set the bytes before the first token, whose last ones may be an incomplete character."""
+        """Set the bytes before the first token, which may end with an incomplete character."""
         self._decoder.decode(raw)
 
     def advance(self, raw: bytes) -> int:
@@ -129,7 +129,7 @@ async def locate_prompt(prompt: Prompt, request: pb.GenerateRequest, service: Ge
 
 
 def _locate_tokens(prompt: Prompt, engine: Engine, skip_special_tokens: bool) -> None:
-    """Set the offsets of the tokens of a prompt in the text that they have together."""
+    """Set the offsets of a prompt's tokens in their joint text."""
     raws = [engine.token_bytes(token_id, skip_special_tokens=skip_special_tokens) for token_id in prompt.token_ids]
     prompt.echo_length = len(engine.detokenize(prompt.token_ids, skip_special_tokens=skip_special_tokens))
     position, leading = TextPosition(), int(b"".join(raws).startswith(b" "))  # a text begins without the first space
