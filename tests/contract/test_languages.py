@@ -23,6 +23,7 @@ from proxies import run_proxy
 from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput
+from yuan_grpc.server.errors import OverloadedError
 from yuan_grpc.server.grpc.health import Health
 from yuan_grpc.server.grpc.servicer import NAME
 from yuan_grpc.server.security.authentication import Authenticator
@@ -51,6 +52,13 @@ class ExampleEngine(FakeEngine):
         if request.sampling.max_tokens > 100:
             return [more(TEXT[0])], True
         return [*map(more, TEXT[:-1]), last(TEXT[-1])], False
+
+
+class BusyEngine(ExampleEngine):
+    """An engine that is full when the first request of each example arrives."""
+
+    def script_for(self, request: EngineRequest) -> tuple[Sequence[StepOutput | Exception], bool]:
+        return super().script_for(request) if self.requests else ([OverloadedError("the queue is full")], False)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +121,13 @@ async def test_an_example_calls_a_server_with_tls_and_tokens(command: list[str],
         lines = await run(command, address, YUAN_CA=str(tmp_path / "ca.pem"), YUAN_GRPC_TOKEN=token)
     assert lines["stream"] == TEXT
     assert INVALID in lines["error"]
+
+
+@pytest.mark.parametrize("command", ["go", "grpc.js"], indirect=True)
+async def test_an_example_repeats_a_request_that_the_server_refused(command: list[str]) -> None:
+    async with serve_grpc(BusyEngine()) as address:
+        lines = await run(command, address, GRPC_GO_RETRY="on")
+    assert lines["generate"] == TEXT
 
 
 SOURCES = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from fake_engine import INFO
 
-from yuan_grpc.server.core.admission import Admission, Cost, Limits, least_tokens, limits_of, request_cost
+from yuan_grpc.server.core.admission import Admission, Cost, Limits, limits_of, min_output_tokens, request_cost
 from yuan_grpc.server.core.pace import Pace
 from yuan_grpc.server.errors import DeadlineTooShortError, OverloadedError
 from yuan_grpc.server.security.identity import ANONYMOUS, Identity, calling_as, current_share
@@ -224,10 +224,10 @@ async def test_a_request_that_cannot_finish_before_its_deadline_is_refused_or_gi
 
 def test_the_pace_is_that_of_the_fastest_request() -> None:
     pace = Pace()
-    assert pace.least_seconds(100) == 0
+    assert pace.min_seconds(100) == 0
     for tokens, seconds in ((10, 1.0), (100, 1.0), (10, 5.0), (0, 1.0)):
         pace.observe(tokens, seconds)
-    assert pace.least_seconds(50) == 0.5
+    assert pace.min_seconds(50) == 0.5
 
 
 async def test_an_estimate_from_a_slow_time_does_not_refuse_forever() -> None:
@@ -270,7 +270,7 @@ def test_tokens_that_a_request_has_at_least() -> None:
         (Request(ignore_eos=True, max_tokens=50, prompt="A" * 60), 4),
         (Request(ignore_eos=True, max_tokens=50, prompt="A" * 999), 1),
     ]
-    assert [least_tokens(request, INFO) for request, _ in expected] == [tokens for _, tokens in expected]
+    assert [min_output_tokens(request, INFO) for request, _ in expected] == [tokens for _, tokens in expected]
 
 
 def test_limits_follow_the_cache_and_the_sequences_of_the_engine() -> None:

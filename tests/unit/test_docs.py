@@ -88,9 +88,18 @@ def test_links_to_files_outside_lead_to_the_repository_or_name_the_path() -> Non
     assert outside_links.rewrite(text, page, REPOSITORY, "").startswith("programs (`clients/README.md`) [API](")
 
 
+@pytest.mark.parametrize("page", ["go", "java", "node"])
+def test_the_service_config_of_a_page_is_that_of_the_client(page: str) -> None:
+    text = (DOCS / "call" / f"{page}.md").read_text("utf-8")
+    start = re.search(r'\{\s*"loadBalancingConfig"', text)
+    assert start
+    config, _ = json.JSONDecoder().raw_decode(text, start.start())
+    assert config == json.loads((REPOSITORY / "clients/service_config.json").read_text("utf-8"))
+
+
 def code_of(page: Path) -> list[str]:
-    """Return the fenced and indented code of a page, without the frame of its first diagram."""
-    text = page.read_text("utf-8")
+    """Return the fenced and indented code of a page, without comments and the frame of its first diagram."""
+    text = re.sub(r" +# .*", "", page.read_text("utf-8"))
     fenced = re.findall(r"^```(?:sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return fenced + re.findall(r"(?:(?<=\n\n)(?:    [^\n]*\n)+)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
 

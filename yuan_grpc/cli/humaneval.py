@@ -175,7 +175,7 @@ def _add_score(subcommands: Any) -> None:
     parser.add_argument(
         "--memory", type=_positive_int, default=1024, metavar="MIB", help="address space of a process (default: 1024)"
     )
-    parser.add_argument("--k", type=_ks, metavar="K,…", help="values of k for pass@k (default: 1,10,100)")
+    parser.add_argument("--k", type=_parse_ks, metavar="K,…", help="values of k for pass@k (default: 1,10,100)")
     parser.add_argument(
         "--with-prompt", action="store_true", help="for a file of samples: prepend the problem's prompt"
     )
@@ -495,5 +495,5 @@ def _available_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _ks(text: str) -> tuple[int, ...]:
+def _parse_ks(text: str) -> tuple[int, ...]:
     return tuple(_positive_int(k) for k in text.split(","))

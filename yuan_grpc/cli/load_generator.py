@@ -48,7 +48,7 @@ class Workload:
     vocab_size: int
 
     def requests(self, name: str) -> Iterator[pb.GenerateRequest]:
-        """Yield an endless series of requests. Each name gives other prompts with the same prefix."""
+        """Yield an endless series of requests. Each name yields different prompts with the same prefix."""
         run_id = uuid.uuid4().hex[:8]
         prefix = self._random_token_ids("prefix", self.shared_prefix)
         for number in itertools.count():

@@ -18,6 +18,7 @@ from yuan_grpc.client.base import (
     check_many_arguments,
     check_readable,
     grpc_timeout,
+    is_transient,
 )
 from yuan_grpc.client.channel import SERVICE
 from yuan_grpc.client.connections import Connection, Connections
@@ -79,7 +80,8 @@ class AsyncClient(BaseClient):
                 if await self._is_serving(ready):
                     return
             except grpc.RpcError as error:
-                if not ready.can_retry_after(error):
+                ready.record_error(error)
+                if not is_transient(error):
                     raise error_from_rpc(error) from error
             self._check_open()
             await asyncio.sleep(ready.poll_delay)
@@ -126,39 +128,41 @@ class AsyncClient(BaseClient):
     async def tokenize(self, prompt: str | Iterable[MessageLike], *, timeout: float | None = None) -> list[Token]:
         """Return the tokens the model would receive for a text or a conversation."""
         request = requests.tokenize_request(prompt)
-        return types.tokens_from_proto(await self._invoke(self._prepare_short("Tokenize", request, timeout)))
+        return types.tokens_from_proto(
+            await self._invoke(self._prepare_with_short_timeout("Tokenize", request, timeout))
+        )
 
     async def detokenize(
         self, token_ids: Iterable[int], *, skip_special_tokens: bool = False, timeout: float | None = None
     ) -> str:
         """Return the text of token ids."""
         request = requests.detokenize_request(token_ids, skip_special_tokens)
-        text: str = (await self._invoke(self._prepare_short("Detokenize", request, timeout))).text
+        text: str = (await self._invoke(self._prepare_with_short_timeout("Detokenize", request, timeout))).text
         return text
 
     async def model(self, *, timeout: float | None = None) -> Model:
         """Return the served model and its limits."""
         return types.model_from_proto(
-            await self._invoke(self._prepare_short("GetModel", pb.GetModelRequest(), timeout))
+            await self._invoke(self._prepare_with_short_timeout("GetModel", pb.GetModelRequest(), timeout))
         )
 
     async def abort(self, request_id: str, *, timeout: float | None = None) -> None:
         """Abort a running call by its request id; that call raises `CancelledCallError`."""
-        await self._invoke(self._prepare_short("Abort", pb.AbortRequest(request_id=request_id), timeout))
+        await self._invoke(self._prepare_with_short_timeout("Abort", pb.AbortRequest(request_id=request_id), timeout))
 
     async def loras(self, *, timeout: float | None = None) -> Loras:
         """Return the names of the loaded LoRA adapters and of those the server can load."""
         return types.loras_from_proto(
-            await self._invoke(self._prepare_short("ListLoras", pb.ListLorasRequest(), timeout))
+            await self._invoke(self._prepare_with_short_timeout("ListLoras", pb.ListLorasRequest(), timeout))
         )
 
     async def load_lora(self, name: str, *, timeout: float | None = None) -> None:
         """Load an adapter from the server's LoRA folder."""
-        await self._invoke(self._prepare_short("LoadLora", pb.LoadLoraRequest(name=name), timeout))
+        await self._invoke(self._prepare_with_short_timeout("LoadLora", pb.LoadLoraRequest(name=name), timeout))
 
     async def unload_lora(self, name: str, *, timeout: float | None = None) -> None:
         """Unload an adapter; running calls that use it continue."""
-        await self._invoke(self._prepare_short("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
+        await self._invoke(self._prepare_with_short_timeout("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
 
     def _connect(self) -> Connection:
         """Open a connection, on first use, because it belongs to the running event loop."""
@@ -315,6 +319,6 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 def _is_task_cancelled() -> bool:
-    """Return whether the current task was cancelled; always False before Python 3.11, which cannot say."""
+    """Return whether the current task was cancelled; always False before Python 3.11, which does not expose it."""
     task = asyncio.current_task()
     return task is not None and hasattr(task, "cancelling") and task.cancelling() > 0

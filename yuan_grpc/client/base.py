@@ -128,7 +128,7 @@ class BaseClient:
         seconds = self._settings.timeout if timeout is None else timeout
         return self._prepare(rpc, request, seconds, parameters.get("metadata") or ())
 
-    def _prepare_short(self, rpc: str, request: Any, timeout: float | None) -> PreparedCall:
+    def _prepare_with_short_timeout(self, rpc: str, request: Any, timeout: float | None) -> PreparedCall:
         seconds = min(SHORT_TIMEOUT_SECONDS, self._settings.timeout) if timeout is None else timeout
         return self._prepare(rpc, request, seconds, ())
 
@@ -156,7 +156,7 @@ class BaseStream:
 
     def __init__(self, call: Any, request_id: str) -> None:
         self._call = call
-        self._requested_id = request_id
+        self._caller_request_id = request_id
         self._builder = CompletionBuilder()
         self._closed = False
 
@@ -191,7 +191,7 @@ class BaseStream:
     @property
     def _request_id(self) -> str:
         """The request id set by the caller, or else the one received from the server."""
-        return self._requested_id or self._builder.request_id
+        return self._caller_request_id or self._builder.request_id
 
 
 class Readiness:
@@ -228,14 +228,9 @@ class Readiness:
         """Remember the last health status."""
         self._status = HEALTH_STATUSES[status] if 0 <= status < len(HEALTH_STATUSES) else str(status)
 
-    def can_retry_after(self, error: Any) -> bool:
-        """Remember a failed health check and return whether another attempt may succeed."""
+    def record_error(self, error: BaseException) -> None:
+        """Remember the error of the last health check."""
         self._error = error
-        return error.code() in (
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.CANCELLED,
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-        )
 
     def timeout_error(self) -> DeadlineError:
         """Return the error to raise once the deadline has passed."""
@@ -245,6 +240,15 @@ class Readiness:
         )
         error.__cause__ = self._error
         return error
+
+
+def is_transient(error: Any) -> bool:
+    """Return whether another health check may succeed after this error."""
+    return error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    )
 
 
 def grpc_timeout(seconds: float) -> float | None:

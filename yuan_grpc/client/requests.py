@@ -10,7 +10,7 @@ from google.protobuf.struct_pb2 import Value
 
 from yuan_grpc.client.errors import InvalidRequestError, unencodable_value_error
 from yuan_grpc.client.metadata import MetadataLike
-from yuan_grpc.request.notation import to_json_text, to_list, to_side_name
+from yuan_grpc.request.notation import to_json_text, to_list, to_truncation_side
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MessageLike = pb.Message | tuple[str, str] | Mapping[str, str]
@@ -214,7 +214,7 @@ def _duration(seconds: float) -> Duration:
 
 
 def _truncation_side(side: str | int) -> int:
-    return pb.TruncationSide.Value(to_side_name(side)) if isinstance(side, str) else side
+    return pb.TruncationSide.Value(to_truncation_side(side)) if isinstance(side, str) else side
 
 
 def _repetition_detection(value: pb.RepetitionDetection | Mapping[str, int]) -> pb.RepetitionDetection:

@@ -20,6 +20,7 @@ from yuan_grpc.client.base import (
     check_many_arguments,
     check_readable,
     grpc_timeout,
+    is_transient,
 )
 from yuan_grpc.client.channel import SERVICE
 from yuan_grpc.client.connections import Connection, Connections
@@ -100,7 +101,8 @@ class Client(BaseClient):
                 if self._is_serving(ready):
                     return
             except grpc.RpcError as error:
-                if not ready.can_retry_after(error):
+                ready.record_error(error)
+                if not is_transient(error):
                     raise error_from_rpc(error) from error
             self._check_open()
             time.sleep(ready.poll_delay)
@@ -147,35 +149,39 @@ class Client(BaseClient):
     def tokenize(self, prompt: str | Iterable[MessageLike], *, timeout: float | None = None) -> list[Token]:
         """Return the tokens the model would receive for a text or a conversation."""
         request = requests.tokenize_request(prompt)
-        return types.tokens_from_proto(self._invoke(self._prepare_short("Tokenize", request, timeout)))
+        return types.tokens_from_proto(self._invoke(self._prepare_with_short_timeout("Tokenize", request, timeout)))
 
     def detokenize(
         self, token_ids: Iterable[int], *, skip_special_tokens: bool = False, timeout: float | None = None
     ) -> str:
         """Return the text of token ids."""
         request = requests.detokenize_request(token_ids, skip_special_tokens)
-        text: str = self._invoke(self._prepare_short("Detokenize", request, timeout)).text
+        text: str = self._invoke(self._prepare_with_short_timeout("Detokenize", request, timeout)).text
         return text
 
     def model(self, *, timeout: float | None = None) -> Model:
         """Return the served model and its limits."""
-        return types.model_from_proto(self._invoke(self._prepare_short("GetModel", pb.GetModelRequest(), timeout)))
+        return types.model_from_proto(
+            self._invoke(self._prepare_with_short_timeout("GetModel", pb.GetModelRequest(), timeout))
+        )
 
     def abort(self, request_id: str, *, timeout: float | None = None) -> None:
         """Abort a running call by its request id; that call raises `CancelledCallError`."""
-        self._invoke(self._prepare_short("Abort", pb.AbortRequest(request_id=request_id), timeout))
+        self._invoke(self._prepare_with_short_timeout("Abort", pb.AbortRequest(request_id=request_id), timeout))
 
     def loras(self, *, timeout: float | None = None) -> Loras:
         """Return the names of the loaded LoRA adapters and of those the server can load."""
-        return types.loras_from_proto(self._invoke(self._prepare_short("ListLoras", pb.ListLorasRequest(), timeout)))
+        return types.loras_from_proto(
+            self._invoke(self._prepare_with_short_timeout("ListLoras", pb.ListLorasRequest(), timeout))
+        )
 
     def load_lora(self, name: str, *, timeout: float | None = None) -> None:
         """Load an adapter from the server's LoRA folder."""
-        self._invoke(self._prepare_short("LoadLora", pb.LoadLoraRequest(name=name), timeout))
+        self._invoke(self._prepare_with_short_timeout("LoadLora", pb.LoadLoraRequest(name=name), timeout))
 
     def unload_lora(self, name: str, *, timeout: float | None = None) -> None:
         """Unload an adapter; running calls that use it continue."""
-        self._invoke(self._prepare_short("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
+        self._invoke(self._prepare_with_short_timeout("UnloadLora", pb.UnloadLoraRequest(name=name), timeout))
 
     def _start_future(self, call: PreparedCall) -> Any:
         return self._start(call, lambda stub: getattr(stub, call.rpc).future)

@@ -75,8 +75,8 @@ class Timings:
     """The times of a request on the server, in seconds; None if unknown.
 
     Attributes:
-        queue: time that it waited for the engine.
-        prefill: time from then to the first token.
+        queue: time that the request waited for the engine.
+        prefill: time from the end of `queue` to the first token.
         first_token: time from the arrival of the request to its first token.
         decode: time from the first token to the last.
         total: time from the arrival of the request to its last token.

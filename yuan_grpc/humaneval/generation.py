@@ -167,7 +167,7 @@ class Generation:
         self._queue_changed.set()
 
     def _crashes_server(self, pending: PendingSample, target: Target, now: float) -> bool:
-        """Return whether the server responds to other requests but becomes unavailable each time during this one."""
+        """Return whether the server responds to other requests, but becomes unavailable whenever it runs this one."""
         since = pending.unavailable_since
         return since is not None and now - since > self.patience and target.last_response > since
 

@@ -25,7 +25,7 @@ PUBLISHED_NAMES = {
 EXPERT_FIELDS = ("moe_config", "use_moe", "num_experts", "num_experts_per_tok")
 """Fields that are completed from `moe_config`."""
 DERIVED_FIELDS = ("head_dim", "num_key_value_heads", "use_yarn", *EXPERT_FIELDS[1:])
-"""Fields that follow from others. When those are overridden, they are computed again."""
+"""Fields that are derived from others. An override of the others derives them again."""
 VOCABULARY_MULTIPLE = 64
 """vLLM rounds the rows of the embedding up to a multiple of this number."""
 
@@ -109,7 +109,7 @@ class YuanConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def update(self, config_dict: dict[str, Any]) -> None:
-        """Override fields, as `--hf-overrides` does, and check and derive the others as for a file with these values.
+        """Override fields, as `--hf-overrides` does; check and derive the others as if the file had these values.
 
         Raises:
             ValueError: as for a file.
@@ -128,12 +128,12 @@ class YuanConfig(PretrainedConfig):
 
     @property
     def attention_size(self) -> int:
-        """Return the width of all heads; more than `hidden_size` in Yuan2.0-M32."""
+        """Return the total width of all heads, which is above `hidden_size` in Yuan2.0-M32."""
         return self.attention_projection_size or self.hidden_size
 
     @property
     def rotary_dim(self) -> int:
-        """Return the number of dimensions of a head that are rotated, the first ones; all of them in Yuan 2.0."""
+        """Return how many of a head's first dimensions are rotated; all of them in Yuan 2.0."""
         return self.hidden_size // self.num_attention_heads
 
     def _check_heads(self) -> None:
@@ -158,13 +158,13 @@ class YuanConfig(PretrainedConfig):
             raise ValueError(f"`head_dim` must be even, because its halves are rotated together, not {odd}")
 
     def _expert_counts(self) -> tuple[int, int]:
-        """Return the number of experts of a layer and of a token."""
+        """Return the number of experts per layer and per token."""
         if self.moe_config is None:
             return 0, 0
         return self.moe_config["moe_num_experts"], self.moe_config["moe_top_k"]
 
     def _accept_rotary_share(self, fields: dict[str, Any]) -> None:
-        """Remove fields that state the share of a head which is rotated, where they state the right one."""
+        """Remove the fields for the rotated share of a head if their value is the supported one."""
         for name in ("partial_rotary_factor", "rotary_percent"):
             if fields.get(name) == self.hidden_size / self.attention_size:
                 del fields[name]
@@ -236,9 +236,9 @@ def check_stages(config: YuanConfig, stages: int) -> None:
 
 
 def _rope_parameters(fields: dict[str, Any], use_yarn: bool | None) -> dict[str, Any]:
-    """Return the rotation's settings in config.json over the published values, and remove their fields.
+    """Return the rotation settings of config.json with published values as defaults, and remove their fields.
 
-    The length that YaRN extends from is left out if the file does not state it.
+    The length that YaRN extends from is missing if the file does not state it.
     """
     _check_fixed(fields, "config.json")
     settings = _entries(fields, "rope_scaling") | _entries(fields, "rope_parameters")

@@ -45,7 +45,7 @@ HIDDEN = (END_OF_DOCUMENT, PADDING, "<s>", "</s>", "<unk>")
 """Tokens that `skip_special_tokens` removes. `<sep>` and the code markers are part of a response and are kept."""
 
 UNMERGED, UNMERGED_PIECE = "\n", "<0x0A>"
-"""A byte that appears in no multi-character piece, so text after it is encoded as mid-text."""
+"""A byte that appears in no multi-character piece, so text after it is encoded as in the middle of a text."""
 
 CHAT_TEMPLATE = (
     f"{{{{ messages | map(attribute='content') | join('{TURN_SEPARATOR}') }}}}"

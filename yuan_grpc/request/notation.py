@@ -26,7 +26,7 @@ def to_proto_json(name: str, value: Any) -> Any:
     if name == "prompt_token_ids" and isinstance(value, list):
         return {"ids": value}
     if name == "truncation_side" and value in ("left", "right"):
-        return to_side_name(value)
+        return to_truncation_side(value)
     if name == "heartbeat_interval" and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value}s"
     if name == "structured_outputs" and isinstance(value, dict):
@@ -50,6 +50,6 @@ def to_json_text(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value
 
 
-def to_side_name(side: str) -> str:
+def to_truncation_side(side: str) -> str:
     """Return the name of a `TruncationSide` value, given its last word."""
     return f"TRUNCATION_SIDE_{side.upper()}"

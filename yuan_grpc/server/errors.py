@@ -110,7 +110,7 @@ class UnauthenticatedError(ServiceError):
 
 
 class PermissionDeniedError(ServiceError):
-    """The caller is known, and may not do this."""
+    """The caller is known, but lacks the permission."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
     reason = pb.ERROR_REASON_PERMISSION_DENIED
@@ -146,7 +146,7 @@ class AnswerTooLargeError(ServiceError):
 
 
 class UnavailableError(ServiceError):
-    """The engine is not ready, was lost, or gave the request up."""
+    """The engine is not ready, was lost, or dropped the request."""
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = pb.ERROR_REASON_ENGINE_UNAVAILABLE
@@ -162,7 +162,7 @@ class ServerStoppingError(UnavailableError):
 
 
 def public_error(error: Exception) -> ServiceError:
-    """Return the error to report: a `ServiceError` as it is, any other without its text, which may hold secrets."""
+    """Return the error to report: a `ServiceError` itself, or an error without the text, which may contain secrets."""
     return error if isinstance(error, ServiceError) else ServiceError(INTERNAL_MESSAGE)
 
 

@@ -46,20 +46,20 @@ FLUSH_SECONDS = 1
 """Time for the last responses to be sent, in seconds. gRPC does not report when they are."""
 
 SHORT_FLUSH_SECONDS = 0.2
-"""The same for calls that do not generate, whose responses are small and whose end is not recorded."""
+"""Time for responses to calls that do not generate. They are small, and their end is not recorded."""
 
 QUIET_SECONDS = 1
-"""Time without a refused call after which no client expects an answer any more, in seconds."""
+"""Time without refused calls after which all clients must have noticed the stop, in seconds."""
 
 LAME_DUCK_SECONDS = 5
-"""Limit on the time that a stopping server refuses calls after its last call has ended, in seconds."""
+"""Maximum time for which a stopping server refuses new calls after its last call has ended, in seconds."""
 
 POLL_SECONDS = 0.5
 """Interval between checks that the gRPC server is still running, in seconds."""
 
 CHANNEL_OPTIONS = [
-    # Keepalive notices a vanished client within a minute, which frees its engine requests. A client that is only
-    # suspended still acknowledges at the level of TCP: the ping's own timeout, a minute by default, notices it.
+    # Keepalive detects a vanished client within a minute, and frees its engine requests. The kernel of a suspended
+    # client still acknowledges packets, so only the ping's own timeout, a minute by default, detects it.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
@@ -107,7 +107,7 @@ yuan-grpc {__version__}
 
 
 def _example_command(settings: Settings) -> str:
-    """Return a command that calls the server; it has to be completed if the server needs more than an address."""
+    """Return a command that calls the server. If it needs more than an address, the command refers to the docs."""
     if settings.security.tls_cert_file or settings.security.token_file:
         return f"yuan-grpc generate 世界上最高的山是什么 --address {settings.address}; see docs/secure.md"
     return f"""buf curl --protocol grpc --http2-prior-knowledge \\
@@ -318,7 +318,7 @@ async def _stop_servers(
 ) -> None:
     """Refuse new calls, let the running ones finish, and close all connections.
 
-    The gRPC server accepts calls to the end: those that it has not accepted when it stops would be cancelled.
+    The gRPC server accepts calls until it stops, because stopping cancels those that it has not accepted.
     """
     inflight = generation_service.inflight
     if http:
@@ -335,7 +335,7 @@ async def _stop_servers(
 
 
 async def _wait_until_quiet(inflight: InflightRequests) -> None:
-    """Wait until the last responses are sent, and no client calls any more."""
+    """Wait until the last responses are sent and clients have stopped calling."""
     remaining = max(SHORT_FLUSH_SECONDS, FLUSH_SECONDS - inflight.seconds_since_end)
     while remaining > 0:
         await asyncio.sleep(remaining)
@@ -392,7 +392,7 @@ async def create_server(
     """Return a gRPC server with all services, bound but not started, and its port.
 
     Args:
-        certificates: those of TLS; None for plaintext. The unix socket is always plaintext.
+        certificates: TLS certificates; None for plaintext. The unix socket is always plaintext.
         authenticator: identifies callers.
         shares_port: whether other processes may listen on the port, too. Otherwise, a second server on the same port
             would silently get half of the calls.
@@ -478,7 +478,7 @@ def handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 
 async def wait_for_first(*awaitables: Awaitable[object]) -> set[asyncio.Future[object]]:
-    """Return those that are done when the first one is; cancel the others."""
+    """Wait for the first of the awaitables; return all that are done by then, and cancel the others."""
     futures: list[asyncio.Future[object]] = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
     done = {future for future in futures if future.done()}

@@ -52,7 +52,7 @@ class Watchdog:
             await self._wait_for_stall()
             logger.error("the engine makes no progress: health is NOT_SERVING, and new calls are refused")
             await self._on_stall()
-            if not await self._recovers():
+            if not await self._wait_for_recovery():
                 return
             logger.info("the engine makes progress again")
             await self._on_recovery()
@@ -64,7 +64,7 @@ class Watchdog:
             is_stuck = self._engine.is_busy and self._engine.progress == progress
             checks, progress = checks + 1 if is_stuck else 0, self._engine.progress
 
-    async def _recovers(self) -> bool:
+    async def _wait_for_recovery(self) -> bool:
         """Return True when the engine makes progress, or False after `stall_exit_seconds`.
 
         A request of the watchdog waits in the engine: those of callers may all have been cancelled meanwhile.

@@ -21,6 +21,29 @@ import (
 	yuanv1 "example.com/yuan-example/gen/yuan/v1"
 )
 
+// The same as clients/service_config.json.
+const serviceConfig = `{
+  "loadBalancingConfig": [{"round_robin": {}}],
+  "methodConfig": [{
+    "name": [
+      {"service": "yuan.v1.YuanService", "method": "Generate"},
+      {"service": "yuan.v1.YuanService", "method": "GenerateStream"},
+      {"service": "yuan.v1.YuanService", "method": "Tokenize"},
+      {"service": "yuan.v1.YuanService", "method": "Detokenize"},
+      {"service": "yuan.v1.YuanService", "method": "GetModel"},
+      {"service": "yuan.v1.YuanService", "method": "GetLoads"},
+      {"service": "yuan.v1.YuanService", "method": "ListLoras"}
+    ],
+    "retryPolicy": {
+      "maxAttempts": 5,
+      "initialBackoff": "0.25s",
+      "maxBackoff": "5s",
+      "backoffMultiplier": 2,
+      "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
+    }
+  }]
+}`
+
 func connect() (*grpc.ClientConn, error) {
 	address := os.Getenv("YUAN_GRPC_ADDRESS")
 	if address == "" {
@@ -34,7 +57,7 @@ func connect() (*grpc.ClientConn, error) {
 		}
 		option = grpc.WithTransportCredentials(tls)
 	}
-	return grpc.Dial(address, option)
+	return grpc.Dial(address, option, grpc.WithDefaultServiceConfig(serviceConfig))
 }
 
 func newRequest() *yuanv1.GenerateRequest {

@@ -13,9 +13,32 @@ const definition = protoLoader.loadSync(['yuan/v1/yuan.proto', 'google/rpc/error
   enums: String,
   defaults: true,
 });
+// The same as clients/service_config.json.
+const serviceConfig = `{
+  "loadBalancingConfig": [{"round_robin": {}}],
+  "methodConfig": [{
+    "name": [
+      {"service": "yuan.v1.YuanService", "method": "Generate"},
+      {"service": "yuan.v1.YuanService", "method": "GenerateStream"},
+      {"service": "yuan.v1.YuanService", "method": "Tokenize"},
+      {"service": "yuan.v1.YuanService", "method": "Detokenize"},
+      {"service": "yuan.v1.YuanService", "method": "GetModel"},
+      {"service": "yuan.v1.YuanService", "method": "GetLoads"},
+      {"service": "yuan.v1.YuanService", "method": "ListLoras"}
+    ],
+    "retryPolicy": {
+      "maxAttempts": 5,
+      "initialBackoff": "0.25s",
+      "maxBackoff": "5s",
+      "backoffMultiplier": 2,
+      "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
+    }
+  }]
+}`;
+
 const {YuanService} = grpc.loadPackageDefinition(definition).yuan.v1;
 const credentials = ca ? grpc.credentials.createSsl(readFileSync(ca)) : grpc.credentials.createInsecure();
-const client = new YuanService(address, credentials);
+const client = new YuanService(address, credentials, {'grpc.service_config': serviceConfig});
 const metadata = new grpc.Metadata();
 if (token) metadata.set('authorization', `Bearer ${token}`);
 

@@ -165,7 +165,7 @@ def _lengths(scored: ScoredRun) -> list[Child]:
         ("By generated tokens", group_by_length(generated)),
     ):
         if groups:
-            parts += [element("h3", name), _short(length_chart(groups))]
+            parts += [element("h3", name), _mark_short(length_chart(groups))]
     note = (
         "Groups of about equal size, each with its number of tasks or samples. The lines are 95 % intervals; rates "
         "with overlapping intervals may differ by chance."
@@ -173,7 +173,7 @@ def _lengths(scored: ScoredRun) -> list[Child]:
     return _heading("Pass rate by length", element("p", note, class_="soft"), *parts) if parts else []
 
 
-def _short(chart: Element) -> Element:
+def _mark_short(chart: Element) -> Element:
     chart.set("class", "chart short")
     return chart
 

@@ -34,8 +34,8 @@ SECCOMP_MODE_FILTER = 2
 KEYCTL_JOIN_SESSION_KEYRING = 1
 NOBODY = 65534
 UID_RANGES = ((2_000_000_000, 1 << 22), (30_000, 30_000))
-"""First and number of the user IDs for programs started as root: normally, and in a container with 65,536 users. Each
-program has its own, because the kernel counts processes by user."""
+"""Ranges of user IDs (first, count) for programs started as root. The second is for containers with only 65,536 IDs.
+Each program has its own ID, because the kernel counts processes by user."""
 FIRST_FREE_FD = 10
 """Lowest descriptor that is not reserved for the program."""
 SETUP_SECONDS = 20.0
@@ -300,7 +300,7 @@ def wait_for_start(started_reader: int) -> bool:
 
 
 def ends_within(child: int, seconds: float) -> bool:
-    """Return whether a child process ends in time. Its status remains to be collected."""
+    """Return whether a child process ends in time. Does not collect its status."""
     ready, _, _ = select.select([os.pidfd_open(child)], [], [], seconds)
     return bool(ready)
 

@@ -26,7 +26,7 @@ PER_WORD = 8
 """Weights of four bits in a word of 32."""
 LARGEST_INT4, LARGEST_INT8, LARGEST_FP8 = 7, 127, 448
 SHRINKS = torch.linspace(1.0, 0.7, 13)
-"""Factors of the scale that are tried for four bits. A smaller one cuts the largest weights, and rounds others less."""
+"""Factors of the scale to try for four bits. A smaller scale clips the largest weights and rounds the others less."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def quantize_checkpoint(
     group_size: int = GROUP_SIZE,
     report: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write a quantized copy of a checkpoint, with all its other files. It takes the memory of one file of weights.
+    """Write a quantized copy of a checkpoint, with all its other files. Needs memory for one file of weights.
 
     Args:
         source: the folder of a checkpoint in safetensors.

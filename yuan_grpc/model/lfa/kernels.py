@@ -103,7 +103,7 @@ def _shared_blocks_kernel(
     SEARCHED_SEQUENCES: tl.constexpr,
     IN_BATCH: tl.constexpr,
 ) -> None:
-    """Find the row that computes the predecessor of a sequence, if that is in a block which this step fills."""
+    """Find the row that computes a sequence's predecessor, if the predecessor is in a block that this step fills."""
     sequence = tl.program_id(0)
     first = tl.load(query_start_loc + sequence)
     end = tl.load(query_start_loc + sequence + 1)
@@ -131,9 +131,9 @@ def plan(plan: torch.Tensor, step: StateMetadata) -> None:
     Two launches, safe to replay in a CUDA graph: their inputs keep their addresses.
     """
     rows, sequences, table = plan.shape[1], step.seq_lens.shape[0], step.block_table
-    schedule = (plan, step.query_start_loc, step.seq_lens, table, rows, sequences, table.stride(0), step.block_size)
+    shared_args = (plan, step.query_start_loc, step.seq_lens, table, rows, sequences, table.stride(0), step.block_size)
     _plan_kernel[(triton.cdiv(rows, ROWS),)](
-        *schedule,
+        *shared_args,
         step.slots.per_block,
         step.slots.kept_tokens,
         sequences.bit_length(),
@@ -141,7 +141,7 @@ def plan(plan: torch.Tensor, step: StateMetadata) -> None:
         SEQUENCE_START=SEQUENCE_START,
         IN_BATCH=IN_BATCH,
     )
-    _shared_blocks_kernel[(sequences,)](*schedule, SEARCHED_SEQUENCES=SEARCHED_SEQUENCES, IN_BATCH=IN_BATCH)
+    _shared_blocks_kernel[(sequences,)](*shared_args, SEARCHED_SEQUENCES=SEARCHED_SEQUENCES, IN_BATCH=IN_BATCH)
 
 
 @dataclass(frozen=True)

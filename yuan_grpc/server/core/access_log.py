@@ -1,4 +1,4 @@
-"""The access log: one line for each call, and one for many refused calls. Observers see the same calls."""
+"""The access log: one line for each call, or one for many refused calls. Observers are notified of the same calls."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ _REFUSALS = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
 )
-"""Statuses of calls that are refused by the thousand, and whose single lines are of no interest."""
+"""Statuses of calls that are refused in large numbers, which are summarized in one line."""
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """Headers of the W3C trace context, which the spans of a call continue."""
@@ -50,7 +50,7 @@ class Outcome:
             the call.
 
     Args:
-        parent: the outcome of the call that this one is a part of.
+        parent: the outcome of the call that contains this one.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Outcome:
         self.requests.append(stats)
 
     def describe(self) -> str:
-        """Return the code, and the fields that are the reason for it."""
+        """Return the code, and the fields that caused it."""
         return self.code.name + (f" ({', '.join(self._fields)})" if self._fields else "")
 
     def details(self) -> str:
-        """Return what is known of the caller, the model, the tokens and the times, each after a comma."""
+        """Return the known values of caller, model, tokens and times, each preceded by a comma."""
         details = [f"peer {self.peer}"] if self.peer else []
         if self.caller:
             details.append(f"caller {self.caller:.256}")
@@ -134,7 +134,7 @@ class CallObserver(Protocol):
 
 
 class _RefusalLog:
-    """Counts refused calls after the first one, and logs the counts when a second has passed."""
+    """Counts refused calls after the first one, and logs the counts once a second."""
 
     def __init__(self) -> None:
         self._counts = Counter[tuple[str, str]]()

@@ -16,20 +16,20 @@ from yuan_grpc.server.errors import DeadlineTooShortError, OverloadedError
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 SHARE = 8
-"""Largest share of a caller, as a multiple of what is free in the queue. One caller alone can have 8/9 of it, two 8/17
-each, and so on, so that there is always some left for another one."""
+"""Maximum share of a caller, as a multiple of the free part of the queue. A single caller can fill 8/9 of the queue,
+two 8/17 each, and so on, so that a part is always free for the next one."""
 
 QUEUE_FACTOR = 8
-"""Running and waiting sequences, relative to those that the engine computes at a time."""
+"""Limit on running and waiting sequences, as a multiple of those that the engine computes at a time."""
 TOKEN_FACTOR = 16
-"""Tokens of running and waiting requests, relative to those that fit into the cache."""
+"""Limit on the tokens of running and waiting requests, as a multiple of those that fit into the cache."""
 MIN_SEQUENCES = 1024
 """Minimum of the limit on sequences, for engines that compute few at a time."""
 
 LOOKAHEAD = 4
-"""Minimum number of sequences that wait in the engine, so that its next step is never short of them."""
+"""Minimum number of sequences waiting in the engine, so that its next step is full."""
 CACHE_OVERCOMMIT = 2
-"""Tokens of the requests in the engine, relative to those that fit into its cache: most requests need fewer tokens."""
+"""Limit on the tokens of requests in the engine, as a multiple of its cache: most requests need fewer than expected."""
 
 EXPECTED_TOKENS = 512
 """Tokens that a sequence is expected to have at most: most end long before a large `max_tokens`."""
@@ -51,7 +51,7 @@ class Cost:
         return Cost(self.sequences - other.sequences, self.tokens - other.tokens)
 
     def clamp(self, limit: "Cost") -> "Cost":
-        """Return the cost, at most `limit`: a larger request may run alone. Validation rejects impossible ones."""
+        """Return the cost, at most `limit`: a larger request can run alone, and validation rejects impossible ones."""
         return Cost(min(self.sequences, limit.sequences), min(self.tokens, limit.tokens))
 
 
@@ -93,12 +93,12 @@ def request_cost(request: pb.GenerateRequest, info: ModelInfo) -> Cost:
 
 
 def _characters(request: pb.GenerateRequest, info: ModelInfo) -> int:
-    """Return the length of the prompt; that of the context if it has too many messages to count before a rejection."""
+    """Return the prompt's length; the context's length if there are more messages than validation accepts."""
     return prompt_size(request) if len(request.messages) <= MAX_MESSAGES else info.max_model_len
 
 
-def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
-    """Return the number of tokens that each sequence of a request has at least."""
+def min_output_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
+    """Return the minimum number of tokens that each sequence of a request generates."""
     if is_prompt_only(request):
         return 0
     max_tokens = request.max_tokens if request.HasField("max_tokens") else Sampling.max_tokens
@@ -108,26 +108,26 @@ def least_tokens(request: pb.GenerateRequest, info: ModelInfo) -> int:
 
 
 class Budget(Protocol):
-    """Counts of what requests take. Processes that serve the same engine share one."""
+    """Counts of the sequences and tokens of requests. Processes that serve the same engine share them."""
 
     poll_seconds: float | None
-    """Interval at which to try again what `take_engine` refused; None if all requests are this process's."""
+    """Interval for retrying `reserve_engine`; None if no other process can make room in the engine."""
 
-    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue, and return the empty text. Otherwise, return why nothing was taken."""
+    def reserve_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Reserve a part of the queue. Return the reason if that is refused, else an empty string."""
 
-    def return_queue(self, caller: str, cost: Cost) -> None:
-        """Give a part of the queue back."""
+    def release_queue(self, caller: str, cost: Cost) -> None:
+        """Release a part of the queue."""
 
-    def take_engine(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; return False if it has none left.
+    def reserve_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Reserve a part of the engine; return False if it is full.
 
-        The last request may take more than is left. Otherwise a large one would wait for an empty engine, and the
-        others for it.
+        The last request may exceed the limit. Otherwise a large one would wait until the engine is empty, and all
+        others would wait for it.
         """
 
-    def return_engine(self, cost: Cost) -> None:
-        """Give a part of the engine back."""
+    def release_engine(self, cost: Cost) -> None:
+        """Release a part of the engine."""
 
 
 class LocalBudget:
@@ -139,8 +139,8 @@ class LocalBudget:
         self._queued = self._started = NOTHING
         self._by_caller: dict[str, Cost] = {}
 
-    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue; see `Budget.take_queue`."""
+    def reserve_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Reserve a part of the queue; see `Budget.reserve_queue`."""
         used_by_caller = self._by_caller.get(caller, NOTHING)
         if refusal := refusal_of(cost, limit, self._queued, used_by_caller):
             return refusal
@@ -148,27 +148,27 @@ class LocalBudget:
         self._by_caller[caller] = used_by_caller + cost
         return ""
 
-    def return_queue(self, caller: str, cost: Cost) -> None:
-        """Give a part of the queue back."""
+    def release_queue(self, caller: str, cost: Cost) -> None:
+        """Release a part of the queue."""
         self._queued -= cost
         self._by_caller[caller] -= cost
         if self._by_caller[caller] == NOTHING:  # forget callers that have left
             del self._by_caller[caller]
 
-    def take_engine(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; see `Budget.take_engine`."""
+    def reserve_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Reserve a part of the engine; see `Budget.reserve_engine`."""
         if self._started.sequences >= limit.sequences or self._started.tokens >= limit.tokens:
             return False
         self._started += cost
         return True
 
-    def return_engine(self, cost: Cost) -> None:
-        """Give a part of the engine back."""
+    def release_engine(self, cost: Cost) -> None:
+        """Release a part of the engine."""
         self._started -= cost
 
 
 def refusal_of(cost: Cost, limit: Cost, used: Cost, used_by_caller: Cost) -> str:
-    """Return why a part of the queue cannot be taken; the empty text if it can."""
+    """Return why a part of the queue cannot be reserved; an empty string if it can."""
     return _refusal_of(
         "the request queue", cost.sequences, limit.sequences, used.sequences, used_by_caller.sequences
     ) or _refusal_of("the queue of tokens", cost.tokens, limit.tokens, used.tokens, used_by_caller.tokens)
@@ -187,12 +187,13 @@ class Ticket:
     """The admission of one request.
 
     Attributes:
-        queue_cost, engine_cost: its parts of the queue, and of the engine from its turn on.
-        min_tokens: tokens that each sequence has at least.
+        queue_cost: its part of the queue, until it ends.
+        engine_cost: its part of the engine, from its turn until it ends.
+        min_tokens: minimum number of tokens of each sequence.
         deadline: the loop's time at which the caller stops waiting; None for none.
-        start_tag: its place in the order.
-        turn: set when the engine may have it; None if it did not have to wait.
-        has_engine: whether it has taken its part of the engine.
+        start_tag: its position in the order; the lowest one is next.
+        turn: set when the request may start; None if it did not have to wait.
+        has_engine: whether its part of the engine is reserved.
         waited: seconds until its turn.
         started: the loop's time of its turn; None before.
     """
@@ -212,8 +213,8 @@ class Ticket:
 class Admission:
     """Admits requests, and starts them in fair order.
 
-    The order is that of start-time fair queueing: each caller's requests follow each other at the distance of their
-    tokens, so that a caller with few gets its turn before one with many, however many of those wait.
+    The order is that of start-time fair queueing. Each request is placed after the caller's previous one, at a distance
+    of the latter's tokens. A caller with few tokens thus starts before one with many, even if that one came first.
 
     Args:
         budget: the counts, shared between processes.
@@ -233,12 +234,12 @@ class Admission:
     def admit(
         self, caller: str, cost: Cost, limits: Limits, *, min_tokens: int = 0, remaining: float | None = None
     ) -> Iterator[Ticket]:
-        """Yield the ticket of a request, which takes its part of the queue, and of the engine from its turn on.
+        """Yield the ticket of a request, whose parts of the queue and of the engine are released after the block.
 
         Args:
             caller: a name that the requests of one caller share.
-            min_tokens: tokens that each sequence has at least.
-            remaining: seconds until the caller's deadline; None if it has none, or takes a partial result.
+            min_tokens: minimum number of tokens of each sequence.
+            remaining: seconds until the caller's deadline; None if there is none, or if a partial result is accepted.
 
         Raises:
             OverloadedError: the queue is full, or the caller's share of it.
@@ -248,27 +249,27 @@ class Admission:
         now = asyncio.get_running_loop().time()
         ticket = Ticket(caller, queue_cost, engine_cost, min_tokens, None if remaining is None else now + remaining)
         self._check_deadline(ticket)
-        if refusal := self._budget.take_queue(caller, queue_cost, limits.queue):
+        if refusal := self._budget.reserve_queue(caller, queue_cost, limits.queue):
             raise OverloadedError(refusal)
         try:
             yield ticket
         finally:
-            self._budget.return_queue(caller, queue_cost)
+            self._budget.release_queue(caller, queue_cost)
             if ticket.has_engine:
-                self._budget.return_engine(engine_cost)
+                self._budget.release_engine(engine_cost)
             self._start_waiting_requests()
 
     def try_start(self, ticket: Ticket, limits: Limits) -> bool:
         """Give a request its turn, if no other request waits and the engine has capacity."""
         self._limit = limits.engine
-        if self._waiting or not self._take_engine(ticket):
+        if self._waiting or not self._reserve_engine(ticket):
             return False
         self._set_start_tag(ticket)
         self._record_start(ticket)
         return True
 
     async def wait_for_turn(self, ticket: Ticket, stop_waiting: asyncio.Event | None = None) -> None:
-        """Wait for the turn of a request, or until `stop_waiting` is set: the request then ends with what it has.
+        """Wait for the turn of a request, or until `stop_waiting` is set, after which the request ends without a turn.
 
         Raises:
             DeadlineTooShortError: the request can no longer finish before its deadline. Its turn goes to the next one.
@@ -291,15 +292,15 @@ class Admission:
         self._check_deadline(ticket)
 
     def _set_start_tag(self, ticket: Ticket) -> None:
-        """Set the place of a request in the order."""
+        """Set the position of a request in the order."""
         ticket.start_tag = max(self._virtual_time, self._next_tags.get(ticket.caller, 0.0))
         self._next_tags[ticket.caller] = ticket.start_tag + ticket.engine_cost.tokens
 
-    def _take_engine(self, ticket: Ticket) -> bool:
-        """Take the request's part of the engine; return False if it has none left."""
+    def _reserve_engine(self, ticket: Ticket) -> bool:
+        """Reserve the request's part of the engine; return False if the engine is full."""
         if self._limit is None:
             return True
-        ticket.has_engine = self._budget.take_engine(ticket.engine_cost, self._limit)
+        ticket.has_engine = self._budget.reserve_engine(ticket.engine_cost, self._limit)
         return ticket.has_engine
 
     def _record_start(self, ticket: Ticket) -> None:
@@ -314,7 +315,7 @@ class Admission:
             ticket = self._waiting[0][2]
             assert ticket.turn is not None
             if not ticket.turn.done():
-                if not self._take_engine(ticket):
+                if not self._reserve_engine(ticket):
                     self._poll_later()
                     return
                 self._record_start(ticket)
@@ -331,7 +332,7 @@ class Admission:
     def _check_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is None:
             return
-        seconds = self.pace.least_seconds(ticket.min_tokens)
+        seconds = self.pace.min_seconds(ticket.min_tokens)
         remaining = ticket.deadline - asyncio.get_running_loop().time()
         if seconds > remaining:
             if remaining > 0:

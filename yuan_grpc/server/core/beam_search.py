@@ -73,7 +73,7 @@ class BeamSearch:
         engine: computes the log-probabilities of the next tokens, in requests of one token per beam and step.
         request: the request to continue. Only its parameters for length, stops and returned fields apply.
         beam: the parameters of the search; `n` is at most `width`.
-        slots: the limits on all searches; None for no other searches.
+        slots: the limits that all searches share; None if this is the only one.
         stream: whether to report progress, which requires decoding a text per token.
         deadline: see `Engine.generate`; the choices are then the best hypotheses so far, finished or not.
     """
@@ -98,28 +98,28 @@ class BeamSearch:
         self._end_of_text = frozenset(info.end_token_ids)
         self._suppressed = self._end_of_text.union(sampling.stop_token_ids)
         self._end_token_ids = frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self._suppressed
-        # Leaves `width` tokens to continue with, whether the ending tokens are suppressed or chosen.
+        # Enough that `width` tokens remain to continue with, even if all tokens that end a choice are among them.
         needed = beam.width + max(beam.width, len(self._suppressed))
         self._logprobs = min(max(needed, sampling.logprobs or 0), info.vocab_size)
         self._max_tokens = min(sampling.max_tokens, info.max_model_len - len(request.prompt))
         self._without_stops = replace(request, sampling=replace(sampling, stop=()))
-        # A character has at most four tokens, and invalid UTF-8 is held back for as many.
+        # A character has at most four tokens, and invalid UTF-8 is held back for up to four.
         self._stop_window = 4 * max(map(len, sampling.stop), default=0) + 8
         self._frontier = _Frontier()
         self._cached_tokens = 0
 
     async def run(self) -> AsyncGenerator[StepOutput, None]:
-        """Yield the acceptance, then progress after each token, then the `n` best choices, best first.
+        """Yield an empty output on acceptance, progress after each token, then the `n` best choices, best first.
 
         There are fewer choices only if fewer different continuations exist.
 
         Raises:
-            ServiceError: an error of `Engine.generate`. OverloadedError is raised for the first token only: later the
-                rejected beam is retried, because the finished work would be lost.
+            ServiceError: an error of `Engine.generate`. OverloadedError is raised for the first token only. Later, a
+                rejected beam is retried so that the tokens so far are not lost.
         """
         async with AsyncExitStack() as stack:
             await self._wait_for_slots(stack)
-            if self._request.lora:  # keeps the adapter between the requests of the beams
+            if self._request.lora:  # keep the adapter loaded between requests
                 lora = await stack.enter_async_context(self._engine.pin_lora(self._request.lora))
                 self._request = replace(self._request, lora=lora)
             first = StepOutput()
@@ -218,7 +218,7 @@ class BeamSearch:
         return StepOutput(cached_tokens=self._cached_tokens, prompt_logprobs=prompt_logprobs, progress=progress)
 
     def _next_frontier(self, tops: Sequence[TopTokens]) -> _Frontier:
-        """Return the next beams. As in transformers, a candidate below the best `width` is dropped if it finishes."""
+        """Return the next beams. As in transformers, drop finished candidates that are not among the best `width`."""
         width, running, finished = self._beam.width, list[_Hypothesis](), list(self._frontier.finished)
         tokens = self._frontier.tokens + 1
         is_last = tokens == self._max_tokens
@@ -235,7 +235,7 @@ class BeamSearch:
         return _Frontier(tokens, running, self._ranked(finished)[:width])
 
     def _candidates(self, tops: Sequence[TopTokens]) -> Iterator[_Candidate]:
-        """Yield the candidates, most likely first. Few of a wide beam's tens of thousands are needed."""
+        """Yield the candidates, most likely first. Lazy: few of a wide search's tens of thousands are needed."""
         candidates = map(self._candidates_after, self._frontier.running, tops)
         return heapq.merge(*candidates, key=lambda candidate: candidate.cumulative_logprob, reverse=True)
 
@@ -267,7 +267,7 @@ class BeamSearch:
         return _Hypothesis(token_ids, candidate.cumulative_logprob, logprobs, finish_reason, stop_reason)
 
     def _completed_stop_string(self, token_ids: tuple[int, ...]) -> str | None:
-        """Return the stop string that the last token completes, the one that ends first; decode no more than needed."""
+        """Return the stop string that the last token completes; if several, the one that ends first."""
         *recent, last = token_ids[-self._stop_window :]
         context = token_ids[: -len(recent) - 1]
         before, after = self._text_after(context, recent), self._text_after(context, [*recent, last])

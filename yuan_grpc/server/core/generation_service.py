@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from yuan_grpc.server.core.access_log import current_outcome
-from yuan_grpc.server.core.admission import Admission, Ticket, least_tokens, limits_of, request_cost
+from yuan_grpc.server.core.admission import Admission, Ticket, limits_of, min_output_tokens, request_cost
 from yuan_grpc.server.core.best_of import OutputAccumulator
 from yuan_grpc.server.core.convert import parse_request
 from yuan_grpc.server.core.deadline import deadline_event
@@ -44,8 +44,8 @@ class GenerationService:
     """Runs generate requests on an engine. Its methods raise the errors of `server.errors`.
 
     Args:
-        engine: the engine to run them on.
-        admission: limits the requests, and orders them; by default, those of this process.
+        engine: the engine that runs the requests.
+        admission: limits and orders the requests; by default, those of this process alone.
 
     Attributes:
         inflight: the requests that are running.
@@ -79,8 +79,8 @@ class GenerationService:
         """Maximum number of running and waiting choices; None before the engine is ready."""
         return limits_of(self._engine.info).queue.sequences if self._engine.is_ready else None
 
-    def turn_to_tokenize(self, characters: int) -> AbstractAsyncContextManager[None]:
-        """Return a context in which to tokenize a text; long texts wait for each other, and leave cores to others."""
+    def tokenization_slot(self, characters: int) -> AbstractAsyncContextManager[None]:
+        """Return a context in which to tokenize a text. Long texts wait for each other, to leave cores to others."""
         return self._tokenizing.hold() if characters > MAX_INLINE_CHARACTERS else nullcontext()
 
     async def generate(
@@ -139,7 +139,7 @@ class GenerationService:
                 current_share(),
                 request_cost(request, info),
                 limits_of(info),
-                min_tokens=least_tokens(request, info),
+                min_tokens=min_output_tokens(request, info),
                 remaining=None if is_partial else remaining,
             ) as ticket,
             self.inflight.track(request.request_id, owner),
@@ -150,7 +150,7 @@ class GenerationService:
     async def _plan(self, request: pb.GenerateRequest, stats: RequestStats) -> RequestPlan:
         engine, outcome = self.engine, current_outcome()
         validate_prompt_size(request, engine.info)
-        async with self.turn_to_tokenize(prompt_size(request)):
+        async with self.tokenization_slot(prompt_size(request)):
             parsed = await parse_request(request, engine)
         validate_generate(parsed, engine.info, engine.loras)
         plan = plan_request(parsed, engine, outcome.trace_headers)

@@ -17,11 +17,11 @@ from yuan_grpc.server.errors import (
 from yuan_grpc.server.security.identity import current_identity
 
 ANY_CONNECTION = ""
-"""The connection of a call whose id the server generated: only its caller knows it, so it is valid on all of them."""
+"""The connection of a call whose id the server generated. Only its caller knows it, so all connections accept it."""
 
 
 def call_owner(connection: str | None) -> str | None:
-    """Return who owns the id of a call: the identity of the current call, or else its connection.
+    """Return the owner of a call's id: the identity of the caller, or else its connection.
 
     Args:
         connection: None if the id is valid nowhere.
@@ -44,7 +44,7 @@ class _Call:
 
 
 class InflightRequests:
-    """Tracks running calls by id, unique for an owner; calls without an id are only counted.
+    """Tracks running calls by their id, which is unique per owner. Calls without an id are only counted.
 
     Attributes:
         abort_elsewhere: `abort_here` of the other processes that serve the engine, which returns whether one of them
@@ -128,7 +128,7 @@ class InflightRequests:
         """Cancel a call, and return when it has freed its resources.
 
         Args:
-            owner: the connection or the identity that asks.
+            owner: the connection or the identity of the caller of `Abort`.
             of_all: whether it may also end the calls of others, if none of its own has this id.
 
         Raises:

@@ -1,11 +1,11 @@
-"""The pace of the engine: the least time that tokens take."""
+"""The pace of the engine: the minimum time per token."""
 
 RELAX = 0.9
-"""Factor of the estimate after a refusal, so that an estimate from a slow time does not refuse forever."""
+"""Factor of the estimate after each refusal. Without it, a wrong estimate would refuse requests forever."""
 
 
 class Pace:
-    """The seconds for a token of the fastest request so far."""
+    """The time per token of the fastest request so far."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -15,8 +15,8 @@ class Pace:
         if tokens > 0:
             self._seconds = min(self._seconds or seconds / tokens, seconds / tokens)
 
-    def least_seconds(self, tokens: int) -> float:
-        """Return a time that a sequence of this many tokens takes at least; 0 if unknown."""
+    def min_seconds(self, tokens: int) -> float:
+        """Return the minimum time of a sequence of this many tokens; 0 if unknown."""
         return self._seconds * tokens
 
     def relax(self) -> None:

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class QueueFeeder:
-    """Runs the requests of one call, no more at a time than a call may have and the queue can hold.
+    """Runs the requests of one call, at most as many at a time as a call may run and the queue can hold.
 
     Other calls may fill the queue. Once a request of this call was accepted, the others wait for their turn. Otherwise
     the call is refused like any other.

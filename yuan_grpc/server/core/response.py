@@ -98,7 +98,7 @@ class ResponseBuilder:
             yield from self._delta_messages(output)
 
     def heartbeat(self) -> Iterator[pb.GenerateStreamResponse]:
-        """Yield an empty message of GenerateStream, or the first message without waiting any longer."""
+        """Yield an empty message, or the first message if it was still waiting for the prompt's log-probabilities."""
         if self._has_begun:
             yield self._empty_message()
         else:
@@ -142,12 +142,12 @@ class ResponseBuilder:
         for delta in output.deltas:
             tokens += len(delta.token_ids)
         self._usage.completion_tokens += tokens
-        if self._shows_cached_tokens:  # in a shared cache, they would show which prompts other callers have sent
+        if self._shows_cached_tokens:  # a shared cache would reveal which prompts other callers have sent
             self._usage.cached_tokens = output.cached_tokens or self._usage.cached_tokens
         return self._usage
 
     def _fill_choice(self, choice: pb.Choice, delta: ChoiceDelta) -> None:
-        """Set what a delta has, which for most is a text and a token."""
+        """Set only the fields that the delta has: for most a text and a token."""
         choice.index, choice.text = delta.index, delta.text
         choice.token_ids.extend(delta.token_ids)
         if delta.logprobs:

@@ -1,4 +1,4 @@
-"""The counts of what requests take, for processes that serve the same engine."""
+"""Counts of the sequences and tokens of requests, for processes that serve the same engine."""
 
 from collections.abc import MutableSequence
 from zlib import crc32
@@ -6,7 +6,7 @@ from zlib import crc32
 from yuan_grpc.server.core.admission import Cost, refusal_of
 
 CALLERS = 256
-"""Number of classes that callers are counted in. Two callers of the same class share what one could have alone."""
+"""Number of classes that callers are counted in. Two callers of the same class share the limit of one."""
 
 _QUEUED, _STARTED, _BY_CALLER = 0, 2, 4
 """Positions of the counts of a process: sequences and tokens of each kind."""
@@ -14,10 +14,10 @@ _SIZE = _BY_CALLER + 2 * CALLERS
 
 
 class SharedBudget:
-    """Counts in shared memory; see `Budget`. Each process changes its own only, so that there is nothing to lock.
+    """Counts in shared memory; see `Budget`. Each process changes only its own counts, so no lock is needed.
 
-    Two processes that take the last part at the same moment both get it. The limits are exceeded by one request of
-    each process at most.
+    Two processes that reserve the last part at the same moment both get it, so the limits can be exceeded by one
+    request of each process.
 
     Args:
         memory: numbers in shared memory, `size` of the number of processes, at first 0.
@@ -32,11 +32,11 @@ class SharedBudget:
 
     @staticmethod
     def size(processes: int) -> int:
-        """Return how many numbers the counts of some processes take."""
+        """Return the number of shared numbers for this many processes."""
         return processes * _SIZE
 
-    def take_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
-        """Take a part of the queue; see `Budget.take_queue`."""
+    def reserve_queue(self, caller: str, cost: Cost, limit: Cost) -> str:
+        """Reserve a part of the queue; see `Budget.reserve_queue`."""
         position = _position(caller)
         if refusal := refusal_of(cost, limit, self._sum(_QUEUED), self._sum(position)):
             return refusal
@@ -44,25 +44,25 @@ class SharedBudget:
         self._add(position, cost)
         return ""
 
-    def return_queue(self, caller: str, cost: Cost) -> None:
-        """Give a part of the queue back."""
+    def release_queue(self, caller: str, cost: Cost) -> None:
+        """Release a part of the queue."""
         self._add(_QUEUED, Cost(-cost.sequences, -cost.tokens))
         self._add(_position(caller), Cost(-cost.sequences, -cost.tokens))
 
-    def take_engine(self, cost: Cost, limit: Cost) -> bool:
-        """Take a part of the engine; see `Budget.take_engine`."""
+    def reserve_engine(self, cost: Cost, limit: Cost) -> bool:
+        """Reserve a part of the engine; see `Budget.reserve_engine`."""
         started = self._sum(_STARTED)
         if started.sequences >= limit.sequences or started.tokens >= limit.tokens:
             return False
         self._add(_STARTED, cost)
         return True
 
-    def return_engine(self, cost: Cost) -> None:
-        """Give a part of the engine back."""
+    def release_engine(self, cost: Cost) -> None:
+        """Release a part of the engine."""
         self._add(_STARTED, Cost(-cost.sequences, -cost.tokens))
 
     def clear(self) -> None:
-        """Give back all that this process has taken, after its end."""
+        """Release everything that this process had reserved, after its end."""
         self._memory[self._first : self._first + _SIZE] = [0] * _SIZE
 
     def _sum(self, position: int) -> Cost:

@@ -182,7 +182,7 @@ def _token_count_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[
 
 
 def _size_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
-    """Yield the violations of limits on products of fields, each of which is within its own range."""
+    """Yield the violations of limits on products of fields; each field alone is within its range."""
     request, limit = parsed.request, info.max_num_queued_reqs
     if limit is not None and limit < parsed.sequences <= MAX_CHOICES:
         field = "best_of" if request.HasField("best_of") else "n"
@@ -238,7 +238,7 @@ def _id_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation
 
 
 def _id_range_violations(field: str, ids: Sequence[int], info: ModelInfo) -> Iterator[Violation]:
-    """Yield the first violation only: there may be thousands, and a status must stay small."""
+    """Yield only the first violation: there may be thousands, too many for a gRPC status."""
     for index, token_id in enumerate(ids):
         if token_id >= info.vocab_size:
             yield violation(f"{field}[{index}]", f"be below {info.vocab_size}, the vocabulary size", token_id)
@@ -247,7 +247,7 @@ def _id_range_violations(field: str, ids: Sequence[int], info: ModelInfo) -> Ite
 
 def _search_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
     request, n, best_of, stops_early = parsed.request, parsed.sampling.n, parsed.best_of, early_stopping(parsed.request)
-    if 1 <= best_of < n:  # a smaller one has its violation already
+    if 1 <= best_of < n:  # a `best_of` below 1 is reported already
         yield violation("best_of", f"be at least `n`, {n}", best_of)
     if stops_early is None:
         yield Violation("early_stopping", '`early_stopping` must be true, false or "never"')

@@ -230,16 +230,17 @@ class Progress:
 
 @dataclass(slots=True)  # not frozen: one is made for each token, in a third of the time
 class StepOutput:
-    """Output of an engine or a strategy that becomes available at once.
+    """Output that an engine or a strategy yields at one time.
 
     Attributes:
-        deltas: of the choices that grew; empty in the first output of a request, which reports its acceptance.
+        deltas: new output of the choices that grew. Empty in the first output, which reports that the request was
+            accepted.
         cached_tokens: number of prompt tokens found in the prefix cache.
-        prompt_logprobs: of the whole prompt, in one output, before any delta.
-        progress: of a search.
+        prompt_logprobs: those of the whole prompt, in one output, before any delta.
+        progress: progress of a search that returns its choices at the end.
         discarded_tokens: number of tokens generated for choices that are not returned.
         queue_seconds: time that the request waited for the engine, on the first output with tokens; None if unknown.
-        prefill_seconds: time from then to the first token, on the same output; None if unknown.
+        prefill_seconds: time from the end of that wait to the first token, on the same output; None if unknown.
         first_token_seconds: time from the engine's acceptance of the request to its first token, on the same output;
             None if unknown.
     """

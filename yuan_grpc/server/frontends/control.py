@@ -10,14 +10,14 @@ Handler = Callable[..., Awaitable[object]]
 
 
 class PeerLostError(Exception):
-    """The process at the other end of the pipe has ended, or is about to."""
+    """The process at the other end of the pipe has ended, or is ending."""
 
 
 class ControlChannel:
     """One end of a pipe. Both processes can call the functions of the other one.
 
     Messages are tuples of a kind, a number and the rest: `call` with the name and the arguments of a function, its
-    `result` or `error`, and `cancel`. The number of a call whose result nobody waits for is 0.
+    `result` or `error`, and `cancel`. A call without a result has the number 0.
 
     Args:
         connection: the end of the pipe.
@@ -34,7 +34,7 @@ class ControlChannel:
         self.closed = asyncio.Event()
 
     def start(self) -> None:
-        """Handle what the other process sends, until it ends."""
+        """Handle the messages of the other process until it ends."""
         asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
 
     async def call(self, name: str, *arguments: object) -> Any:
@@ -81,14 +81,14 @@ class ControlChannel:
     def _read(self) -> None:
         try:
             while not self.closed.is_set() and self._connection.poll():
-                self._handle(*self._connection.recv())
+                self._dispatch(*self._connection.recv())
         except (EOFError, OSError):
             self.close()
 
-    def _handle(self, kind: str, number: int, *rest: Any) -> None:
+    def _dispatch(self, kind: str, number: int, *rest: Any) -> None:
         match kind:
             case "call":
-                task = asyncio.ensure_future(self._run(number, *rest))
+                task = asyncio.ensure_future(self._run_handler(number, *rest))
                 if number:
                     self._running[number] = task
                 else:
@@ -102,7 +102,7 @@ class ControlChannel:
                 else:
                     future.set_exception(rest[0])
 
-    async def _run(self, number: int, name: str, arguments: tuple[object, ...]) -> None:
+    async def _run_handler(self, number: int, name: str, arguments: tuple[object, ...]) -> None:
         try:
             result = await self._handlers[name](*arguments)
         except Exception as error:

@@ -128,7 +128,7 @@ class FrontEnd:
         self.control.notify("listening")
 
     async def exit_without_supervisor(self) -> None:
-        """Exit the process when the supervisor has ended: nothing else can stop it, or replace the engine."""
+        """Exit the process once the supervisor has ended, because nothing else can stop it or replace the engine."""
         await self.control.closed.wait()
         log_queue.drain()
         os._exit(EXIT_FAILURE)

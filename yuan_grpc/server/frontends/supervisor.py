@@ -28,7 +28,7 @@ from yuan_grpc.server.telemetry import setup as telemetry
 logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 16
-"""Number of front ends that can be replaced. With each, the engine keeps the sockets of the one that died."""
+"""Maximum number of replacements. After each, the engine keeps the sockets of the front end that died."""
 
 STOP_SECONDS = 15
 """Time for a front end to exit after the grace period, in seconds."""
@@ -115,11 +115,11 @@ class Supervisor:
     async def _start(self) -> None:
         for each in self._front_ends:
             each.control.start()
-        await self._or_failure(self._engine.start(self._start_first_processes))
-        await self._or_failure(self._all_ready.wait())
+        await self._await_unless_failed(self._engine.start(self._start_first_processes))
+        await self._await_unless_failed(self._all_ready.wait())
 
-    async def _or_failure(self, awaitable: Awaitable[object]) -> None:
-        """Await, unless a front end fails first; its cause precedes that of the engine."""
+    async def _await_unless_failed(self, awaitable: Awaitable[object]) -> None:
+        """Await, or raise the cause if a front end fails first. It takes precedence over the engine's error."""
         future = asyncio.ensure_future(awaitable)
         future.add_done_callback(_retrieve)
         await server.wait_for_first(asyncio.shield(future), asyncio.shield(self._failure))
@@ -129,7 +129,7 @@ class Supervisor:
         await future
 
     async def _wait_for_end(self, stop_requested: asyncio.Event) -> int:
-        """Return the exit status when a stop is requested, or what cannot be replaced is lost."""
+        """Wait for a stop request, or for the loss of what cannot be replaced, and return the exit status."""
         engine_death = asyncio.ensure_future(self._engine.wait_until_dead())
         done = await server.wait_for_first(engine_death, asyncio.shield(self._failure), stop_requested.wait())
         if engine_death in done:
@@ -226,7 +226,7 @@ class Supervisor:
             self._fail("the server stops, because a front end cannot be replaced")
 
     async def _replace(self, lost: _FrontEnd) -> None:
-        """Free what a front end that has died used, and start another one."""
+        """Free the resources of a front end that has died, and start another one."""
         assert lost.process is not None
         assert lost.link is not None
         link = next(self._links, None)
@@ -272,7 +272,7 @@ class Supervisor:
         try:
             request: AdapterRequest = await self._loras.load(name)
         except ServiceError as error:
-            if error.__cause__:  # which the pipe does not carry
+            if error.__cause__:  # the pipe does not transfer it
                 logger.warning("the adapter %.256r: %r", name, error.__cause__)
             raise
         for each in self._front_ends:

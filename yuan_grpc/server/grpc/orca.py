@@ -24,7 +24,7 @@ SERVICE = "xds.service.orca.v3.OpenRcaService"
 METHOD = "StreamCoreMetrics"
 
 MIN_INTERVAL = 1.0
-"""Shortest interval between two reports of a stream, in seconds. Without a wish of the client, it is the interval."""
+"""Minimum interval between two reports of a stream, in seconds. Also the default, if the client sets none."""
 
 RATE_SECONDS = 10.0
 """Time over which calls per second are measured, in seconds."""
@@ -172,7 +172,7 @@ class LoadReporter:
 
 
 class LoadReportInterceptor(grpc.aio.ServerInterceptor):
-    """An interceptor that adds a report to the trailers of each call of our services, also of failed ones.
+    """An interceptor that adds a report to the trailers of each call of our services, including failed ones.
 
     It must run inside `StatusInterceptor`, which adds the trailers that it finds to a status.
     """

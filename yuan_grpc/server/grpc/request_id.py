@@ -35,7 +35,7 @@ def to_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
     return ((HEADER, request_id),) if is_valid(request_id) else ()
 
 
-def adopt(request: pb.GenerateRequest, context: "Context", inflight: InflightRequests) -> str | None:
+def set_from_metadata(request: pb.GenerateRequest, context: "Context", inflight: InflightRequests) -> str | None:
     """Give a request without an id the one in the metadata, and return the connection on which its id is valid.
 
     A random id is as secret as one that the server generates, so it is valid on all connections. An id that is in use,
@@ -60,7 +60,7 @@ async def send_headers(context: "Context", request_id: str) -> None:
     try:
         await asyncio.shield(headers)
     except asyncio.CancelledError:
-        await asyncio.gather(headers, return_exceptions=True)  # a failure that no one asks for would be logged
+        await asyncio.gather(headers, return_exceptions=True)  # asyncio logs failures that are not retrieved
         raise
     except grpc.aio.InternalError as error:
         raise asyncio.CancelledError from error

@@ -33,7 +33,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: "Context") -> pb.GenerateResponse:
         """Return one response when all choices are finished."""
-        connection = request_id.adopt(request, context, self._service.inflight)
+        connection = request_id.set_from_metadata(request, context, self._service.inflight)
         return await self._service.generate(request, context.time_remaining(), connection)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: "Context") -> None:
@@ -41,7 +41,7 @@ class YuanService(yuan_pb2_grpc.YuanServiceServicer):
 
         Messages are written, not yielded, so that a cancelled write raises in this method and frees the request.
         """
-        connection = request_id.adopt(request, context, self._service.inflight)
+        connection = request_id.set_from_metadata(request, context, self._service.inflight)
         writer = StreamWriter(context, lambda: request.request_id)
         async with self._service.stream(request, context.time_remaining(), connection) as messages:
             async for message in messages:

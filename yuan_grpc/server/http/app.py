@@ -31,11 +31,11 @@ from yuan_grpc.server.security.authentication import OPEN, Authenticator
 Handler = Callable[[HttpCall], Awaitable[None]]
 
 HANDLERS: Mapping[str, Handler] = {
-    "/generate": generate.handle,
+    "/generate": generate.generate,
     "/tokenize": tokenization.tokenize,
     "/detokenize": tokenization.detokenize,
-    "/v1/completions": completions.handle,
-    "/v1/chat/completions": chat.handle,
+    "/v1/completions": completions.create_completion,
+    "/v1/chat/completions": chat.create_chat_completion,
 }
 """Handlers of POST by path."""
 
@@ -93,7 +93,7 @@ def create_app(
     async def model(request: Request) -> Response:
         return _respond(lambda: find_model(state, request.path_params["name"]))
 
-    def describe(content: Callable[[AppState], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
+    def json_endpoint(content: Callable[[AppState], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             return _respond(lambda: content(state))
 
@@ -107,9 +107,9 @@ def create_app(
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
         Route("/metrics", metrics),
-        Route("/version", describe(lambda _: {"version": __version__})),
-        Route("/tokenizer_info", describe(tokenization.describe_tokenizer)),
-        Route("/v1/models", describe(list_models)),
+        Route("/version", json_endpoint(lambda _: {"version": __version__})),
+        Route("/tokenizer_info", json_endpoint(tokenization.describe_tokenizer)),
+        Route("/v1/models", json_endpoint(list_models)),
         Route("/v1/models/{name:path}", model),
     ]
     paths = [f"{'|'.join(sorted(route.methods or ()))} {route.path}" for route in routes]

@@ -184,7 +184,7 @@ class HttpCall:
             self.state.large_bodies -= max(0, len(body) - SMALL_BODY)
 
     async def _read_part(self, body: bytearray) -> bool:
-        """Append the next part of the body to those before; return whether there are more."""
+        """Append the next part of the body; return whether there are more."""
         message = await self._receive()
         if message["type"] != "http.request":
             raise ClientDisconnectedError
@@ -225,7 +225,7 @@ class HttpCall:
             pass
 
     async def respond_encoded(self, body: bytes) -> None:
-        """Send a complete response that is JSON already."""
+        """Send a complete response whose JSON is already encoded."""
         response = Response(body, headers=self._headers(), media_type="application/json")
         await response(self._scope, self._receive, self._send)
 

@@ -9,7 +9,7 @@ from yuan_grpc.server.http.json_body import convert_vllm_notation, set_fields, t
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 
-async def handle(call: HttpCall) -> None:
+async def generate(call: HttpCall) -> None:
     """Respond with `{"text": [...]}`, the prompt and output of each choice.
 
     Each chunk of a streamed response has all text so far.

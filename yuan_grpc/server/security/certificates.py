@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from yuan_grpc.server.security.files import stamp
+from yuan_grpc.server.security.files import file_version
 from yuan_grpc.server.settings.security import SecuritySettings
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Certificates:
     def __init__(self, certificate: Path, key: Path, authorities: Path | None = None) -> None:
         self._files = (certificate, key, authorities)
         self._lock = Lock()  # gRPC reads in a thread of its own
-        self._stamp = self._read_stamp()
+        self._versions = self._read_versions()
         self._material = read_material(certificate, key, authorities)
 
     @classmethod
@@ -70,8 +70,8 @@ class Certificates:
     def current(self) -> Material:
         """Return the contents of the files, which are read only if they have changed."""
         with self._lock:
-            if (changed := self._read_stamp()) != self._stamp:
-                self._stamp = changed
+            if (changed := self._read_versions()) != self._versions:
+                self._versions = changed
                 self._read_again()
             return self._material
 
@@ -96,8 +96,8 @@ class Certificates:
         else:
             logger.info("read the certificate again: %s", describe_validity(self._files[0]) or "valid")
 
-    def _read_stamp(self) -> Sequence[object]:
-        return [stamp(file) for file in self._files if file is not None]
+    def _read_versions(self) -> Sequence[object]:
+        return [file_version(file) for file in self._files if file is not None]
 
 
 def read_material(certificate: Path, key: Path, authorities: Path | None) -> Material:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 
-def stamp(file: Path) -> object:
-    """Return what changes with the contents of a file, also if a link to it is replaced; None if it is missing."""
+def file_version(file: Path) -> object:
+    """Return a value that changes with a file's contents, or with the target of a link; None if the file is missing."""
     try:
         status = file.stat()
     except OSError:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from yuan_grpc.server.security.files import stamp
+from yuan_grpc.server.security.files import file_version
 from yuan_grpc.server.security.identity import Identity, Scope
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class TokenFile:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._stamp = stamp(file)
+        self._version = file_version(file)
         self._entries = read(file)
 
     def find_token(self, token: str) -> Identity | None:
@@ -126,8 +126,8 @@ class TokenFile:
         return next((entry.identity for entry in self._current() if entry.certificate in names), None)
 
     def _current(self) -> Sequence[Entry]:
-        if (changed := stamp(self._file)) != self._stamp:
-            self._stamp = changed
+        if (changed := file_version(self._file)) != self._version:
+            self._version = changed
             try:
                 self._entries = read(self._file)
             except TokenFileError as error:

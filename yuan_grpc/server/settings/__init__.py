@@ -61,15 +61,15 @@ class Settings:
         engine_flags: vLLM flags, passed through unparsed.
         log_level: debug, info, warning or error.
         frontends: the number of processes that serve calls; None to choose it from the number of CPUs.
-        frontend_ports: the first of the ports that the front ends have in addition, one each; None for none.
+        frontend_ports: the first of the additional ports, one per front end; None for none.
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
         http: settings of the HTTP port.
         grpc: settings of the gRPC port.
-        security: settings of who may connect and call.
+        security: settings of TLS and of callers.
         telemetry: settings of metrics and logs.
         lifecycle: settings of a stop and of the stall watchdog.
-        mesh: settings of what meshes and balancers read.
+        mesh: settings of the services for meshes and balancers.
     """
 
     model: str
@@ -120,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     Environment variables are validated like flags, but only when these options are parsed: other commands ignore them.
     """
     parser.description = "Serve a Yuan 2.0 model over gRPC."
-    parser.usage = "yuan-grpc serve [OPTIONS]"  # not all of them: argparse would also print them with each error
+    parser.usage = "yuan-grpc serve [OPTIONS]"  # argparse would print the full usage with each error
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
     parser.epilog = EPILOG
     models = parser.add_mutually_exclusive_group()

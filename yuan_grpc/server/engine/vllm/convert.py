@@ -35,8 +35,8 @@ MAX_BAD_WORD_TOKENS = 1024
 UNSUPPORTED_WITH_DRAFTS = ("min_p", "logit_bias", "logprob_token_ids")
 """Parameters that vLLM does not apply to draft tokens.
 
-It rejects the first two. The third ends the engine if a request of the same step has `logprobs`; otherwise it returns
-nothing.
+vLLM rejects the first two. With the third, the engine dies if a request of the same step has `logprobs`; otherwise no
+log-probabilities are returned.
 """
 
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
@@ -244,9 +244,9 @@ def _with_times(step: StepOutput, times: RequestStateStats) -> StepOutput:
 def _token_logprobs(logprobs: FlatLogprobs, top: int, requested: Sequence[int]) -> Iterator[TokenLogprobs]:
     """Yield the log-probabilities of each position, given the number of top tokens or the requested token ids.
 
-    vLLM lists the chosen token first, then the `top` most likely or the `requested` tokens. The rank of a requested
-    token is its index in that list, not a rank, so it is dropped. vLLM lists a chosen token that is also requested only
-    once after it merges two outputs, with that index, so its rank is always dropped.
+    vLLM lists the chosen token first, then the `top` most likely or the `requested` tokens. For a requested token it
+    gives the index in that list instead of a rank, so the rank is dropped. That includes a chosen token that is also
+    requested: after vLLM has merged two outputs, it is listed once, with that index.
     """
     for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
         listed = [_ranked_token(logprobs, index) for index in range(start, end)]

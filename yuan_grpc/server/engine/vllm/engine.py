@@ -58,7 +58,7 @@ class VllmEngine:
     Args:
         options: the result of `parse_engine_flags`.
         lora_folder: the folder of the adapters that can be loaded; None for none.
-        owns_process: whether nothing else in this process uses vLLM, so that its environment variables are read once.
+        owns_process: whether nothing else in this process uses vLLM; its environment variables are then read only once.
         shared: the connection to an engine that another process has started; None to start one.
     """
 
@@ -111,7 +111,7 @@ class VllmEngine:
         return self._options.start(folder, self._board)
 
     def _count_outputs(self, core: Any) -> None:
-        """Count what the engine returns: each step at least its statistics, also while it computes a long prompt."""
+        """Count the engine's outputs. Each step has at least its statistics, even during a long prompt."""
         get_output = core.get_output_async
 
         async def get_and_count() -> Any:
@@ -271,7 +271,7 @@ class VllmEngine:
                     await _abort(llm, request, outputs)
 
     async def _check_constraint(self, sampling: Sampling) -> Sampling:
-        """Return the parameters with a constraint that the engine enforces. Errors name the one of the request."""
+        """Return the parameters with an enforceable constraint. Errors refer to the constraint in the request."""
         if (constraint := sampling.structured_outputs) is None:
             return sampling
         return replace(sampling, structured_outputs=await self._constraints.check(constraint))
@@ -357,8 +357,8 @@ async def _abort_at_deadline(
 async def _abort(llm: AsyncLLM, request: EngineRequest, outputs: RequestOutputCollector | None) -> None:
     """Abort with vLLM's internal request id; otherwise vLLM never forgets a request with several choices.
 
-    Without outputs, the request was cancelled while it was being added to the queue and vLLM returned no id, but vLLM
-    does not remove it from the queue by itself.
+    Without outputs there is no internal id: the request was cancelled while vLLM was adding it to the queue. vLLM does
+    not remove it by itself.
     """
     with suppress(EngineDeadError):
         if outputs is None:

@@ -54,14 +54,14 @@ HARMLESS_WARNINGS = (r"`torch.distributed.reduce_op` is deprecated",)
 
 
 @cache
-def hide_harmless() -> None:
+def hide_harmless_warnings() -> None:
     """Hide the harmless messages that do not pass through vLLM's loggers, once, unless the level is debug."""
     if os.environ.get(LEVEL_VARIABLE) == "debug":
         return
     for pattern in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("torch._library.triton").addFilter(lambda record: False)  # it notes that Triton is missing
-    # The tracker of shared memory removes what a failed engine leaves. It is started with these options.
+    # The tracker of shared memory, which is started with these options, removes the leftovers of a failed engine.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 
 
@@ -84,7 +84,7 @@ class EngineLogHandler(logging.Handler):
         self._level = os.environ.get(LEVEL_VARIABLE, "warning").upper()
         self._shows_all = self._level == "DEBUG" or "VLLM_LOGGING_LEVEL" in os.environ
         self._last_progress = ""
-        hide_harmless()
+        hide_harmless_warnings()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, if it is of interest."""

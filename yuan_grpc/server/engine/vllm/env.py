@@ -74,7 +74,7 @@ def set_defaults(log_level: str | None = None, log_format: str = "text") -> None
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG")
     else:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ code warns of what vLLM chose
-    engine_log.hide_harmless()
+    engine_log.hide_harmless_warnings()
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
     unset = [variable for variable in CACHE_FOLDERS if not os.environ.get(variable) or _is_torch_default(variable)]

@@ -140,7 +140,7 @@ class LoraRegistry:
             name: the name of a loaded adapter, or vLLM's name for a pinned one.
 
         Raises:
-            ModelNotFoundError: the adapter is not loaded, or no longer.
+            ModelNotFoundError: the adapter is not loaded, or has been unloaded.
         """
         adapter = self._pinned.get(name) or self._loaded.get(name)
         if adapter is None:

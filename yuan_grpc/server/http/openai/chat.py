@@ -16,7 +16,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 _FIELD_NAMES = {"logprobs": "top_logprobs"}
 
 
-async def handle(call: HttpCall) -> None:
+async def create_chat_completion(call: HttpCall) -> None:
     """Respond with the assistant's next message."""
     await send_response(call, _parse(await call.read_json(), call), _ChatFormat)
 

@@ -8,7 +8,7 @@ from yuan_grpc.server.http.call import HttpCall
 from yuan_grpc.server.http.json_body import to_token_ids
 from yuan_grpc.server.http.openai.params import build_request, pop_options
 from yuan_grpc.server.http.openai.streaming import OpenAIRequest, finish_reason, send_response
-from yuan_grpc.server.http.openai.tokens import PRIMING_TOKENS, Prompt, TextPosition, TokenTexts, finite_logprob
+from yuan_grpc.server.http.openai.tokens import PRECEDING_TOKENS, Prompt, TextPosition, TokenTexts, finite_logprob
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_PROMPTS = 1024
@@ -16,7 +16,7 @@ MAX_COPIED_BYTES = 2**26
 """Maximum size of the parameters, over the copies for each prompt."""
 
 
-async def handle(call: HttpCall) -> None:
+async def create_completion(call: HttpCall) -> None:
     """Respond with the choices of each prompt, in the order of the prompts."""
     await send_response(call, _parse(await call.read_json(), call), _CompletionFormat)
 
@@ -30,7 +30,7 @@ def _parse(body: dict[str, Any], call: HttpCall) -> OpenAIRequest:
     common, model = build_request(fields, call, options.field_names)
     names = dict(options.field_names)
     if common.HasField("logprobs"):
-        common.return_prompt_token_ids = True  # to find the places of tokens in the text
+        common.return_prompt_token_ids = True  # to find the offsets of tokens in the text
         if common.echo:
             common.prompt_logprobs = common.logprobs
             names["prompt_logprobs"] = "logprobs"
@@ -73,7 +73,7 @@ def _prompt(field: str, prompt: Any) -> str | pb.TokenIds:
 
 
 class _CompletionFormat:
-    """Choices as texts. Keeps the place in each text."""
+    """Choices as texts. Keeps the offset in each text."""
 
     object_type = chunk_object_type = "text_completion"
     id_prefix = "cmpl-"
@@ -95,27 +95,27 @@ class _CompletionFormat:
         return {
             "index": index,
             "text": choice.text,
-            "logprobs": self._logprobs(tokens, self._places(index, choice, prompt)) if tokens else None,
+            "logprobs": self._logprobs(tokens, self._text_offsets(index, choice, prompt)) if tokens else None,
             "finish_reason": finish_reason(choice),
         }
 
-    def _places(self, index: int, choice: pb.Choice, prompt: Prompt) -> list[int]:
-        """Return the places of the prompt's tokens and of the new ones in the text of a choice.
+    def _text_offsets(self, index: int, choice: pb.Choice, prompt: Prompt) -> list[int]:
+        """Return the offsets of the prompt's tokens and of the new ones in the text of a choice.
 
-        Tokens after the end, such as those of a stop string, have the length of the text as their place.
+        Tokens after the end, such as those of a stop string, have the length of the text as their offset.
         """
         if (position := self._positions.get(index)) is None:
             self._positions[index] = position = TextPosition(prompt.echo_length)
-            position.prime(b"".join(map(self._texts.output_bytes, prompt.token_ids[-PRIMING_TOKENS:])))
-        places = [position.advance(self._texts.output_bytes(token.token_id)) for token in choice.logprobs]
+            position.set_preceding_bytes(b"".join(map(self._texts.output_bytes, prompt.token_ids[-PRECEDING_TOKENS:])))
+        offsets = [position.advance(self._texts.output_bytes(token.token_id)) for token in choice.logprobs]
         if choice.finish_reason:
-            places = [min(place, self._lengths[index]) for place in places]
-        return [*prompt.places, *places]
+            offsets = [min(offset, self._lengths[index]) for offset in offsets]
+        return [*prompt.text_offsets, *offsets]
 
-    def _logprobs(self, tokens: Sequence[pb.TokenLogprob], places: Sequence[int]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[pb.TokenLogprob], offsets: Sequence[int]) -> dict[str, Any]:
         with_logprob = [token if token.rank or token.top else None for token in tokens]  # a prompt's first has none
         return {
-            "text_offset": places,
+            "text_offset": offsets,
             "token_logprobs": [token and finite_logprob(token) for token in with_logprob],
             "tokens": [self._texts.text(token.token_id) for token in tokens],
             "top_logprobs": [token and self._top_logprobs(token) for token in with_logprob],

@@ -30,7 +30,7 @@ class OpenAIRequest:
         requests: one request per prompt.
         model: the model name that the client used; empty if it gave none.
         options: how to respond.
-        field_names: for each request the client's field names, by those in `GenerateRequest`.
+        field_names: for each request, the names that the client used for fields of `GenerateRequest`.
     """
 
     requests: Sequence[pb.GenerateRequest]
@@ -201,7 +201,7 @@ class _PromptChunks:
         include_token_ids: whether choices have their token ids.
 
     Attributes:
-        prompt: the prompt, as far as messages have had parts of it.
+        prompt: the parts of the prompt in the messages so far.
     """
 
     def __init__(
@@ -224,11 +224,11 @@ class _PromptChunks:
 
     @property
     def has_unlocated_prompt(self) -> bool:
-        """Whether the prompt has log-probabilities without their places."""
-        return bool(self.prompt.logprobs) and not self.prompt.places
+        """Whether the prompt has log-probabilities without their offsets."""
+        return bool(self.prompt.logprobs) and not self.prompt.text_offsets
 
     def size_with(self, message: pb.GenerateStreamResponse) -> int:
-        """Return the size of a message and of what was kept for the first chunk with text, in bytes."""
+        """Return the size of a message in bytes, with the prompt that is kept for the first chunk with text."""
         return message.ByteSize() + (self._prompt_size if self._without_text else 0)
 
     def convert(self, message: pb.GenerateStreamResponse) -> Iterator[dict[str, Any]]:

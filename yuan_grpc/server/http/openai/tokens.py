@@ -1,4 +1,4 @@
-"""The texts, bytes and places of tokens, as OpenAI's log-probabilities show them."""
+"""The texts, bytes and offsets of tokens, as OpenAI's log-probabilities show them."""
 
 import asyncio
 from codecs import getincrementaldecoder
@@ -12,7 +12,7 @@ from yuan_grpc.v1 import yuan_pb2 as pb
 MIN_LOGPROB = -9999.0
 """Lowest log-probability in a response: JSON has no minus infinity."""
 
-PRIMING_TOKENS = 16
+PRECEDING_TOKENS = 16
 """Number of the prompt's last tokens that can belong to a character which the output completes; three are enough."""
 
 INLINE_TOKENS = 2048
@@ -27,7 +27,7 @@ def finite_logprob(token: pb.TokenLogprob | pb.TopLogprob) -> float:
 
 
 class TokenTexts:
-    """The texts and bytes of tokens, kept for the next time that a token is shown.
+    """The texts and bytes of tokens, cached by id.
 
     Args:
         engine: the engine whose tokens they are.
@@ -66,29 +66,29 @@ class TokenTexts:
 
 
 class TextPosition:
-    """The place in a text, in characters, while its tokens are added. The bytes of a character all have its place.
+    """A running offset in a text, in characters. All bytes of a character have its offset.
 
     Args:
-        start: the characters before the first token.
+        start: number of characters before the first token.
     """
 
     def __init__(self, start: int = 0) -> None:
         self._characters = start
         self._decoder = _UTF8_DECODER("replace")
 
-    def prime(self, raw: bytes) -> None:
-        """Set the bytes before the first token, whose last ones may be an incomplete character."""
+    def set_preceding_bytes(self, raw: bytes) -> None:
+        """Set the bytes before the first token, which may end with an incomplete character."""
         self._decoder.decode(raw)
 
     def advance(self, raw: bytes) -> int:
-        """Return the place of a token, and move to the end of its bytes."""
+        """Return the offset of a token, and move to the end of its bytes."""
         if not raw:
             return self._characters
         self._characters += len(self._decoder.decode(raw[:1]))
         is_incomplete = bool(self._decoder.getstate()[0])
-        place = self._characters if is_incomplete else self._characters - 1
+        offset = self._characters if is_incomplete else self._characters - 1
         self._characters += len(self._decoder.decode(raw[1:]))
-        return place
+        return offset
 
 
 @dataclass
@@ -98,13 +98,13 @@ class Prompt:
     Attributes:
         token_ids: its token ids, if requested.
         logprobs: its log-probabilities, if requested.
-        places: the place of each token in the echo, if it has log-probabilities.
+        text_offsets: the offset of each token in the echo, if it has log-probabilities.
         echo_length: the characters of the echo that each choice begins with.
     """
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[pb.TokenLogprob] = field(default_factory=list)
-    places: Sequence[int] = ()
+    text_offsets: Sequence[int] = ()
     echo_length: int = 0
 
 
@@ -117,10 +117,10 @@ async def locate_prompt(prompt: Prompt, request: pb.GenerateRequest, service: Ge
         return
     engine, skip = service.engine, not request.HasField("skip_special_tokens") or request.skip_special_tokens
     if request.HasField("prompt"):
-        async with service.turn_to_tokenize(len(request.prompt)):
+        async with service.tokenization_slot(len(request.prompt)):
             tokens = await engine.tokenize_with_offsets(request.prompt)
         if [token_id for token_id, *_ in tokens] == prompt.token_ids:
-            prompt.places, prompt.echo_length = [start for _, _, start, _ in tokens], len(request.prompt)
+            prompt.text_offsets, prompt.echo_length = [start for _, _, start, _ in tokens], len(request.prompt)
             return
     if len(prompt.token_ids) <= INLINE_TOKENS:
         _locate_tokens(prompt, engine, skip)
@@ -129,8 +129,8 @@ async def locate_prompt(prompt: Prompt, request: pb.GenerateRequest, service: Ge
 
 
 def _locate_tokens(prompt: Prompt, engine: Engine, skip_special_tokens: bool) -> None:
-    """Set the places of the tokens of a prompt in the text that they have together."""
+    """Set the offsets of a prompt's tokens in their joint text."""
     raws = [engine.token_bytes(token_id, skip_special_tokens=skip_special_tokens) for token_id in prompt.token_ids]
     prompt.echo_length = len(engine.detokenize(prompt.token_ids, skip_special_tokens=skip_special_tokens))
     position, leading = TextPosition(), int(b"".join(raws).startswith(b" "))  # a text begins without the first space
-    prompt.places = [min(max(position.advance(raw) - leading, 0), prompt.echo_length) for raw in raws]
+    prompt.text_offsets = [min(max(position.advance(raw) - leading, 0), prompt.echo_length) for raw in raws]

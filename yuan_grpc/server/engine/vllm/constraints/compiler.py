@@ -24,9 +24,9 @@ MAX_LINE = 2**24
 MAX_BYTES = 2**28
 """Memory to compile one constraint."""
 WALL_SECONDS = 120
-"""Limit on the time that a constraint waits for its compilation and takes on a busy machine."""
+"""Maximum time from the start of a constraint's wait to the end of its compilation, in seconds."""
 MAX_VERDICT_BYTES = 2**25
-"""Memory for the verdicts, and what one takes without its text."""
+"""Memory for cached verdicts, and the memory of one without its text, in bytes."""
 VERDICT_BYTES = 512
 
 _RULES = {
@@ -39,7 +39,7 @@ _RULES = {
 
 @dataclass(frozen=True)
 class Lane:
-    """A number of compilations at a time, the processor time of each in seconds, and how much they yield to others."""
+    """Limits of a kind of compilation: the number at a time, and the processor time and niceness of each."""
 
     seconds: float
     nice: int
@@ -63,7 +63,7 @@ class _Compilation:
 
 @dataclass
 class ConstraintCompiler:
-    """Compiles constraints in processes that can be killed, and remembers the verdicts.
+    """Compiles constraints in processes that can be killed, and caches the verdicts.
 
     Most constraints compile in the first lane. Those that do not are compiled again in the second one, so that a few
     expensive ones delay only each other.
@@ -87,7 +87,7 @@ class ConstraintCompiler:
         """Return a constraint that the engine enforces and compiles within its budget. Cancelling ends the compilation.
 
         Raises:
-            InvalidRequestError: there is none.
+            InvalidRequestError: the constraint has no such form.
             OverloadedError: too many constraints are being compiled.
         """
         if constraint.kind == "json_object":
@@ -140,18 +140,18 @@ class ConstraintCompiler:
             raise OverloadedError("too many constraints are being compiled") from None
         if outcome.get("error") == "lost":
             raise UnavailableError("the process that compiled the constraint was lost")
-        verdict = Verdict(self._rule(outcome), outcome.get("kind", ""), outcome.get("text", "").encode())
-        self._remember(key, verdict)
+        verdict = Verdict(self._violated_rule(outcome), outcome.get("kind", ""), outcome.get("text", "").encode())
+        self._cache_verdict(key, verdict)
         return verdict
 
-    def _remember(self, key: bytes, verdict: Verdict) -> None:
+    def _cache_verdict(self, key: bytes, verdict: Verdict) -> None:
         self._verdicts[key] = verdict
         self._verdict_bytes += VERDICT_BYTES + len(verdict.text)
         while self._verdict_bytes > MAX_VERDICT_BYTES:
             _, oldest = self._verdicts.popitem(last=False)
             self._verdict_bytes -= VERDICT_BYTES + len(oldest.text)
 
-    def _rule(self, outcome: dict[str, Any]) -> str | None:
+    def _violated_rule(self, outcome: dict[str, Any]) -> str | None:
         match outcome.get("error"):
             case None:
                 return None
@@ -175,7 +175,7 @@ def _kind_and_text(constraint: Constraint) -> tuple[str, str]:
 
 
 class _Process:
-    """The process that compiles, started with the first job and after it was lost."""
+    """The process that compiles. The first job starts it, also after it was lost."""
 
     def __init__(self, setup: Callable[[], dict[str, Any]]) -> None:
         self._setup = setup
@@ -225,9 +225,9 @@ class _Process:
             pass
         finally:
             writer.close()
-            self._lose()
+            self._discard_process()
 
-    def _lose(self) -> None:
+    def _discard_process(self) -> None:
         self._starting = None
         if self._process is not None:
             self._process.kill()  # its jobs end with it
@@ -242,11 +242,11 @@ class _Process:
         for task in (self._starting, self._reading):
             if task is not None:
                 task.cancel()
-        self._lose()
+        self._discard_process()
 
 
 def _spawn(connection: socket.socket) -> Popen[bytes]:
-    """Start the process. Its group is another one, so that Ctrl-C does not end it before the server."""
+    """Start the process in a group of its own, so that Ctrl-C does not end it before the server."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", PROCESS]
     return Popen(command, stdin=connection.fileno(), stdout=DEVNULL, env=environment, process_group=0)

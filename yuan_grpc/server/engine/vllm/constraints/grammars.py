@@ -14,7 +14,7 @@ MAX_CHARACTERS = 2**19
 
 
 def enforce(kind: str, text: str, json_options: dict[str, Any]) -> tuple[str, str]:
-    """Return the kind and the text of a constraint that the engine enforces in place of the given one.
+    """Return the kind and the text of the constraint to enforce instead of the given one.
 
     Args:
         kind: `json`, `regex`, `structural_tag`, `lark` or `grammar` (EBNF).

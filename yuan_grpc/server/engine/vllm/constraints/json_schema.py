@@ -1,7 +1,7 @@
-"""JSON schemas as xgrammar 0.2.8 enforces them: rewritten where every document stays valid, else rejected.
+"""Conversion of JSON schemas to those that xgrammar 0.2.8 enforces. Schemas that have no such form are rejected.
 
-xgrammar ignores most keywords that it does not implement, so this is a list of what it is known to enforce. The result
-may describe fewer documents than the schema, never others.
+xgrammar ignores most keywords that it does not implement, so only keywords that it is known to enforce are accepted.
+The result may allow fewer documents than the given schema, but never others.
 """
 
 import json
@@ -24,7 +24,7 @@ from yuan_grpc.server.engine.vllm.constraints.string_formats import FORMATS
 
 MAX_DEPTH = 64
 MAX_LENGTH = 2000
-"""Largest limit of a string's length: each character is a rule of the grammar."""
+"""Maximum of a limit on a string's length: each character is a rule of the grammar."""
 
 _ANNOTATIONS = frozenset(
     ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "discriminator")
@@ -45,7 +45,7 @@ _KEYWORDS = _TYPED | {*_ALONE, "enum", "const"}
 
 
 def to_enforceable_schema(text: str) -> str:
-    """Return a schema that xgrammar enforces, each of whose documents satisfies the given one.
+    """Return a schema that xgrammar enforces. Every document that it allows satisfies the given schema.
 
     Strings of limited length are constants of `string_lengths`, to be expanded in its grammar.
 
@@ -89,7 +89,7 @@ class _Rewriter:
         if "enum" in keywords or "const" in keywords:
             types = _types(keywords, at) if "type" in keywords else []
             return to_enforceable_values(keywords, types, at)
-        return self._typed(keywords, at, depth)
+        return self._rewrite_by_type(keywords, at, depth)
 
     def _combination(self, keyword: str, value: object, at: str, depth: int) -> Schema:
         at_keyword = f"{at}/{keyword}"
@@ -117,14 +117,14 @@ class _Rewriter:
     def _resolve(self, reference: object) -> object:
         return self._references[reference][1] if isinstance(reference, str) and reference in self._references else None
 
-    def _typed(self, keywords: Schema, at: str, depth: int) -> Schema:
+    def _rewrite_by_type(self, keywords: Schema, at: str, depth: int) -> Schema:
         types = _types(keywords, at)
         if not types:
             return {}
-        schemas = [self._of_type(one, keywords, at, depth) for one in types]
+        schemas = [self._rewrite_for_type(one, keywords, at, depth) for one in types]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
-    def _of_type(self, name: str, keywords: Schema, at: str, depth: int) -> Schema:
+    def _rewrite_for_type(self, name: str, keywords: Schema, at: str, depth: int) -> Schema:
         family = "number" if name == "integer" else name
         own = {keyword: keywords[keyword] for keyword in _FAMILIES.get(family, ()) if keyword in keywords}
         match family:
@@ -197,7 +197,7 @@ def _references(root: Schema | bool) -> dict[str, tuple[str, object]]:
 def _tags(value: object) -> Iterator[str]:
     """Yield the names of properties that select a schema of a union, in the notation of OpenAPI and pydantic.
 
-    They have a default, so that they are often not required, but only they make the schemas exclude each other.
+    They often have a default and are not required, but only they make the schemas mutually exclusive.
     """
     if isinstance(value, dict):
         tag = value.get("discriminator")
@@ -294,7 +294,7 @@ def _closed_counts(own: Schema, properties: int, required: int, at: str) -> Sche
 
 
 def _open_counts(own: Schema, at: str) -> Schema:
-    """Return the limits on the number of properties, of which the engine may write one twice."""
+    """Return the limits on the number of properties; the engine may write the same property twice."""
     low, high = read_count("minProperties", own, at) or 0, read_count("maxProperties", own, at)
     if low > 1:
         reject("minProperties", at, "above 1 without `properties`")

@@ -81,7 +81,7 @@ class _Rewriter:
         elif character == ".":
             self._characters(character_class.ANY_BUT_LINE_BREAKS, 1)
         elif quantifier := _QUANTIFIER.match(self._pattern, self._index):
-            self._quantify(quantifier[0])
+            self._add_quantifier(quantifier[0])
         elif character in ")|":
             self._depth -= character == ")"
             self._add(character, 1)
@@ -123,7 +123,7 @@ class _Rewriter:
             names = (name for prefix, name in _GROUPS.items() if start.startswith(prefix))
             raise self._error(next(names, "inline flag"))
 
-    def _quantify(self, quantifier: str) -> None:
+    def _add_quantifier(self, quantifier: str) -> None:
         """Add a quantifier, without a mark for as few as possible. xgrammar drops characters before `?` in JSON."""
         kept = quantifier.removesuffix("?") or "?"
         self._add("{0,1}" if kept == "?" else kept, len(quantifier))
