@@ -74,7 +74,6 @@ def run(tmp_path: Path, checkpoint: Path) -> Run:
     ) -> dict[str, Any]:
         job = {"model": model, "engine": ENGINE | engine, "rounds": rounds, "tokens": TOKENS, "n": n, "sleep": sleep}
         result: dict[str, Any] = run_program("run_engine.py", job, tmp_path / "out.json")
-        assert "error" not in result, result
         return result
 
     return run
