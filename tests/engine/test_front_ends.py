@@ -24,7 +24,7 @@ pytestmark = pytest.mark.engine
 
 QUEUE_LIMIT = 6
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
-LONG = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=500, ignore_eos=True)
+LONG = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=300, ignore_eos=True)
 SHORT = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=4, temperature=0)
 
 
@@ -123,7 +123,7 @@ def test_an_adapter_is_loaded_and_unloaded_on_all_front_ends(stubs: list[YuanSer
     with pytest.raises(grpc.RpcError) as raised:
         stubs[1].LoadLora(pb.LoadLoraRequest(name="style"))
     assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS
-    request = pb.GenerateRequest(prompt=LONG.prompt, max_tokens=500, ignore_eos=True, model="style")
+    request = pb.GenerateRequest(prompt=LONG.prompt, max_tokens=300, ignore_eos=True, model="style")
     call = stubs[1].GenerateStream(request)
     next(call)
     stubs[0].UnloadLora(pb.UnloadLoraRequest(name="style"))
@@ -133,7 +133,7 @@ def test_an_adapter_is_loaded_and_unloaded_on_all_front_ends(stubs: list[YuanSer
     with pytest.raises(grpc.RpcError) as raised:  # the running request keeps the only adapter in memory
         stubs[0].LoadLora(pb.LoadLoraRequest(name="style"))
     assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert list(call)[-1].usage.completion_tokens == 500
+    assert list(call)[-1].usage.completion_tokens == 300
     stubs[0].LoadLora(pb.LoadLoraRequest(name="style"))
     stubs[1].UnloadLora(pb.UnloadLoraRequest(name="style"))
     assert stubs[1].Generate(SHORT).choices[0].text == plain.choices[0].text
@@ -147,7 +147,7 @@ def test_the_limit_on_requests_holds_for_all_front_ends_together(stubs: list[Yua
         with pytest.raises(grpc.RpcError) as raised:
             stub.Generate(SHORT)
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert [list(call)[-1].usage.completion_tokens for call in calls] == [500] * QUEUE_LIMIT
+    assert [list(call)[-1].usage.completion_tokens for call in calls] == [300] * QUEUE_LIMIT
 
 
 def test_a_front_end_that_dies_is_replaced_and_its_requests_are_freed(
@@ -164,7 +164,7 @@ def test_a_front_end_that_dies_is_replaced_and_its_requests_are_freed(
         with pytest.raises(grpc.RpcError) as raised:
             list(call)
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert list(kept)[-1].usage.completion_tokens == 500
+    assert list(kept)[-1].usage.completion_tokens == 300
     answer = stubs[0].Generate(SHORT, wait_for_ready=True)  # of the replacement
     assert answer.choices[0].text == stubs[1].Generate(SHORT).choices[0].text
     (replacement,) = processes_on(ports)
@@ -185,7 +185,7 @@ def test_a_stop_finishes_the_calls_of_all_front_ends_and_leaves_no_process(
         next(call)
     processes = server.engine_processes()
     os.killpg(server.process.pid, signal.SIGTERM)
-    assert [list(call)[-1].usage.completion_tokens for call in calls] == [500, 500]
+    assert [list(call)[-1].usage.completion_tokens for call in calls] == [300, 300]
     status, log = server.wait_for_exit()
     assert status == 0, log
     assert "Traceback" not in log

@@ -110,6 +110,14 @@ def test_an_overridden_base_is_used(demo: Path) -> None:
         assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
 
 
+def test_an_incomplete_override_is_rejected(demo: Path) -> None:
+    from yuan_grpc.server.engine.vllm.args import parse_engine_flags
+
+    override = '--hf-overrides={"rope_parameters": {"rope_theta": 500000}}'
+    with pytest.raises(ValueError, match=r"an object in `--hf-overrides` must be complete, and 'rope_type' is missing"):
+        parse_engine_flags(["--model", str(demo), override])
+
+
 def test_a_draft_model_is_rejected(demo: Path) -> None:
     drafts = {"method": "draft_model", "model": str(demo), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match=r"`speculative_config` must name one of .* for Yuan, not 'draft_model'"):

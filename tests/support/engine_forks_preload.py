@@ -1,5 +1,6 @@
 """Preparation of the process that the engine processes of a test session are forked from."""
 
+import gc
 from importlib import import_module
 
 from engine_forks import keep_fork_server, use_fork_server
@@ -10,3 +11,5 @@ for module in warm_fork.PRELOADED:
     import_module(module)
 use_fork_server()
 keep_fork_server()
+gc.collect()
+gc.freeze()

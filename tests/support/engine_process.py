@@ -8,6 +8,7 @@ The server is this file run as a program: it reads a JSON line for each request 
 """
 
 import atexit
+import gc
 import json
 import os
 import subprocess
@@ -21,7 +22,15 @@ from typing import Any
 FOLDER = Path(__file__).parent
 READ_ONCE = ("OMP_NUM_THREADS", "VLLM_BATCH_INVARIANT", "VLLM_CPU_OMP_THREADS_BIND")
 _READ = {variable: os.environ.get(variable) for variable in READ_ONCE}
-PRELOADED = ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "yuan_grpc.model.yuan")
+PRELOADED = (
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.spec_decode.ngram_proposer",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.layers.quantization.online.base",
+    "yuan_grpc.model.yuan",
+)
 
 
 def run_program(program: str, job: dict[str, Any], out: Path) -> Any:
@@ -89,12 +98,23 @@ def _serve() -> None:
     os.dup2(2, 1)
     for module in PRELOADED:
         import_module(module)
+    _prepare_for_forks()
     for line in sys.stdin:
         fork = os.fork()
         if not fork:
             _run_in_fork(*json.loads(line))
         _, status = os.waitpid(fork, 0)
         print(os.waitstatus_to_exitcode(status), file=replies, flush=True)
+
+
+def _prepare_for_forks() -> None:
+    """Configure vLLM's log, and hide all objects from the garbage collector, which vLLM runs five times an engine."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging
+
+    configure_logging(LoggingConfig())
+    gc.collect()
+    gc.freeze()
 
 
 def _run_in_fork(program: str, job: str, out: str, log: str) -> None:
