@@ -12,6 +12,7 @@ from engine.test_generate import SEARCHES
 from google.protobuf.duration_pb2 import Duration
 from reference import ReferenceYuan
 
+from yuan_grpc.server.core.generation_service import GenerationService
 from yuan_grpc.server.engine.types import EngineRequest, FinishReason, Sampling
 from yuan_grpc.v1 import yuan_pb2 as pb
 from yuan_grpc.v1 import yuan_pb2_grpc
@@ -183,6 +184,19 @@ async def test_a_slow_reader_receives_the_same_text_in_fewer_messages(served: Se
     tokens = [token_id for message in messages for choice in message.choices for token_id in choice.token_ids]
     assert len(tokens) == 500
     assert text_of(messages) == (await generate_one(served, max_tokens=500, top_k=1, ignore_eos=True)).text
+
+
+async def test_the_tokens_of_a_message_interval_are_one_message(served: Served) -> None:
+    service = GenerationService(served.engine, message_interval=0.5)
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=100, n=2, temperature=1, seed=3, ignore_eos=True)
+    expected = await served.generate(request)
+    async with service.stream(request) as stream:
+        messages = [message async for message in stream]
+    assert len(messages) < 100
+    for choice in expected.choices:
+        parts = [part for message in messages for part in message.choices if part.index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        assert [token_id for part in parts for token_id in part.token_ids] == choice.token_ids
 
 
 async def test_a_heartbeat_is_sent_while_the_request_waits(served: Served) -> None:

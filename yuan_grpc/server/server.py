@@ -147,7 +147,8 @@ async def _serve(
     health: Health,
     metrics: "ServerMetrics | None",
 ) -> int:
-    generation_service = GenerationService(engine, supervision.admission if supervision else None)
+    admission = supervision.admission if supervision else None
+    generation_service = GenerationService(engine, admission, settings.message_interval)
     server, port, http = await _create_servers(settings, generation_service, health, supervision)
     if supervision:
         stop_requested, force_stop_requested = supervision.stop_requested, supervision.force_stop_requested

@@ -14,6 +14,7 @@ from yuan_grpc.server.core.deadline import deadline_event
 from yuan_grpc.server.core.heartbeat import with_heartbeats
 from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests, call_owner
 from yuan_grpc.server.core.limits import MAX_INLINE_CHARACTERS, BeamSlots, Slots
+from yuan_grpc.server.core.message_interval import with_pauses
 from yuan_grpc.server.core.plan import RequestPlan, plan_request, run_plan
 from yuan_grpc.server.core.request_stats import RequestStats
 from yuan_grpc.server.core.response import ResponseBuilder
@@ -46,6 +47,7 @@ class GenerationService:
     Args:
         engine: the engine that runs the requests.
         admission: limits and orders the requests; by default, those of this process alone.
+        message_interval: shortest time between the messages of a stream, in seconds; 0 to send tokens at once.
 
     Attributes:
         inflight: the requests that are running.
@@ -53,8 +55,9 @@ class GenerationService:
         is_withdrawing: whether the server is about to stop, and still serves new requests.
     """
 
-    def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
+    def __init__(self, engine: Engine, admission: Admission | None = None, message_interval: float = 0) -> None:
         self._engine = engine
+        self._message_interval = message_interval
         self.inflight = InflightRequests()
         self._admission = admission or Admission()
         self.is_stalled = self.is_withdrawing = False
@@ -117,6 +120,8 @@ class GenerationService:
         with self._track(request, remaining, connection) as (ticket, deadline):
             plan = await self._plan(request, stats := RequestStats(stream=True))
             outputs = self._run(plan, ticket, stats, stream=True, deadline=deadline)
+            if self._message_interval:
+                outputs = with_pauses(outputs, self._message_interval, deadline)
             outputs_and_heartbeats = with_heartbeats(outputs, plan.heartbeat_seconds)
             messages = _messages(_response_builder(request, plan, stats), outputs_and_heartbeats, stats)
             async with aclosing(messages):

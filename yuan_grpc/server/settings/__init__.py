@@ -62,6 +62,7 @@ class Settings:
         log_level: debug, info, warning or error.
         frontends: the number of processes that serve calls; None to choose it from the number of CPUs.
         frontend_ports: the first of the additional ports, one per front end; None for none.
+        message_interval: shortest time between the messages of a stream, in seconds; 0 to send tokens at once.
         lora_folder: the folder with a subfolder for each LoRA adapter that can be loaded; None to disable loading.
         http_port: the HTTP port, or 0 for any free port; None to disable HTTP.
         http: settings of the HTTP port.
@@ -85,6 +86,7 @@ class Settings:
     log_level: str = "info"
     frontends: int | None = None
     frontend_ports: int | None = None
+    message_interval: float = 0
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
@@ -133,6 +135,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     add("--http-port", "", parse.optional_port, "PORT", "HTTP port, with OpenAI's API (default: none)")
     add("--frontends", "", parse.optional_count, "N", "processes for calls (default: by CPUs)")
     add("--frontend-ports", "", parse.optional_port, "PORT", "first of N gRPC ports, one for each process")
+    add("--message-interval", "0", parse.seconds, "S", "to merge a stream's tokens (default: 0)")
     lifecycle.add_options(parser, environment)
     telemetry.add_options(parser, environment)
     security.add_options(parser, environment)
@@ -162,7 +165,7 @@ def _add_http_options(add: Callable[..., None]) -> None:
         "",
         parse.names,
         "NAMES",
-        "names in Host, or * (see docs/reference/http.md)",
+        "names in Host, or * for all",
     )
     add("--http-allowed-origins", "", parse.origins, "ORIGINS", "web origins, or * (default: none)")
 
@@ -205,6 +208,7 @@ def read(options: argparse.Namespace, engine_flags: Sequence[str]) -> Settings:
         log_level=options.log_level,
         frontends=options.frontends,
         frontend_ports=options.frontend_ports,
+        message_interval=options.message_interval,
         telemetry=telemetry.read(options),
         lifecycle=lifecycle.read(options),
         mesh=mesh.read(options),

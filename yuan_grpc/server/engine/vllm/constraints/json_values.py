@@ -15,7 +15,7 @@ from yuan_grpc.server.engine.vllm.constraints.json_keywords import (
 
 MAX_INTEGER = 2**63 - 1
 
-_BESIDE_VALUES = frozenset(("type", "minLength", "maxLength", *BOUNDS))
+_ALLOWED_WITH_VALUES = frozenset(("type", "minLength", "maxLength", *BOUNDS))
 """Keywords that may be next to `enum` and `const`; they filter the values."""
 
 
@@ -27,7 +27,7 @@ def to_enforceable_values(keywords: Schema, types: list[str], at: str) -> Schema
         at: the JSON pointer of the schema.
     """
     for keyword in keywords:
-        if keyword not in (*_BESIDE_VALUES, "enum", "const"):
+        if keyword not in (*_ALLOWED_WITH_VALUES, "enum", "const"):
             reject(keyword, at, "next to `enum` or `const`")
     values = keywords.get("enum", [keywords.get("const")])
     if not isinstance(values, list):
