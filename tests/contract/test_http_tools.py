@@ -293,7 +293,7 @@ async def test_a_batch_larger_than_the_queue_is_fed_through_it(stream: bool, oth
         choices = response.json()["choices"]
     texts = {choice["index"]: choice["text"] for choice in choices}
     assert [texts[index] for index in range(20)] == [prompt.lower() for prompt in prompts]
-    assert engine.most == 3 or others  # a request that waits for its next attempt keeps its slot
+    assert engine.most == 3 or others  # a request that waits for its next attempt keeps its permit
 
 
 async def test_a_batch_is_refused_if_the_queue_is_full_of_others() -> None:

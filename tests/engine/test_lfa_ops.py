@@ -147,7 +147,7 @@ def run_in_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the plan of a step and the result without padding, and store states in the batch's cache."""
     plan = ops.new_plan(step.contributions)
-    ops.plan_in_torch(plan, step.metadata)
+    ops.fill_plan_in_torch(plan, step.metadata)
     out = torch.empty(len(step.contributions), DIM, device=DEVICE)
     ops.shift_add_in_torch(step.contributions, bias, out, plan, batch.cache)
     return plan, out[: len(step.expected)]
@@ -220,7 +220,7 @@ def test_kernels_match_the_pytorch_versions(
     for _ in range(15):
         step = batch.random_step()
         plan, cache_before = ops.new_plan(step.contributions), batch.cache.clone()
-        kernels.plan(plan, step.metadata)
+        kernels.fill_plan(plan, step.metadata)
         reference, out = run_in_torch(ops, batch, step, bias)
         writes = reference[1] >= 0
         assert torch.equal(plan[:2], reference[:2])
@@ -250,7 +250,7 @@ def test_a_plan_breaks_graphs_if_vllm_enables_breaks_after_the_import(
     broken: list[tuple[Any, ...]] = []
     monkeypatch.setattr(ops, "eager_break_during_capture", lambda _: lambda *arguments: broken.append(arguments))
     plan = torch.empty(3, 5)
-    ops.plan(plan, "layer")
+    ops.fill_plan(plan, "layer")
     assert broken == [(plan, "layer")]
 
 

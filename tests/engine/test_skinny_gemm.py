@@ -31,22 +31,22 @@ def assert_product(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 64, 256), (2, 96, 512), (2, 48, 96), (1, 32, 4096)])
 def test_a_product_matches_torch(skinny_gemm: Any, dtype: torch.dtype, tokens: int, rows: int, columns: int) -> None:
     x, weight = random(tokens, columns, dtype=dtype), random(rows, columns, dtype=dtype)
-    assert_product(skinny_gemm.skinny_matmul(x, weight), x, weight)
+    assert_product(skinny_gemm.skinny_gemm(x, weight), x, weight)
 
 
 def test_rows_of_the_input_may_be_strided(skinny_gemm: Any) -> None:
     wide, weight = random(2, 128), random(32, 64)
     assert torch.equal(
-        skinny_gemm.skinny_matmul(wide[:, 32:96], weight),
-        skinny_gemm.skinny_matmul(wide[:, 32:96].contiguous(), weight),
+        skinny_gemm.skinny_gemm(wide[:, 32:96], weight),
+        skinny_gemm.skinny_gemm(wide[:, 32:96].contiguous(), weight),
     )
 
 
 def test_a_token_does_not_depend_on_the_other_tokens(skinny_gemm: Any) -> None:
     x, weight = random(2, 512), random(64, 512)
-    together = skinny_gemm.skinny_matmul(x, weight)
+    together = skinny_gemm.skinny_gemm(x, weight)
     for token in range(2):
-        assert torch.equal(skinny_gemm.skinny_matmul(x[token : token + 1], weight)[0], together[token])
+        assert torch.equal(skinny_gemm.skinny_gemm(x[token : token + 1], weight)[0], together[token])
 
 
 @pytest.mark.parametrize("columns", [96, 1024, 2048, 8192, 32768])

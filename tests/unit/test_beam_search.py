@@ -16,7 +16,7 @@ from fake_engine import INFO, FakeEngine
 
 from yuan_grpc.server.core import backoff
 from yuan_grpc.server.core.beam_search import BeamSearch
-from yuan_grpc.server.core.limits import BeamSlots
+from yuan_grpc.server.core.limits import BeamLimits
 from yuan_grpc.server.engine.types import (
     BeamSearchParams,
     ChoiceDelta,
@@ -508,8 +508,8 @@ async def test_a_beam_that_a_full_engine_rejects_is_retried(monkeypatch: pytest.
     assert rejections > 0
 
 
-async def test_searches_share_the_slots_for_beams_and_for_requests() -> None:
-    request, beam, slots = request_with(ignore_eos=True), BeamSearchParams(2, 3), BeamSlots(beams=6, requests=2)
+async def test_searches_share_the_permits_for_beams_and_for_requests() -> None:
+    request, beam, limits = request_with(ignore_eos=True), BeamSearchParams(2, 3), BeamLimits(beams=6, requests=2)
     engine = TableEngine(random_table(0, tokens=5), tokens=5)
     expected = await choices_of(engine, request, beam)
     running, most = Counter[str](), Counter[str]()
@@ -523,37 +523,37 @@ async def test_searches_share_the_slots_for_beams_and_for_requests() -> None:
         running[kind] -= 1
 
     engine.before = before
-    searches = [BeamSearch(engine, request, beam, slots) for _ in range(8)]
+    searches = [BeamSearch(engine, request, beam, limits) for _ in range(8)]
     outputs = await asyncio.gather(*map(all_outputs, searches))
     assert [list(search[-1].deltas) for search in outputs] == [expected] * 8
     assert most == {"first": 2, "later": 2}
 
 
-async def test_a_search_that_waits_for_slots_ends_at_its_deadline() -> None:
-    slots, deadline = BeamSlots(beams=3), asyncio.Event()
+async def test_a_search_that_waits_for_permits_ends_at_its_deadline() -> None:
+    limits, deadline = BeamLimits(beams=3), asyncio.Event()
     engine = TableEngine(random_table(0, tokens=5), tokens=5)
-    async with slots.beams.hold(3):
-        search = BeamSearch(engine, request_with(), BeamSearchParams(2, 3), slots, deadline=deadline)
+    async with limits.beams.hold(3):
+        search = BeamSearch(engine, request_with(), BeamSearchParams(2, 3), limits, deadline=deadline)
         task = asyncio.create_task(all_outputs(search))
         await asyncio.sleep(0)
         assert not engine.requests
         deadline.set()
         (*_, end) = await task
     assert [delta.finish_reason for delta in end.deltas] == [FinishReason.DEADLINE] * 2
-    assert await slots.beams.acquire(3) == 3
+    assert await limits.beams.acquire(3) == 3
 
 
-async def test_a_cancelled_search_that_waits_for_slots_takes_none() -> None:
-    slots = BeamSlots(beams=3)
-    async with slots.beams.hold(3):
+async def test_a_cancelled_search_that_waits_for_permits_takes_none() -> None:
+    limits = BeamLimits(beams=3)
+    async with limits.beams.hold(3):
         search = BeamSearch(
-            TableEngine(random_table(0, tokens=5), tokens=5), request_with(), BeamSearchParams(2, 3), slots
+            TableEngine(random_table(0, tokens=5), tokens=5), request_with(), BeamSearchParams(2, 3), limits
         )
         task = asyncio.create_task(all_outputs(search))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
-    assert await slots.beams.acquire(3) == 3
+    assert await limits.beams.acquire(3) == 3
 
 
 async def test_a_rejected_beam_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

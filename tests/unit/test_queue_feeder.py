@@ -10,9 +10,9 @@ from yuan_grpc.server.core.queue_feeder import QueueFeeder
 from yuan_grpc.server.errors import OverloadedError
 
 
-@pytest.mark.parametrize(("limit", "slots"), [(None, MAX_IN_FLIGHT), (3, 3), (10_000, MAX_IN_FLIGHT)])
-async def test_a_call_has_no_more_slots_than_the_queue(limit: int | None, slots: int) -> None:
-    assert await QueueFeeder(limit).slots.acquire(10_000) == slots
+@pytest.mark.parametrize(("limit", "permits"), [(None, MAX_IN_FLIGHT), (3, 3), (10_000, MAX_IN_FLIGHT)])
+async def test_a_call_has_no_more_permits_than_the_queue(limit: int | None, permits: int) -> None:
+    assert await QueueFeeder(limit).permits.acquire(10_000) == permits
 
 
 class Queue:

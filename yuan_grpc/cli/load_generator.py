@@ -266,16 +266,16 @@ async def _send_concurrently(send: Send, concurrency: int, limit: int | None, en
 async def _send_at(times: Iterator[float], send: Send, concurrency: int | None) -> None:
     """Send a request at each time, in seconds from now; wait at the limit of concurrent ones, if there is one."""
     start, tasks = time.monotonic(), list[asyncio.Task[None]]()
-    slots = asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
+    permits = asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
 
-    async def send_in_slot() -> None:
-        async with slots:
+    async def send_with_permit() -> None:
+        async with permits:
             await send()
 
     try:
         for at in times:
             await asyncio.sleep(start + at - time.monotonic())
-            tasks.append(asyncio.create_task(send_in_slot()))
+            tasks.append(asyncio.create_task(send_with_permit()))
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:

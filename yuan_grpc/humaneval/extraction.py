@@ -109,7 +109,10 @@ def find_first_function(text: str) -> str | None:
 
 
 def remove_second_function(text: str) -> str:
-    """Apply rule 6: remove the text from the second function on, wherever it occurs; do nothing if rule 7 would cut."""
+    """Apply rule 6: remove the text from the second function on, wherever it occurs.
+
+    A text with an end marker other than `print` stays unchanged: rule 7 cuts it.
+    """
     if text.count("\ndef") < 2 or any(marker in text for marker in ("\n```", "\n#", "\nif")):
         return text
     second = text.find("\ndef", text.find("\ndef") + 1)

@@ -21,14 +21,14 @@ def has_quantized_weights(vllm_config: VllmConfig) -> bool:
 
 def input_projection(config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """Return the layer that computes LFA's first convolution and v_proj from the layer's input."""
-    layer = SeparateInput if has_quantized_weights(vllm_config) else InputLinear
-    return layer(config, vllm_config, prefix)
+    layer_class = SeparateInput if has_quantized_weights(vllm_config) else InputLinear
+    return layer_class(config, vllm_config, prefix)
 
 
 def query_key_projection(config: YuanConfig, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """Return the layer that computes all queries, then all keys, from the filtered input."""
-    layer = PublishedQueryKeyLinear if has_quantized_weights(vllm_config) else QueryKeyLinear
-    return layer(config, vllm_config, prefix)
+    layer_class = PublishedQueryKeyLinear if has_quantized_weights(vllm_config) else QueryKeyLinear
+    return layer_class(config, vllm_config, prefix)
 
 
 class InputLinear(MergedColumnParallelLinear):

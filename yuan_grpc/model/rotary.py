@@ -15,12 +15,12 @@ FASTEST, SLOWEST = 32, 1
 A pair with more than FASTEST rotations keeps its frequency; one with fewer than SLOWEST is divided by the factor."""
 
 
-def rotary_embedding(config: YuanConfig, positions: int | None = None) -> nn.Module:
+def rotary_embedding(config: YuanConfig, num_positions: int | None = None) -> nn.Module:
     """Return the module that rotates queries and keys: (positions [tokens], q, k [tokens, heads * head_dim]) -> (q, k).
 
     Args:
         config: the model's configuration.
-        positions: number of positions that the engine serves, if known. Only YaRN uses it, because a table of all
+        num_positions: number of positions that the engine serves, if known. Only YaRN uses it, because a table of all
             positions that it extends to would take 128 MiB or more.
 
     Returns:
@@ -32,7 +32,7 @@ def rotary_embedding(config: YuanConfig, positions: int | None = None) -> nn.Mod
         return get_rope(config.head_dim, config.max_position_embeddings, is_neox_style=True, rope_parameters=parameters)
     return _shared_yarn(
         config.head_dim,
-        config.max_position_embeddings if positions is None else positions,
+        config.max_position_embeddings if num_positions is None else num_positions,
         parameters["rope_theta"],
         parameters["factor"],
         parameters["original_max_position_embeddings"],
@@ -68,11 +68,11 @@ class YarnRotaryEmbedding(RotaryEmbedding):
     """vLLM's rotary embedding with the cosines and sines of this YaRN variant."""
 
     def __init__(
-        self, head_dim: int, positions: int, base: float, factor: float, original: int, dtype: torch.dtype
+        self, head_dim: int, num_positions: int, base: float, factor: float, original: int, dtype: torch.dtype
     ) -> None:
         self.factor = factor
         self.original = original
-        super().__init__(head_dim, head_dim, positions, base, is_neox_style=True, dtype=dtype)
+        super().__init__(head_dim, head_dim, num_positions, base, is_neox_style=True, dtype=dtype)
 
     def _compute_inv_freq(self, base: float) -> torch.Tensor:
         return yarn_frequencies(self.head_size, base, self.factor, self.original)
@@ -83,6 +83,6 @@ class YarnRotaryEmbedding(RotaryEmbedding):
 
 @lru_cache(maxsize=1)
 def _shared_yarn(
-    head_dim: int, positions: int, base: float, factor: float, original: int, dtype: torch.dtype
+    head_dim: int, num_positions: int, base: float, factor: float, original: int, dtype: torch.dtype
 ) -> YarnRotaryEmbedding:
-    return YarnRotaryEmbedding(head_dim, positions, base, factor, original, dtype)
+    return YarnRotaryEmbedding(head_dim, num_positions, base, factor, original, dtype)

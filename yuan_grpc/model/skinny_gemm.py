@@ -71,11 +71,11 @@ def _largest_power_of_two_divisor(number: int) -> int:
 
 
 def is_supported(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Return whether `skinny_matmul` supports this number of tokens and this weight."""
+    """Return whether `skinny_gemm` supports this number of tokens and this weight."""
     return 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % LANE == 0 and weight.is_contiguous()
 
 
-def skinny_matmul(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
+def skinny_gemm(x: torch.Tensor, weight: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
     """Compute x Wᵀ.
 
     Args:
@@ -134,19 +134,19 @@ def _skinny_gemm_kernel(
         tl.store(out + token * WIDTH + first_row + tl.arange(0, ROWS), tl.sum(sums, axis=1).to(out.dtype.element_ty))
 
 
-def linear_on_gpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute x Wᵀ, [tokens, rows], on a GPU: with `skinny_matmul` where it is supported."""
+def yuan_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute x Wᵀ, [tokens, rows], on a GPU: with `skinny_gemm` where it is supported."""
     if is_supported(x.shape[0], weight):
-        return skinny_matmul(x, weight)
+        return skinny_gemm(x, weight)
     return torch.mm(x, weight.t())  # `linear` is the same product with twice the overhead on the host
 
 
-def _fake_linear_on_gpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _fake_yuan_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def use_skinny_gemm(model: nn.Module) -> None:
-    """Make a model's linear layers use `linear_on_gpu` where vLLM would leave the choice of the kernel to PyTorch."""
+def use_yuan_linear(model: nn.Module) -> None:
+    """Make a model's linear layers use `yuan_linear` where vLLM would leave the choice of the kernel to PyTorch."""
 
     def multiply(_: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if bias is not None:
@@ -160,4 +160,4 @@ def use_skinny_gemm(model: nn.Module) -> None:
             method._gemm_impl = multiply
 
 
-direct_register_custom_op("yuan_linear", linear_on_gpu, fake_impl=_fake_linear_on_gpu)
+direct_register_custom_op("yuan_linear", yuan_linear, fake_impl=_fake_yuan_linear)

@@ -131,9 +131,9 @@ class YuanModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: YuanConfig = vllm_config.model_config.hf_config
-        ranks = get_pp_group()
+        pipeline = get_pp_group()
         self.embed_tokens: nn.Module = PPMissingLayer()
-        if ranks.is_first_rank or (config.tie_word_embeddings and ranks.is_last_rank):
+        if pipeline.is_first_rank or (config.tie_word_embeddings and pipeline.is_last_rank):
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
             )
@@ -144,7 +144,7 @@ class YuanModel(nn.Module):
         )
         self.lfa_name = self.layers[self.start_layer].self_attn.lf_gate.layer_name
         self.norm: nn.Module = PPMissingLayer()
-        if ranks.is_last_rank:
+        if pipeline.is_last_rank:
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
@@ -207,7 +207,7 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         if current_platform.is_cuda() and vllm_config.kernel_config.linear_backend == "auto":
             from yuan_grpc.model import skinny_gemm  # here, because it needs Triton
 
-            skinny_gemm.use_skinny_gemm(self)
+            skinny_gemm.use_yuan_linear(self)
 
     def _new_head(self) -> ParallelLMHead:
         return ParallelLMHead(

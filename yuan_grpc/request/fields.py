@@ -23,7 +23,7 @@ class Field:
 
     Attributes:
         name: the field's name, also in vLLM's `SamplingParams` if `is_sampling`.
-        type: the type of the value, or of an item in a list; for `logit_bias`, of a bias.
+        type: the type of the value, or of an item in a list; for `logit_bias`, of a bias; dict for a protobuf message.
         minimum, maximum: inclusive range of a number; None for no bound.
         special: numbers outside the range that are valid too.
         special_meaning: the meaning of the special numbers in error messages.
@@ -35,7 +35,7 @@ class Field:
     """
 
     name: str
-    type: type[int | float | bool | str]
+    type: type[int | float | bool | str | dict[str, object]]
     minimum: float | None = None
     maximum: float | None = None
     special: tuple[int, ...] = ()
@@ -114,8 +114,8 @@ FIELDS = (
     Field("logit_bias", float, -100, 100, max_items=MAX_IDS, beam_search=()),
     Field("allowed_token_ids", int, max_items=MAX_IDS, beam_search=()),
     Field("bad_words", str, max_items=64, max_length=256, beam_search=()),
-    Field("structured_outputs", str, beam_search=(), is_sampling=False),
-    Field("repetition_detection", str, beam_search=(), is_sampling=False),
+    Field("structured_outputs", dict, beam_search=(), is_sampling=False),
+    Field("repetition_detection", dict, beam_search=(), is_sampling=False),
     Field("stream_interval", int, 1),
     Field("skip_reading_prefix_cache", bool),
     Field(
@@ -128,7 +128,7 @@ FIELDS = (
     ),
     Field("cache_salt", str, max_length=1024, is_sampling=False),
 )
-"""All request fields with options or rules. The model limits `logprobs` and `prompt_logprobs`; the two messages have
-rules of their own."""
+"""All request fields with options or rules. The model limits `logprobs` and `prompt_logprobs`. The protobuf messages
+`structured_outputs` and `repetition_detection` have rules for each of their fields."""
 
 BY_NAME: Mapping[str, Field] = {field.name: field for field in FIELDS}

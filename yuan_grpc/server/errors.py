@@ -117,7 +117,7 @@ class PermissionDeniedError(ServiceError):
 
 
 class AbortedError(ServiceError):
-    """The call was ended by Abort."""
+    """The call was ended by Abort. CANCELLED, because ABORTED is for conflicts, after which clients may retry."""
 
     code = grpc.StatusCode.CANCELLED
     reason = pb.ERROR_REASON_ABORTED

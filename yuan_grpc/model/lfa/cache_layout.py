@@ -5,7 +5,7 @@ They are stored with the block that holds the token's keys and values and need n
 table serves both. A full block holds the state at its end, so any cached prefix of whole blocks can be continued.
 Preemption, sharing and eviction are those of blocks. vLLM lets a sequence share a block in the step that fills it. This
 suits attention, because all keys and values are written before any is read. If the block is filled in this step, the
-state is read from the batch row that computes it, not from the cache: see `ops.plan`.
+state is read from the batch row that computes it, not from the cache: see `ops.fill_plan`.
 
 A block has one slot, which belongs to its last token so far. With speculative decoding it has two more slots than draft
 tokens: positions use the slots in turn, so that the state before a rejected draft is still available.
@@ -40,7 +40,7 @@ class Slots:
     """Every token that may turn out to be the last: the sampled token and the drafts."""
     per_block: int
     """One more than `kept_tokens`, so that a step never overwrites the state it begins with; with one kept token a
-    single slot is enough: see `ops.plan`."""
+    single slot is enough: see `ops.fill_plan`."""
 
     @staticmethod
     def from_config(vllm_config: VllmConfig) -> "Slots":

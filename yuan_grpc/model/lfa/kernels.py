@@ -10,7 +10,7 @@ from yuan_grpc.model.lfa.cache_layout import IN_BATCH, SEQUENCE_START, StateMeta
 from yuan_grpc.model.pdl import pdl_options, wait_for_previous_kernel
 
 ROWS = 128
-"""Rows of the batch per program of `plan`."""
+"""Rows of the batch per program of `fill_plan`."""
 
 SEARCHED_SEQUENCES = 128
 """Sequences per iteration of the search for the one that computes a shared block."""
@@ -78,16 +78,16 @@ def _plan_kernel(
     end_in_block = position + (last - row) - last_computed // block_size * block_size  # relative to the first block
     end_in_block = tl.minimum(end_in_block, block_size - 1)
     start_in_block = last_computed % block_size
-    written_in_block = start_in_block + (end_in_block - start_in_block) // slots * slots
-    written_row = first + written_in_block - start_in_block - 1
-    writes_start_slot = has_computed & (row == first) & (written_in_block > start_in_block)
-    is_written_kept = (written_in_block == block_size - 1) | (last - written_row < kept_tokens)
-    writes_start_slot = writes_start_slot & is_written_kept
+    source_in_block = start_in_block + (end_in_block - start_in_block) // slots * slots
+    source_row = first + source_in_block - start_in_block - 1
+    writes_start_slot = has_computed & (row == first) & (source_in_block > start_in_block)
+    is_source_kept = (source_in_block == block_size - 1) | (last - source_row < kept_tokens)
+    writes_start_slot = writes_start_slot & is_source_kept
     read = tl.where(row == first, tl.where(has_computed, start_slot, SEQUENCE_START), IN_BATCH + 1 - row)
     write = tl.where(writes_start_slot, start_slot, tl.where(is_kept & ~is_delegated, own_slot, -1))
     tl.store(plan + row, tl.where(is_token, read, SEQUENCE_START), mask=in_plan)
     tl.store(plan + rows + row, tl.where(is_token, write, -1), mask=in_plan)
-    tl.store(plan + 2 * rows + row, tl.where(writes_start_slot, written_row, row), mask=in_plan)
+    tl.store(plan + 2 * rows + row, tl.where(writes_start_slot, source_row, row), mask=in_plan)
 
 
 @triton.jit(do_not_specialize=["rows", "sequences"])
@@ -125,8 +125,8 @@ def _shared_blocks_kernel(
         tl.store(plan + first, IN_BATCH - computing_row, mask=computing_row >= 0)
 
 
-def plan(plan: torch.Tensor, step: StateMetadata) -> None:
-    """Compute `ops.plan_in_torch`.
+def fill_plan(plan: torch.Tensor, step: StateMetadata) -> None:
+    """Compute `ops.fill_plan_in_torch`.
 
     Two launches, safe to replay in a CUDA graph: their inputs keep their addresses.
     """

@@ -48,7 +48,7 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
         self.conv2_bias = nn.Parameter(torch.empty(hidden), requires_grad=False)
         self.output_layernorm = RMSNorm(hidden, eps=NORM_EPS)
         self.is_single_rank, self.is_first_rank = ranks == 1, get_tensor_model_parallel_rank() == 0
-        self.fused = self.is_single_rank and current_platform.is_cuda()
+        self.is_fused = self.is_single_rank and current_platform.is_cuda()
         self.layer_name = _encode_layer_name(prefix)  # lets layers share compiled code
         self.kv_cache: list[torch.Tensor] = []
         """State of each convolution, [blocks, slots, dim]; empty until the engine has allocated its caches."""
@@ -60,7 +60,7 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
         Args:
             contributions: [tokens, hidden / ranks]: A0 y and A1 y, concatenated.
             y: [tokens, hidden].
-            plan: the step's plan from `ops.plan`.
+            plan: the step's plan from `ops.fill_plan`.
 
         Returns:
             [tokens, hidden].
@@ -70,7 +70,7 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
         contributions, _ = self.conv2(h1)  # [tokens, 2 * hidden]
         z = torch.empty_like(y)
         norm = self.output_layernorm
-        if self.fused:
+        if self.is_fused:
             torch.ops.vllm.yuan_shift_add_norm(
                 contributions, self.conv2_bias, y, norm.weight, norm.variance_epsilon, z, plan, self.layer_name, 1
             )

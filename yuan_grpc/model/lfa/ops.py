@@ -1,9 +1,10 @@
 """Custom operations that add the previous token's contribution, from a convolution, to each token.
 
 The batch of a step is a sequence of rows: one token for each decoding sequence, chunks of prompts, then padding. Once
-per step `plan` finds out where each row's predecessor is and which states must be kept; `shift_add` follows the plan in
-every layer. Both are opaque to torch.compile. Only `plan` reads data that changes from step to step, so only there are
-CUDA graphs split. Each has a Triton kernel (see `kernels`) and, for devices without Triton, a PyTorch version here.
+per step `fill_plan` finds out where each row's predecessor is and which states must be kept; `shift_add` follows the
+plan in every layer. Both are opaque to torch.compile. Only `fill_plan` reads data that changes from step to step, so
+only there are CUDA graphs split. Each has a Triton kernel (see `kernels`) and, for devices without Triton, a PyTorch
+version here.
 """
 
 from typing import Protocol, cast
@@ -26,11 +27,11 @@ class StatefulLayer(Protocol):
 
 
 def new_plan(tokens: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialized plan for these tokens, [3, tokens] int32: read slot, write slot, written row."""
+    """Return an uninitialized plan for these tokens, [3, tokens] int32: read slot, write slot, source row."""
     return torch.empty((3, tokens.shape[0]), dtype=torch.int32, device=tokens.device)
 
 
-def plan(plan: torch.Tensor, layer_name: LayerNameType) -> None:
+def fill_plan(plan: torch.Tensor, layer_name: LayerNameType) -> None:
     """Write, for each row of this step's batch, where its predecessor's state is and which state it stores.
 
     Args:
@@ -44,16 +45,17 @@ def plan(plan: torch.Tensor, layer_name: LayerNameType) -> None:
     | | `IN_BATCH - r` | the predecessor is batch row r: the row before, or one that computes a shared block |
     | 1: write slot | slot >= 0 | a state is stored in this slot |
     | | -1 | nothing is stored |
-    | 2: written row | r | the stored state is that of batch row r |
+    | 2: source row | r | the stored state is that of batch row r |
 
-    Row r is the row itself, with one exception: the slot that a sequence starts from is read and then overwritten by
-    the sequence's first row, with the state of the row r that reuses the slot.
+    A row that stores a state stores its own, with one exception. A sequence's first row reads the slot that the
+    sequence starts from, and a later row may reuse this slot. The first row then stores the later row's state, once it
+    has read the slot.
     """
     # A decorator would check only once and too early: vLLM may enable breaks while it reads its configuration.
-    eager_break_during_capture(_plan)(plan, _resolve_layer_name(layer_name))
+    eager_break_during_capture(_fill_plan)(plan, _resolve_layer_name(layer_name))
 
 
-def _plan(plan: torch.Tensor, layer_name: str) -> None:
+def _fill_plan(plan: torch.Tensor, layer_name: str) -> None:
     metadata = get_forward_context().attn_metadata
     if metadata is None:  # the memory-profiling run has no sequences
         plan.fill_(SEQUENCE_START)
@@ -63,13 +65,13 @@ def _plan(plan: torch.Tensor, layer_name: str) -> None:
     if plan.is_cuda:
         from yuan_grpc.model.lfa import kernels
 
-        kernels.plan(plan, step)
+        kernels.fill_plan(plan, step)
     else:
-        plan_in_torch(plan, step)
+        fill_plan_in_torch(plan, step)
 
 
-def plan_in_torch(plan: torch.Tensor, step: StateMetadata) -> None:
-    """Compute `plan` without Triton."""
+def fill_plan_in_torch(plan: torch.Tensor, step: StateMetadata) -> None:
+    """Compute `fill_plan` without Triton."""
     read, write, source = plan.long().unbind()
     starts, block_size, slots = step.query_start_loc.long(), step.block_size, step.slots
     rows = torch.arange(plan.shape[1], device=plan.device)
@@ -129,7 +131,7 @@ def shift_add(
         contributions: [tokens, 2 * dim]: each token's contribution to the next token, then its contribution to itself.
         bias: [dim], or None.
         out: [tokens, dim], overwritten; summed in float32 and rounded once.
-        plan: the step's plan, from `plan`.
+        plan: the step's plan, from `fill_plan`.
         layer_name: the layer whose cache holds the state.
         conv: the layer's convolution, 0 or 1.
     """
@@ -205,6 +207,6 @@ def _fake_inplace_op(*_: object, **__: object) -> None:
     """Do nothing: torch.compile traces this for an operation that only overwrites its arguments."""
 
 
-direct_register_custom_op("yuan_plan", plan, mutates_args=["plan"], fake_impl=_fake_inplace_op)
+direct_register_custom_op("yuan_plan", fill_plan, mutates_args=["plan"], fake_impl=_fake_inplace_op)
 direct_register_custom_op("yuan_shift_add", shift_add, mutates_args=["out"], fake_impl=_fake_inplace_op)
 direct_register_custom_op("yuan_shift_add_norm", shift_add_norm, mutates_args=["out"], fake_impl=_fake_inplace_op)

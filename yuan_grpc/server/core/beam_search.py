@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from yuan_grpc.server.core.backoff import Backoff
-from yuan_grpc.server.core.limits import BeamSlots
+from yuan_grpc.server.core.limits import BeamLimits
 from yuan_grpc.server.engine.protocol import Engine
 from yuan_grpc.server.engine.types import (
     CONTEXT_TOKENS,
@@ -63,17 +63,17 @@ class _Frontier:
 
 
 class BeamSearch:
-    """A search for the most likely continuations of a prompt, as in vLLM 0.2; the engine of Yuan is a fork of it.
+    """A search for the most likely continuations of a prompt, as in vLLM 0.2, which the original Yuan server forked.
 
     Finished hypotheses are ranked by cumulative log-probability / length ** `length_penalty`. The length counts prompt
-    and generated tokens without an end-of-text token, as in the fork and in vLLM 0.32. transformers does not
-    count the prompt, so its penalty is stronger after a long prompt.
+    and generated tokens without an end-of-text token, as in vLLM 0.2 and 0.32. transformers does not count the prompt,
+    so its penalty is stronger after a long prompt.
 
     Args:
         engine: computes the log-probabilities of the next tokens, in requests of one token per beam and step.
         request: the request to continue. Only its parameters for length, stops and returned fields apply.
         beam: the parameters of the search; `n` is at most `width`.
-        slots: the limits that all searches share; None if this is the only one.
+        limits: the limits that all searches share; None if this is the only one.
         stream: whether to report progress, which requires decoding a text per token.
         deadline: see `Engine.generate`; the choices are then the best hypotheses so far, finished or not.
     """
@@ -83,7 +83,7 @@ class BeamSearch:
         engine: Engine,
         request: EngineRequest,
         beam: BeamSearchParams,
-        slots: BeamSlots | None = None,
+        limits: BeamLimits | None = None,
         *,
         stream: bool = True,
         deadline: asyncio.Event | None = None,
@@ -92,18 +92,18 @@ class BeamSearch:
         self._engine = engine
         self._request = request
         self._beam = beam
-        self._slots = slots or BeamSlots()
+        self._limits = limits or BeamLimits()
         self._stream = stream
         self._deadline = deadline
-        self._end_of_text = frozenset(info.end_token_ids)
-        self._suppressed = self._end_of_text.union(sampling.stop_token_ids)
-        self._end_token_ids = frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self._suppressed
+        self._end_of_text_ids = frozenset(info.end_token_ids)
+        self._suppressed_ids = self._end_of_text_ids.union(sampling.stop_token_ids)
+        self._finishing_ids = frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self._suppressed_ids
         # Enough that `width` tokens remain to continue with, even if all tokens that end a choice are among them.
-        needed = beam.width + max(beam.width, len(self._suppressed))
+        needed = beam.width + max(beam.width, len(self._suppressed_ids))
         self._logprobs = min(max(needed, sampling.logprobs or 0), info.vocab_size)
         self._max_tokens = min(sampling.max_tokens, info.max_model_len - len(request.prompt))
         self._without_stops = replace(request, sampling=replace(sampling, stop=()))
-        # A character has at most four tokens, and invalid UTF-8 is held back for up to four.
+        # A character has at most four tokens. The window fits two more than a stop string: it may cut one at each end.
         self._stop_window = 4 * max(map(len, sampling.stop), default=0) + 8
         self._frontier = _Frontier()
         self._cached_tokens = 0
@@ -118,7 +118,7 @@ class BeamSearch:
                 rejected beam is retried so that the tokens so far are not lost.
         """
         async with AsyncExitStack() as stack:
-            await self._wait_for_slots(stack)
+            await self._wait_for_permits(stack)
             if self._request.lora:  # keep the adapter loaded between requests
                 lora = await stack.enter_async_context(self._engine.pin_lora(self._request.lora))
                 self._request = replace(self._request, lora=lora)
@@ -166,16 +166,18 @@ class BeamSearch:
         tops = [top for task in tasks if (top := task.result()) is not None]
         return tops if len(tops) == len(tasks) else []
 
-    async def _wait_for_slots(self, stack: AsyncExitStack) -> None:
-        """Wait for the slots of all beams, or for the deadline."""
-        waiting = asyncio.ensure_future(self._slots.beams.acquire(self._beam.width))
+    async def _wait_for_permits(self, stack: AsyncExitStack) -> None:
+        """Wait for the permits of all beams, or for the deadline."""
+        waiting = asyncio.ensure_future(self._limits.beams.acquire(self._beam.width))
         deadline = asyncio.ensure_future(self._deadline.wait() if self._deadline else asyncio.Event().wait())
         try:
             await asyncio.wait([waiting, deadline], return_when=asyncio.FIRST_COMPLETED)
         finally:
             deadline.cancel()
-            if not waiting.cancel():  # it has the slots
-                stack.callback(self._slots.beams.release, waiting.result())
+            if waiting.done():
+                stack.callback(self._limits.beams.release, waiting.result())
+            else:
+                waiting.cancel()
 
     async def _top_tokens_after(self, beam: _Hypothesis) -> TopTokens | None:
         backoff = Backoff()
@@ -187,7 +189,7 @@ class BeamSearch:
         return None
 
     async def _next_top_tokens(self, beam: _Hypothesis) -> TopTokens | None:
-        async with self._slots.requests.hold(), aclosing(self._generate_next(beam)) as outputs:
+        async with self._limits.requests.hold(), aclosing(self._generate_next(beam)) as outputs:
             tops = [_top_tokens(output) async for output in outputs if output.deltas]
             return tops[0]
 
@@ -246,7 +248,7 @@ class BeamSearch:
 
     def _is_suppressed(self, token_id: int, position: int) -> bool:
         """Whether a token is excluded by `min_tokens`. vLLM excludes end-of-text even with `ignore_eos`."""
-        return position < self._request.sampling.min_tokens and token_id in self._suppressed
+        return position < self._request.sampling.min_tokens and token_id in self._suppressed_ids
 
     def _extend(self, candidate: _Candidate, is_last: bool) -> _Hypothesis:
         """Return the beam with its next token, finished if it ends. A stop string takes precedence, as in vLLM."""
@@ -255,7 +257,7 @@ class BeamSearch:
         stop_reason: str | int | None = None
         if sampling.stop and len(token_ids) > sampling.min_tokens:
             stop_reason = self._completed_stop_string(token_ids)
-        if stop_reason is None and token.token_id in self._end_token_ids:
+        if stop_reason is None and token.token_id in self._finishing_ids:
             stop_reason = token.token_id
         if stop_reason is not None:
             finish_reason = FinishReason.STOP
@@ -297,7 +299,7 @@ class BeamSearch:
     def _score(self, hypothesis: _Hypothesis) -> float:
         if not hypothesis.token_ids:  # empty choices rank last
             return -math.inf
-        ends_text = hypothesis.stop_reason in self._end_of_text
+        ends_text = hypothesis.stop_reason in self._end_of_text_ids
         return self._normalize(hypothesis.cumulative_logprob, len(hypothesis.token_ids) - ends_text)
 
     def _normalize(self, cumulative_logprob: float, tokens: int) -> float:
@@ -333,7 +335,7 @@ class BeamSearch:
         )
 
     def _text(self, request: EngineRequest, token_ids: Sequence[int]) -> str:
-        ended = bool(token_ids) and token_ids[-1] in self._end_token_ids
+        ended = bool(token_ids) and token_ids[-1] in self._finishing_ids
         text, _ = self._engine.decode_continuation(request, token_ids, ended=ended)
         return text
 

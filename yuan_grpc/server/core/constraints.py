@@ -10,7 +10,9 @@ from yuan_grpc.server.engine.types import ModelInfo
 from yuan_grpc.server.errors import Violation
 
 MAX_CHOICE_TEXTS = 1024
+"""Texts of a `choice`."""
 MAX_CHOICE_TEXT_LENGTH = 1024
+"""Characters of each of them."""
 MAX_CONSTRAINT_BYTES = 32_768
 """Size of all texts in a constraint. Much larger ones take minutes to compile; deep nesting crashes the compiler."""
 MAX_REPETITIONS = 2000
@@ -22,17 +24,17 @@ def constraint_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Vi
     request = parsed.request
     if not request.HasField("structured_outputs"):
         return
-    outputs, field = request.structured_outputs, "structured_outputs"
-    kind = outputs.WhichOneof("constraint")
+    constraint, field = request.structured_outputs, "structured_outputs"
+    kind = constraint.WhichOneof("constraint")
     if kind is None:
         yield Violation(field, f"`{field}` must have a constraint")
     elif kind == "choice":
-        yield from _choice_violations(f"{field}.choice.values", outputs.choice.values)
+        yield from _choice_violations(f"{field}.choice.values", constraint.choice.values)
     elif kind == "json_object":
-        if not outputs.json_object:
+        if not constraint.json_object:
             yield violation(f"{field}.json_object", "be true if given", "false")
     else:
-        yield from _specification_violations(f"{field}.{kind}", kind, getattr(outputs, kind))
+        yield from _specification_violations(f"{field}.{kind}", kind, getattr(constraint, kind))
     for other in ("ignore_eos", "min_tokens"):  # either would continue after the constraint is satisfied
         if getattr(request, other):
             yield Violation(other, f"`{other}` must not be given with `{field}`")

@@ -108,11 +108,11 @@ def _repetition(request: pb.GenerateRequest) -> Repetition | None:
 
 
 def _constraint(request: pb.GenerateRequest) -> Constraint | None:
-    outputs = request.structured_outputs
-    kind = outputs.WhichOneof("constraint")
+    constraint = request.structured_outputs
+    kind = constraint.WhichOneof("constraint")
     if kind is None:
         return None
-    return Constraint(kind, tuple(outputs.choice.values) if kind == "choice" else getattr(outputs, kind))
+    return Constraint(kind, tuple(constraint.choice.values) if kind == "choice" else getattr(constraint, kind))
 
 
 def num_choices(request: pb.GenerateRequest) -> int:

@@ -13,7 +13,7 @@ from yuan_grpc.server.core.convert import parse_request
 from yuan_grpc.server.core.deadline import deadline_event
 from yuan_grpc.server.core.heartbeat import with_heartbeats
 from yuan_grpc.server.core.inflight import ANY_CONNECTION, InflightRequests, call_owner
-from yuan_grpc.server.core.limits import MAX_INLINE_CHARACTERS, BeamSlots, Slots
+from yuan_grpc.server.core.limits import MAX_INLINE_CHARACTERS, BeamLimits, WeightedSemaphore
 from yuan_grpc.server.core.message_interval import with_pauses
 from yuan_grpc.server.core.plan import RequestPlan, plan_request, run_plan
 from yuan_grpc.server.core.request_stats import RequestStats
@@ -61,8 +61,8 @@ class GenerationService:
         self.inflight = InflightRequests()
         self._admission = admission or Admission()
         self.is_stalled = self.is_withdrawing = False
-        self._tokenizing = Slots(1)
-        self._beam_slots = BeamSlots()
+        self._tokenization = WeightedSemaphore(1)
+        self._beam_limits = BeamLimits()
 
     @property
     def engine(self) -> Engine:
@@ -82,9 +82,9 @@ class GenerationService:
         """Maximum number of running and waiting choices; None before the engine is ready."""
         return limits_of(self._engine.info).queue.sequences if self._engine.is_ready else None
 
-    def tokenization_slot(self, characters: int) -> AbstractAsyncContextManager[None]:
+    def tokenization_permit(self, characters: int) -> AbstractAsyncContextManager[None]:
         """Return a context in which to tokenize a text. Long texts wait for each other, to leave cores to others."""
-        return self._tokenizing.hold() if characters > MAX_INLINE_CHARACTERS else nullcontext()
+        return self._tokenization.hold() if characters > MAX_INLINE_CHARACTERS else nullcontext()
 
     async def generate(
         self,
@@ -155,7 +155,7 @@ class GenerationService:
     async def _plan(self, request: pb.GenerateRequest, stats: RequestStats) -> RequestPlan:
         engine, outcome = self.engine, current_outcome()
         validate_prompt_size(request, engine.info)
-        async with self.tokenization_slot(prompt_size(request)):
+        async with self.tokenization_permit(prompt_size(request)):
             parsed = await parse_request(request, engine)
         validate_generate(parsed, engine.info, engine.loras)
         plan = plan_request(parsed, engine, outcome.trace_headers)
@@ -165,7 +165,7 @@ class GenerationService:
     def _run(
         self, plan: RequestPlan, ticket: Ticket, stats: RequestStats, *, stream: bool, deadline: asyncio.Event | None
     ) -> AsyncGenerator[StepOutput, None]:
-        outputs = run_plan(plan, self._engine, self._beam_slots, stream=stream, deadline=deadline)
+        outputs = run_plan(plan, self._engine, self._beam_limits, stream=stream, deadline=deadline)
         if self._admission.try_start(ticket, limits_of(self._engine.info)):
             return outputs
         return self._after_turn(ticket, stats, outputs, deadline)

@@ -9,7 +9,7 @@ from uuid import uuid4
 from yuan_grpc.server.core.beam_search import BeamSearch
 from yuan_grpc.server.core.best_of import best_of, replicate_choices
 from yuan_grpc.server.core.convert import ParsedRequest, early_stopping, heartbeat_seconds, is_prompt_only
-from yuan_grpc.server.core.limits import BeamSlots
+from yuan_grpc.server.core.limits import BeamLimits
 from yuan_grpc.server.core.score_prompt import score_prompt
 from yuan_grpc.server.engine.model_names import resolve_lora
 from yuan_grpc.server.engine.protocol import Engine
@@ -102,12 +102,12 @@ def _echo(parsed: ParsedRequest, engine: Engine) -> str:
 
 
 def run_plan(
-    plan: RequestPlan, engine: Engine, beam_slots: BeamSlots, *, stream: bool, deadline: asyncio.Event | None
+    plan: RequestPlan, engine: Engine, beam_limits: BeamLimits, *, stream: bool, deadline: asyncio.Event | None
 ) -> AsyncGenerator[StepOutput, None]:
     """Return the outputs of a plan. The engine gets no request before they are iterated.
 
     Args:
-        beam_slots: the limits on all beam searches.
+        beam_limits: the limits on all beam searches.
         stream: whether the caller sends outputs as they come.
         deadline: see `Engine.generate`.
     """
@@ -115,7 +115,7 @@ def run_plan(
     if not request.sampling.max_tokens:
         return score_prompt(engine, request, plan.n, deadline=deadline)
     if plan.beam:
-        return BeamSearch(engine, request, plan.beam, beam_slots, stream=stream, deadline=deadline).run()
+        return BeamSearch(engine, request, plan.beam, beam_limits, stream=stream, deadline=deadline).run()
     if plan.best_of > plan.n:
         return best_of(engine, request, plan.best_of, deadline=deadline)
     outputs = engine.generate(request, stream=stream, deadline=deadline)

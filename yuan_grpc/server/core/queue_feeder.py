@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from yuan_grpc.server.core.backoff import Backoff
-from yuan_grpc.server.core.limits import MAX_IN_FLIGHT, Slots
+from yuan_grpc.server.core.limits import MAX_IN_FLIGHT, WeightedSemaphore
 from yuan_grpc.server.errors import OverloadedError
 
 Result = TypeVar("Result")
@@ -20,16 +20,16 @@ class QueueFeeder:
         queue_limit: maximum number of running and waiting choices of the engine; None for no limit.
 
     Attributes:
-        slots: a slot for each choice or beam that may run.
+        permits: a permit for each choice or beam that may run.
     """
 
     def __init__(self, queue_limit: int | None) -> None:
-        self.slots = Slots(MAX_IN_FLIGHT if queue_limit is None else min(MAX_IN_FLIGHT, queue_limit))
+        self.permits = WeightedSemaphore(MAX_IN_FLIGHT if queue_limit is None else min(MAX_IN_FLIGHT, queue_limit))
         self._num_running = 0
         self._has_finished = False
 
     async def run(self, call: Callable[[], Awaitable[Result]]) -> Result:
-        """Return the result of a request that has its slots.
+        """Return the result of a request that has its permits.
 
         Args:
             call: sends the request to the engine. It raises OverloadedError only before the engine has accepted it.

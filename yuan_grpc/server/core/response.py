@@ -24,7 +24,7 @@ from yuan_grpc.server.security.identity import current_identity
 from yuan_grpc.v1 import yuan_pb2 as pb
 
 MAX_ENTRIES_PER_MESSAGE = INLINE_ENTRIES
-"""Tokens and log-probabilities in one message of a stream: about half a megabyte; clients accept four by default."""
+"""Tokens and log-probabilities in one message of a stream: about 0.5 MB. Clients accept messages of 4 MB by default."""
 
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,

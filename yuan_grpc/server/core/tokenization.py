@@ -19,7 +19,7 @@ async def tokenize(service: GenerationService, request: pb.TokenizeRequest) -> p
     if request.messages:
         validation.validate_messages(request.messages)
         text = engine.apply_chat_template([message.content for message in request.messages])
-    async with service.tokenization_slot(len(text)):
+    async with service.tokenization_permit(len(text)):
         tokens = await engine.tokenize_with_offsets(text)
         return await asyncio.to_thread(response.tokenize_response, text, tokens)
 

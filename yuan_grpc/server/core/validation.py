@@ -18,9 +18,11 @@ MAX_SUPPRESSED_IDS = 128
 MAX_TOTAL_LOGPROBS = 2**20
 """Log-probabilities over all tokens of a request: about 30 MB of response, and 300 MB of memory to build it."""
 MAX_PATTERN_SIZE = 1024
-MIN_HEARTBEAT = 0.1
-MAX_HEARTBEAT = 3600
+"""Largest `max_pattern_size` of `repetition_detection`, in tokens, and largest `min_count`."""
+MIN_HEARTBEAT, MAX_HEARTBEAT = 0.1, 3600
+"""Range of `heartbeat_interval`, in seconds."""
 ROLES = ("system", "user", "assistant")
+"""Accepted roles of messages."""
 
 
 def validate_generate(parsed: ParsedRequest, info: ModelInfo, loras: Sequence[str]) -> None:
@@ -53,12 +55,12 @@ def validate_prompt_size(request: pb.GenerateRequest, info: ModelInfo) -> None:
     Raises:
         InvalidRequestError: there are too many messages, or the text or the token ids exceed the model's context.
     """
-    is_truncated, limit = request.truncate_prompt_tokens != 0, info.max_model_len * info.max_token_characters
+    may_truncate, limit = request.truncate_prompt_tokens != 0, info.max_model_len * info.max_token_characters
     if violations := [*count_violations("messages", request.messages, MAX_MESSAGES, "turns")]:
         raise InvalidRequestError(violations)
-    if (tokens := len(request.prompt_token_ids.ids)) >= info.max_model_len and not is_truncated:
+    if (tokens := len(request.prompt_token_ids.ids)) >= info.max_model_len and not may_truncate:
         raise InvalidRequestError([_context_violation("prompt_token_ids", tokens, info)])
-    if is_truncated:  # the last tokens of a text depend on all text before them, so it is tokenized whole
+    if may_truncate:  # the last tokens of a text depend on all text before them, so it is tokenized whole
         limit = max(limit, MAX_TOKENIZE)
     if info.max_token_characters and (length := prompt_size(request)) > limit:
         field = "messages" if request.messages else "prompt"
@@ -246,15 +248,15 @@ def _id_range_violations(field: str, ids: Sequence[int], info: ModelInfo) -> Ite
 
 
 def _search_violations(parsed: ParsedRequest, info: ModelInfo) -> Iterator[Violation]:
-    request, n, best_of, stops_early = parsed.request, parsed.sampling.n, parsed.best_of, early_stopping(parsed.request)
+    request, n, best_of, stopping = parsed.request, parsed.sampling.n, parsed.best_of, early_stopping(parsed.request)
     if 1 <= best_of < n:  # a `best_of` below 1 is reported already
         yield violation("best_of", f"be at least `n`, {n}", best_of)
-    if stops_early is None:
+    if stopping is None:  # the value is invalid
         yield Violation("early_stopping", '`early_stopping` must be true, false or "never"')
     if request.use_beam_search:
         yield from _beam_violations(request, best_of)
         return
-    if stops_early:
+    if stopping in (True, "never"):
         yield Violation("early_stopping", "`early_stopping` must be false without `use_beam_search`")
     if request.HasField("length_penalty") and request.length_penalty != 1:
         yield violation("length_penalty", "be 1 without `use_beam_search`", request.length_penalty)

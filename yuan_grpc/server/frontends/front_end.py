@@ -40,7 +40,7 @@ class FrontEndTask:
         link: the connection to the engine.
         budget: the memory of a `SharedBudget`.
         own_address: a second address to listen on, of this front end alone; None for none.
-        loras: the adapters that are loaded.
+        loras: the loaded adapters, by name.
     """
 
     settings: Settings
@@ -115,8 +115,8 @@ class FrontEnd:
             lambda name: self.control.call("unload_lora", name),
             self._release_lora,
         )
-        for name, request in task.loras.items():
-            self._adapters.add(name, request)
+        for name, lora_request in task.loras.items():
+            self._adapters.add(name, lora_request)
         self.engine = _Engine(task.options, owns_process=True, shared=Shared(task.link, self._adapters))
         self.engine.control = self.control
         self._inflight: InflightRequests | None = None
@@ -149,8 +149,8 @@ class FrontEnd:
         with suppress(PeerLostError):
             await self.control.call("release_lora", lora_name)
 
-    async def _add_lora(self, name: str, request: AdapterRequest) -> None:
-        self._adapters.add(name, request)
+    async def _add_lora(self, name: str, lora_request: AdapterRequest) -> None:
+        self._adapters.add(name, lora_request)
 
     async def _discard_lora(self, name: str) -> None:
         await self._adapters.discard(name)

@@ -194,7 +194,7 @@ class Supervisor:
     def _start_process(self, started: _FrontEnd, link: ClientLink) -> BaseProcess:
         started.link = link
         own_address = self._ports.own_address(started.number)
-        settings, loras = self._ports.settings_for(started.number), self._loras.requests
+        settings, loras = self._ports.settings_for(started.number), self._loras.lora_requests
         task = front_end.FrontEndTask(settings, self._options, link, self._budget, own_address, loras)
         arguments = (task, started.far_end)
         started.process = process = self._engine.start_process(front_end.run, arguments, f"front-end-{started.number}")
@@ -243,7 +243,7 @@ class Supervisor:
         replacement.control.start()
         await asyncio.to_thread(self._start_process, replacement, link)
         assert replacement.link is not None
-        for name in self._loras.requests:
+        for name in self._loras.lora_requests:
             await self._loras.acquire(replacement.link.index, name)
         await self._engine.abort_client(lost.link)  # again: the engine may have read a request late
 
@@ -270,7 +270,7 @@ class Supervisor:
 
     async def _load_lora(self, name: str) -> None:
         try:
-            request: AdapterRequest = await self._loras.load(name)
+            lora_request: AdapterRequest = await self._loras.load(name)
         except ServiceError as error:
             if error.__cause__:  # the pipe does not transfer it
                 logger.warning("the adapter %.256r: %r", name, error.__cause__)
@@ -278,7 +278,7 @@ class Supervisor:
         for each in self._front_ends:
             if each.link:
                 await self._loras.acquire(each.link.index, name)
-        await self._call_all(self._front_ends, "add_lora", name, request)
+        await self._call_all(self._front_ends, "add_lora", name, lora_request)
 
     async def _unload_lora(self, name: str) -> None:
         await self._loras.unload(name)

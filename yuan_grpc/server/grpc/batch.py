@@ -27,15 +27,15 @@ async def run_batch(
     A failed request is reported in its own result and does not affect the others. Returns after the last result. If the
     call is cancelled, or the items cannot be read, all running requests are cancelled.
     """
-    slots, writing = feeder.slots, asyncio.Lock()
+    permits, writing = feeder.permits, asyncio.Lock()
 
     async def run(index: int, request: pb.GenerateRequest, weight: int) -> None:
         try:
             result = await _run_one(index, request, lambda request: feeder.run(lambda: generate(request)))
-            async with writing:  # the slot stays taken until the client has read the result, so none pile up here
+            async with writing:  # the permit stays taken until the client has read the result, so none pile up here
                 await write(result)
         finally:
-            slots.release(weight)
+            permits.release(weight)
 
     running: set[asyncio.Task[None]] = set()
 
@@ -46,7 +46,7 @@ async def run_batch(
     try:
         index = 0
         async for item in items:
-            weight = await slots.acquire(num_parallel(item.request))
+            weight = await permits.acquire(num_parallel(item.request))
             running.add(task := asyncio.create_task(run(index, item.request, weight)))
             task.add_done_callback(forget)
             index += 1

@@ -50,7 +50,7 @@ class MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry | None = None) -> None:
         self.address_family = socket.getaddrinfo(host, port, flags=socket.AI_PASSIVE)[0][0]
-        self._slots = BoundedSemaphore(MAX_CONNECTIONS)
+        self._permits = BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__((host, port), _Handler)
         self._registry = registry or source_registry()
         self.set_app(self._respond)
@@ -89,7 +89,7 @@ class MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread, or close the connection if too many are open."""
-        if self._slots.acquire(blocking=False):
+        if self._permits.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -99,7 +99,7 @@ class MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._slots.release()
+            self._permits.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that disconnect or stay silent."""

@@ -77,7 +77,7 @@ class VllmEngine:
         self._board = SharedLoadBoard(shared.link.loads) if shared else LoadBoard()
         self._constraints = ConstraintCompiler(self._describe_grammars)
         self._launch = Launch()
-        self._started: AsyncLLM | None = None
+        self._async_llm: AsyncLLM | None = None
         self._info: ModelInfo | None = None
         self._processes: ProcessTree | None = None
         self._is_warm = False
@@ -92,7 +92,7 @@ class VllmEngine:
         """
         with self._launch.failures_described():
             check_vllm(__name__, TARGETS)
-            self._started = llm = await self._launch.run(self._connect)
+            self._async_llm = llm = await self._launch.run(self._connect)
             core: Any = llm.engine_core
             self._count_outputs(core)
             manager = core.resources.engine_manager  # None if another process has started the engine
@@ -136,8 +136,8 @@ class VllmEngine:
 
     def set_lost(self) -> None:
         """End all requests, because the process that started the engine reports that it has died."""
-        if self._started is not None:
-            core = cast(AsyncMPClient, self._started.engine_core)
+        if self._async_llm is not None:
+            core = cast(AsyncMPClient, self._async_llm.engine_core)
             core.resources.engine_dead = True
             core.outputs_queue.put_nowait(EngineDeadError())
 
@@ -145,15 +145,15 @@ class VllmEngine:
         """Stop the engine's processes, or the connection to them, in any state, including during their start."""
         self._is_warm = False
         self._constraints.stop()
-        if self._started is not None:
-            if handler := self._started.output_handler:
+        if self._async_llm is not None:
+            if handler := self._async_llm.output_handler:
                 cancel_task_threadsafe(handler)  # otherwise it reports the end of the engine as an error
             if self._processes:
                 self._processes.resume()
-            self._started.shutdown(timeout=TERMINATION_SECONDS)
+            self._async_llm.shutdown(timeout=TERMINATION_SECONDS)
             if self._processes:
                 self._processes.kill()
-            self._started = None
+            self._async_llm = None
         else:
             self._launch.kill()
         self._launch.clean_up()
@@ -178,7 +178,7 @@ class VllmEngine:
     @property
     def is_busy(self) -> bool:
         """Whether the engine has requests that have not ended."""
-        return self._started is not None and self._started.output_processor.has_unfinished_requests()
+        return self._async_llm is not None and self._async_llm.output_processor.has_unfinished_requests()
 
     @property
     def progress(self) -> int:
@@ -312,22 +312,22 @@ class VllmEngine:
     @asynccontextmanager
     async def pin_lora(self, lora: str) -> AsyncGenerator[str, None]:
         """Keep an adapter in memory; see `Engine.pin_lora`."""
-        async with self._adapters.pin_lora(self._llm, lora) as request:
-            yield request.lora_name
+        async with self._adapters.pin_lora(self._llm, lora) as lora_request:
+            yield lora_request.lora_name
 
     @asynccontextmanager
     async def _lora_request(self, name: str) -> AsyncGenerator[LoRARequest | None, None]:
         if not name:
             yield None
             return
-        async with self._adapters.pin_lora(self._llm, name) as request:
-            yield request
+        async with self._adapters.pin_lora(self._llm, name) as lora_request:
+            yield lora_request
 
     @property
     def _llm(self) -> AsyncLLM:
-        if self._started is None:
+        if self._async_llm is None:
             raise UnavailableError("the model is still loading")
-        return self._started
+        return self._async_llm
 
 
 async def _convert(converter: convert.OutputConverter, output: RequestOutput) -> StepOutput:

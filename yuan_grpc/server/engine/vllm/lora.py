@@ -23,7 +23,7 @@ from yuan_grpc.server.errors import (
 CONFIG = "adapter_config.json"
 
 AdapterRequest = LoRARequest
-"""A loaded adapter, as vLLM knows it."""
+"""vLLM's description of a loaded adapter, for modules that must not import vLLM."""
 
 
 class LoraEngine(Protocol):
@@ -45,7 +45,7 @@ class Adapter:
         is_unloaded: whether it is to be removed once no request uses it.
     """
 
-    request: LoRARequest
+    lora_request: LoRARequest
     pins: int = 0
     is_unloaded: bool = False
 
@@ -84,9 +84,9 @@ class LoraRegistry:
         return sorted(self._loaded)
 
     @property
-    def requests(self) -> dict[str, LoRARequest]:
-        """The loaded adapters by name, as vLLM knows them."""
-        return {name: adapter.request for name, adapter in self._loaded.items()}
+    def lora_requests(self) -> dict[str, LoRARequest]:
+        """vLLM's description of each loaded adapter, by the adapter's name."""
+        return {name: adapter.lora_request for name, adapter in self._loaded.items()}
 
     @property
     def available(self) -> list[str]:
@@ -96,7 +96,7 @@ class LoraRegistry:
         names = (path.parent.name for path in self._folder.glob(f"*/{CONFIG}") if self._is_inside(path.parent))
         return sorted(name for name in names if _is_valid_name(name) and not self._is_taken(name))
 
-    async def load(self, llm: LoraEngine, name: str) -> None:
+    async def load(self, engine: LoraEngine, name: str) -> None:
         """Load an adapter; see `Engine.load_lora`."""
         folder = self._adapter_folder(name)
         if len(self._in_memory) >= self._capacity:
@@ -106,34 +106,34 @@ class LoraRegistry:
         self._last_id += 1
         # vLLM's prefix cache identifies an adapter by name and path, not by content, so each load gets a new name.
         # The slash keeps it different from every folder's name.
-        request = LoRARequest(f"{name}/{self._last_id}", self._last_id, str(folder.absolute()))
-        self._in_memory[request.lora_name] = request
+        lora_request = LoRARequest(f"{name}/{self._last_id}", self._last_id, str(folder.absolute()))
+        self._in_memory[lora_request.lora_name] = lora_request
         self._loading.add(name)
         try:
-            await _add(llm, request, name)
+            await _add(engine, lora_request, name)
         except BaseException:  # after a cancellation the engine may have loaded it
-            await self._remove(llm, request)
+            await self._remove(engine, lora_request)
             raise
         finally:
             self._loading.discard(name)
-        self._loaded[name] = Adapter(request)
+        self._loaded[name] = Adapter(lora_request)
 
-    async def unload(self, llm: LoraEngine, name: str) -> None:
+    async def unload(self, engine: LoraEngine, name: str) -> None:
         """Unload an adapter; see `Engine.unload_lora`."""
         if not self.can_load:
             raise _not_enabled()
         if (adapter := self._loaded.pop(name, None)) is None:
             raise ModelNotFoundError(f"`name` must be that of a loaded adapter, not {name:.256}")
-        await self._retire(llm, adapter)
+        await self._retire(engine, adapter)
 
-    async def _retire(self, llm: LoraEngine, adapter: Adapter) -> None:
+    async def _retire(self, engine: LoraEngine, adapter: Adapter) -> None:
         """Remove an adapter that has been unloaded, once no request uses it."""
         adapter.is_unloaded = True
         if not adapter.pins:
-            await self._remove(llm, adapter.request)
+            await self._remove(engine, adapter.lora_request)
 
     @asynccontextmanager
-    async def pin_lora(self, llm: LoraEngine, name: str) -> AsyncGenerator[LoRARequest, None]:
+    async def pin_lora(self, engine: LoraEngine, name: str) -> AsyncGenerator[LoRARequest, None]:
         """Keep an adapter in memory.
 
         Args:
@@ -146,15 +146,15 @@ class LoraRegistry:
         if adapter is None:
             raise model_not_found(name, self._model)
         adapter.pins += 1
-        self._pinned[adapter.request.lora_name] = adapter
+        self._pinned[adapter.lora_request.lora_name] = adapter
         try:
-            yield adapter.request
+            yield adapter.lora_request
         finally:
             adapter.pins -= 1
             if not adapter.pins:
-                del self._pinned[adapter.request.lora_name]
+                del self._pinned[adapter.lora_request.lora_name]
                 if adapter.is_unloaded:
-                    await self._remove(llm, adapter.request)
+                    await self._remove(engine, adapter.lora_request)
 
     def _is_taken(self, name: str) -> bool:
         return name in self._loaded or name in self._loading or name == self._model
@@ -178,12 +178,12 @@ class LoraRegistry:
             raise ModelNotFoundError(f"`name` must be that of an adapter in the server's folder, not {name}")
         return folder
 
-    async def _remove(self, llm: LoraEngine, request: LoRARequest) -> None:
+    async def _remove(self, engine: LoraEngine, lora_request: LoRARequest) -> None:
         try:
             with suppress(EngineDeadError):
-                await llm.remove_lora(request.lora_int_id)
+                await engine.remove_lora(lora_request.lora_int_id)
         finally:
-            del self._in_memory[request.lora_name]
+            del self._in_memory[lora_request.lora_name]
 
 
 def create_registry(options: EngineOptions, folder: Path | None) -> LoraRegistry:
@@ -201,9 +201,9 @@ def _is_valid_name(name: str) -> bool:
     return bool(name) and name[0] != "." and "/" not in name and name.isprintable() and len(name.encode()) <= 255
 
 
-async def _add(llm: LoraEngine, request: LoRARequest, name: str) -> None:
+async def _add(engine: LoraEngine, lora_request: LoRARequest, name: str) -> None:
     try:
-        if await llm.add_lora(request):
+        if await engine.add_lora(lora_request):
             return
         cause: Exception = ValueError("a worker could not load it")
     except EngineDeadError as error:

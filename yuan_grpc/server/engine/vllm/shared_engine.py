@@ -160,22 +160,22 @@ class SharedEngine:
         """Wait until the started engine has died."""
         while True:
             try:
-                await self._started.get_output_async()
+                await self._running_client.get_output_async()
             except EngineDeadError:
                 return
 
     async def abort_client(self, link: ClientLink) -> None:
         """Abort the requests of a client that has died."""
         link.forget_requests()
-        await self._started.call_utility_all_async("abort_client", link.index)
+        await self._running_client.call_utility_all_async("abort_client", link.index)
 
-    async def add_lora(self, request: LoRARequest) -> bool:
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Load an adapter; return whether all workers could."""
-        return await self._started.add_lora_async(request)
+        return await self._running_client.add_lora_async(lora_request)
 
     async def remove_lora(self, lora_id: int) -> bool:
         """Unload an adapter; return whether it was loaded."""
-        return await self._started.remove_lora_async(lora_id)
+        return await self._running_client.remove_lora_async(lora_id)
 
     def stop(self) -> None:
         """Stop the engine's processes in any state, including during their start."""
@@ -190,6 +190,6 @@ class SharedEngine:
         self._launch.clean_up()
 
     @property
-    def _started(self) -> AsyncMPClient:
+    def _running_client(self) -> AsyncMPClient:
         assert self._client is not None
         return self._client

@@ -35,26 +35,26 @@ class SharedLoraRegistry(LoraRegistry):
         super().__init__(folder, *registry_arguments(options))
         self._load_everywhere, self._unload_everywhere, self._release = load, unload, release
 
-    async def load(self, llm: LoraEngine, name: str) -> None:
+    async def load(self, engine: LoraEngine, name: str) -> None:
         """Load an adapter; see `Engine.load_lora`."""
         await self._load_everywhere(name)
 
-    async def unload(self, llm: LoraEngine, name: str) -> None:
+    async def unload(self, engine: LoraEngine, name: str) -> None:
         """Unload an adapter; see `Engine.unload_lora`."""
         await self._unload_everywhere(name)
 
-    def add(self, name: str, request: LoRARequest) -> None:
+    def add(self, name: str, lora_request: LoRARequest) -> None:
         """Let requests use an adapter that the engine has loaded."""
-        self._loaded[name] = Adapter(request)
+        self._loaded[name] = Adapter(lora_request)
 
     async def discard(self, name: str) -> None:
         """Let no new request use an adapter, and release it when the running ones have ended."""
         if (adapter := self._loaded.pop(name, None)) is not None:
             await self._retire(_NO_ENGINE, adapter)
 
-    async def _remove(self, llm: LoraEngine, request: LoRARequest) -> None:
+    async def _remove(self, engine: LoraEngine, lora_request: LoRARequest) -> None:
         # Shielded: the request that has ended may be cancelled again, and nothing else releases the adapter.
-        await asyncio.shield(self._release(request.lora_name))
+        await asyncio.shield(self._release(lora_request.lora_name))
 
 
 class LoraLeader:
@@ -71,14 +71,14 @@ class LoraLeader:
         self._users: dict[tuple[int, str], AsyncExitStack] = {}
 
     @property
-    def requests(self) -> dict[str, LoRARequest]:
-        """The loaded adapters."""
-        return self._registry.requests
+    def lora_requests(self) -> dict[str, LoRARequest]:
+        """vLLM's description of each loaded adapter, by the adapter's name."""
+        return self._registry.lora_requests
 
     async def load(self, name: str) -> LoRARequest:
         """Load an adapter; see `Engine.load_lora`."""
         await self._registry.load(self._engine, name)
-        return self._registry.requests[name]
+        return self._registry.lora_requests[name]
 
     async def unload(self, name: str) -> None:
         """Remove an adapter once all front ends have released it; see `Engine.unload_lora`."""
@@ -86,8 +86,8 @@ class LoraLeader:
 
     async def acquire(self, front_end: int, name: str) -> None:
         """Keep an adapter until a front end has released it."""
-        request = self._registry.requests[name]
-        stack = self._users[front_end, request.lora_name] = AsyncExitStack()
+        lora_request = self._registry.lora_requests[name]
+        stack = self._users[front_end, lora_request.lora_name] = AsyncExitStack()
         await stack.enter_async_context(self._registry.pin_lora(self._engine, name))
 
     async def release(self, front_end: int, lora_name: str) -> None:

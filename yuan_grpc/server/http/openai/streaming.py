@@ -176,13 +176,13 @@ class _Response:
             return [await self._run_one(run, 0)]
         feeder = QueueFeeder(self._service.queue_limit)
 
-        async def run_in_slot(index: int, request: pb.GenerateRequest) -> Result:
-            async with feeder.slots.hold(num_parallel(request)):
+        async def run_permitted(index: int, request: pb.GenerateRequest) -> Result:
+            async with feeder.permits.hold(num_parallel(request)):
                 return await feeder.run(lambda: self._run_one(run, index))
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(run_in_slot(*numbered)) for numbered in enumerate(self._parsed.requests)]
+                tasks = [group.create_task(run_permitted(*numbered)) for numbered in enumerate(self._parsed.requests)]
         except BaseExceptionGroup as errors:
             error = errors.exceptions[0]
             raise error from error.__cause__

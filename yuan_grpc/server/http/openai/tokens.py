@@ -117,7 +117,7 @@ async def locate_prompt(prompt: Prompt, request: pb.GenerateRequest, service: Ge
         return
     engine, skip = service.engine, not request.HasField("skip_special_tokens") or request.skip_special_tokens
     if request.HasField("prompt"):
-        async with service.tokenization_slot(len(request.prompt)):
+        async with service.tokenization_permit(len(request.prompt)):
             tokens = await engine.tokenize_with_offsets(request.prompt)
         if [token_id for token_id, *_ in tokens] == prompt.token_ids:
             prompt.text_offsets, prompt.echo_length = [start for _, _, start, _ in tokens], len(request.prompt)

@@ -43,7 +43,7 @@ class Lane:
 
     seconds: float
     nice: int
-    slots: asyncio.Semaphore
+    permits: asyncio.Semaphore
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class ConstraintCompiler:
         try:
             async with asyncio.timeout(WALL_SECONDS):
                 for lane in self._lanes:
-                    async with lane.slots:
+                    async with lane.permits:
                         outcome = await self._process.run(
                             {"kind": kind, "text": text, "seconds": lane.seconds, "nice": lane.nice, "bytes": MAX_BYTES}
                         )
