@@ -14,7 +14,7 @@ last text out. The table has the median of all rounds.
     vllm-rust          vLLM's Rust front end
 
 With `--scripted`, the engine has no model: each step takes STEP_MILLISECONDS (9) and every sequence gets a token. It
-needs no GPU. `µs/token` is the processor time of the server's processes except the engine's.
+needs no GPU. `µs/token` is the processor time of the processes that accept calls, and of their supervisor.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from stream_client import Load, measure
 
 ENGINE_OPTIONS = ["--max-num-seqs", "256", "--no-enable-log-requests"]
 SCRIPTED = ["--worker-cls", "benchmarks.scripted_worker.ScriptedWorker", "--kv-cache-memory-bytes", "8G"]
-ENGINE_PROCESSES = ("VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator")
 START_SECONDS = 600
 COLUMNS = ("tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "us_per_token")
 
@@ -134,11 +133,11 @@ def _is_ready(server: Server, port: int) -> bool:
 
 
 def server_cpu_seconds(main: psutil.Process) -> float:
-    """Return the processor time so far of a server's processes except the engine's."""
+    """Return the processor time so far of a server's main process and of those that accept calls, in seconds."""
     total = 0.0
     for process in (main, *main.children(recursive=True)):
         try:
-            if not process.cmdline() or not process.cmdline()[0].startswith(ENGINE_PROCESSES):
+            if process == main or any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp")):
                 times = process.cpu_times()
                 total += times.user + times.system
         except psutil.Error:  # it has ended
