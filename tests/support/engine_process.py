@@ -26,7 +26,6 @@ PRELOADED = (
     "vllm.entrypoints.llm",
     "vllm.entrypoints.launchers.cli_args",
     "vllm.v1.engine.llm_engine",
-    "vllm.v1.spec_decode.ngram_proposer",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.layers.quantization.online.base",
     "yuan_grpc.model.yuan",
