@@ -88,9 +88,15 @@ def test_links_to_files_outside_lead_to_the_repository_or_name_the_path() -> Non
     assert outside_links.rewrite(text, page, REPOSITORY, "").startswith("programs (`clients/README.md`) [API](")
 
 
-@pytest.mark.parametrize("page", ["go", "java", "node"])
-def test_the_service_config_of_a_page_is_that_of_the_client(page: str) -> None:
-    text = (DOCS / "call" / f"{page}.md").read_text("utf-8")
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("docs/call/go.md", "docs/call/java.md", "docs/call/node.md"),
+        *("clients/examples/go/main.go", "clients/examples/node/grpc.js"),
+    ],
+)
+def test_the_service_config_of_a_page_or_an_example_is_that_of_the_client(file: str) -> None:
+    text = (REPOSITORY / file).read_text("utf-8")
     start = re.search(r'\{\s*"loadBalancingConfig"', text)
     assert start
     config, _ = json.JSONDecoder().raw_decode(text, start.start())

@@ -88,9 +88,10 @@ def place_heads(layer: QueryKeyLinear, joined: torch.Tensor, published: torch.Te
     first_head, first_block = layer.tp_rank * local_heads, projection * layer.total_heads
     # The published rows have a block for the query and one for the key of each head.
     blocks = [
-        (block, *divmod(first_block + block, 2))
-        for block in range(layer.total_heads)
-        if first_head <= (first_block + block) // 2 < first_head + local_heads
+        (2 * head + half - first_block, head, half)
+        for head in range(first_head, first_head + local_heads)
+        for half in (0, 1)
+        if 0 <= 2 * head + half - first_block < layer.total_heads
     ]
     if not blocks:  # vLLM quantizes a layer when it has all rows of its rank, and stores them in another order then
         return
