@@ -158,7 +158,7 @@ def measure_server(name: str, arguments: argparse.Namespace, log: Path) -> Itera
             cpu = server_cpu_seconds(process) - cpu
             yield {"server": name, **result, "us_per_token": 1e6 * cpu / result["tokens"]}
         if arguments.long_prompts:
-            result = measure(replace(load, streams=streams, long_prompts_per_s=arguments.long_prompts))
+            result = measure(replace(load, streams=arguments.streams[-1], long_prompts_per_s=arguments.long_prompts))
             yield {"server": f"{name}, long prompts", **result}
 
 

@@ -27,6 +27,10 @@ FIRST_TOKEN_ID = 300
 """Lowest token id of the prompts: those below are special tokens and bytes."""
 
 
+LONG_PROMPT_TOKENS = 4096
+"""Length of the prompts that arrive during a load of shorter ones."""
+
+
 @dataclass(frozen=True)
 class Load:
     """The requests of one measurement.
@@ -40,8 +44,7 @@ class Load:
         prompt_tokens: length of each prompt.
         max_tokens: number of tokens to generate for each prompt.
         vocabulary: upper limit of the token ids, exclusive.
-        long_prompt_tokens: length of additional prompts that arrive during the load and are not measured.
-        long_prompts_per_s: number of those in a second; 0 for none.
+        long_prompts_per_s: number of additional prompts of `LONG_PROMPT_TOKENS` in a second, which are not measured.
     """
 
     protocol: str
@@ -52,7 +55,6 @@ class Load:
     prompt_tokens: int
     max_tokens: int
     vocabulary: int
-    long_prompt_tokens: int = 4096
     long_prompts_per_s: float = 0.0
 
 
@@ -139,7 +141,11 @@ async def _run_streams(load: Load, index: int, count: int, barrier: Barrier) -> 
     prompts = [generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=load.prompt_tokens) for _ in streams]
     async with PROTOCOLS[load.protocol](load, index) as stream, asyncio.TaskGroup() as group:
         await asyncio.to_thread(barrier.wait)
-        others = group.create_task(_send_long_prompts(load, generator, stream)) if index == 0 else None
+        others = (
+            group.create_task(_send_long_prompts(load, generator, stream))
+            if index == 0 and load.long_prompts_per_s
+            else None
+        )
         timings = list(await asyncio.gather(*(_time(stream(prompt)) for prompt in prompts)))
         if others:
             others.cancel()
@@ -148,11 +154,9 @@ async def _run_streams(load: Load, index: int, count: int, barrier: Barrier) -> 
 
 async def _send_long_prompts(load: Load, generator: random.Random, stream: Callable[[list[int]], Arrivals]) -> None:
     """Send long prompts at regular intervals until this is cancelled."""
-    if not load.long_prompts_per_s:
-        return
     async with asyncio.TaskGroup() as group:
         while True:
-            prompt = generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=load.long_prompt_tokens)
+            prompt = generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=LONG_PROMPT_TOKENS)
             group.create_task(_time(stream(prompt)))
             await asyncio.sleep(1 / load.long_prompts_per_s)
 
