@@ -4,8 +4,9 @@
     python benchmarks/serving.py --scripted --out scripted.jsonl --rounds 3 offline yuan
 
 Servers are measured one after the other with the same engine options, in `--rounds` rounds, so that a change of the
-machine affects all of them. `offline` is vLLM's `LLM.generate` with the same requests, from the first prompt in to the
-last text out. The table has the median of all rounds.
+machine affects all of them. With `--together` all are started first, and take turns with each number of streams.
+`offline` is vLLM's `LLM.generate` with the same requests, from the first prompt in to the last text out. The table has
+the median of all rounds.
 
     yuan, yuan-unary   `yuan-grpc serve`, GenerateStream and Generate; options may follow, as in "yuan --frontends 4"
     yuan@N             the same with N front ends, each called on a port of its own
@@ -25,9 +26,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +89,18 @@ def server_of(name: str, model: str, port: int) -> Server:
 
 
 @contextmanager
-def running(server: Server, options: Sequence[str], port: int, log: Path) -> Iterator[psutil.Process]:
+def running(
+    server: Server, arguments: argparse.Namespace, port: int, log: Path, gpu: str | None
+) -> Iterator[psutil.Process]:
     """Yield the main process of a server that is ready for requests; end it afterwards.
 
     Raises:
         RuntimeError: it did not start.
     """
-    environment = os.environ | dict(server.environment)
+    command = [*_on_cpus(arguments), sys.executable, *server.command, *arguments.engine]
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, *server.command, *options], env=environment, stdout=output, stderr=output
-        )
+        environment = _environment(gpu) | dict(server.environment)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
         _wait_until_ready(server, port, process)
         yield psutil.Process(process.pid)
@@ -132,12 +136,20 @@ def _is_ready(server: Server, port: int) -> bool:
         return False
 
 
-def server_cpu_seconds(main: psutil.Process) -> float:
+def _on_cpus(arguments: argparse.Namespace) -> list[str]:
+    return ["taskset", "-c", arguments.server_cpus] if arguments.server_cpus else []
+
+
+def _environment(gpu: str | None) -> dict[str, str]:
+    return os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+
+
+def server_cpu_seconds(main: psutil.Process, ports: Sequence[int]) -> float:
     """Return the processor time so far of a server's main process and of those that accept calls, in seconds."""
     total = 0.0
     for process in (main, *main.children(recursive=True)):
         try:
-            if process == main or any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp")):
+            if process == main or any(each.laddr.port in ports for each in process.net_connections("tcp")):
                 times = process.cpu_times()
                 total += times.user + times.system
         except psutil.Error:  # it has ended
@@ -145,40 +157,59 @@ def server_cpu_seconds(main: psutil.Process) -> float:
     return total
 
 
-def measure_server(name: str, arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
-    """Yield a record for each number of streams."""
+Measure = Callable[[int, float], dict[str, Any]]
+"""Returns the record of a number of streams, while a number of long prompts arrive in each second."""
+
+
+@contextmanager
+def ready_server(name: str, arguments: argparse.Namespace, log: Path, gpu: str | None) -> Iterator[Measure]:
+    """Yield the measurement of a server that has started and is warm."""
     port = _free_port()
     server = server_of(name, arguments.model, port)
-    with running(server, arguments.engine, port, log) as process:
-        load = load_of(arguments, server.protocol, tuple(f"127.0.0.1:{number}" for number in server.ports or (port,)))
-        measure(replace(load, streams=min(64, max(arguments.streams)), max_tokens=32))  # warm-up
-        for streams in arguments.streams:
-            cpu = server_cpu_seconds(process)
-            result = measure(replace(load, streams=streams))
-            cpu = server_cpu_seconds(process) - cpu
-            yield {"server": name, **result, "us_per_token": 1e6 * cpu / result["tokens"]}
-        if arguments.long_prompts:
-            result = measure(replace(load, streams=arguments.streams[-1], long_prompts_per_s=arguments.long_prompts))
-            yield {"server": f"{name}, long prompts", **result}
+    with running(server, arguments, port, log, gpu) as process:
+        ports = server.ports or (port,)
+        load = load_of(arguments, server.protocol, tuple(f"127.0.0.1:{number}" for number in ports))
+        measure(replace(load, streams=min(64, max(arguments.streams)), max_tokens=32))
+
+        def measure_load(streams: int, long_prompts: float) -> dict[str, Any]:
+            cpu = server_cpu_seconds(process, ports)
+            result = measure(replace(load, streams=streams, long_prompts_per_s=long_prompts))
+            cpu = server_cpu_seconds(process, ports) - cpu
+            if long_prompts:
+                return {"server": f"{name}, long prompts", **result}
+            return {"server": name, **result, "us_per_token": 1e6 * cpu / result["tokens"]}
+
+        yield measure_load
 
 
-def measure_offline(arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
-    """Yield a record for each number of prompts, from vLLM's offline engine in a process of its own."""
-    job = {key: getattr(arguments, key) for key in ("model", "engine", "streams", "prompt_tokens", "max_tokens")}
+@contextmanager
+def ready_offline(arguments: argparse.Namespace, log: Path, gpu: str | None) -> Iterator[Measure]:
+    """Yield the measurement of vLLM's offline engine in a process of its own. It has no long prompts."""
+    keys = ("model", "engine", "prompt_tokens", "max_tokens", "vocabulary")
+    job = json.dumps({key: getattr(arguments, key) for key in keys})
+    command = [*_on_cpus(arguments), sys.executable, __file__, "--offline-job", job]
+    pipe = subprocess.PIPE
     with log.open("ab") as output:
-        done = subprocess.run(
-            [sys.executable, Path(__file__), "--offline-job", json.dumps(job | {"vocabulary": arguments.vocabulary})],
-            stdout=subprocess.PIPE,
-            stderr=output,
-            check=True,
-        )
-    for line in done.stdout.decode().splitlines():
-        if line.startswith('{"server"'):
-            yield json.loads(line)
+        process = subprocess.Popen(command, env=_environment(gpu), stdin=pipe, stdout=pipe, stderr=output, text=True)
+    requests, records = process.stdin, process.stdout
+    assert requests is not None
+    assert records is not None
+
+    def measure_load(streams: int, long_prompts: float = 0) -> dict[str, Any]:
+        print(streams, file=requests, flush=True)
+        for line in records:
+            if line.startswith('{"server"'):
+                return dict(json.loads(line))
+        raise RuntimeError("the offline engine has ended")
+
+    with process:
+        measure_load(min(64, max(arguments.streams)))
+        yield measure_load
+        requests.close()
 
 
 def run_offline_job(job: dict[str, Any]) -> None:
-    """Print a record for each number of prompts."""
+    """Print a record for each number of prompts that is read from the standard input."""
     import random
 
     from vllm import LLM, SamplingParams
@@ -189,7 +220,7 @@ def run_offline_job(job: dict[str, Any]) -> None:
     options = [option for option in job["engine"] if option != "--no-enable-log-requests"]
     args = EngineArgs.from_cli_args(parser.parse_args(["--model", job["model"], *options]))
     llm = LLM(**{key: value for key, value in vars(args).items() if value is not None})
-    for streams in (min(64, max(job["streams"])), *job["streams"]):
+    for streams in map(int, sys.stdin):
         prompts: list[Any] = [
             {"prompt_token_ids": random.choices(range(300, job["vocabulary"]), k=job["prompt_tokens"])}
             for _ in range(streams)
@@ -201,6 +232,49 @@ def run_offline_job(job: dict[str, Any]) -> None:
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         record = {"server": "offline", "streams": streams, "tokens": tokens, "tokens_per_s": tokens / seconds}
         print(json.dumps(record), flush=True)
+
+
+def ready(name: str, arguments: argparse.Namespace, log: Path, gpu: str | None) -> AbstractContextManager[Measure]:
+    """Return the context in which a server, or the offline engine, can be measured."""
+    return ready_offline(arguments, log, gpu) if name == "offline" else ready_server(name, arguments, log, gpu)
+
+
+def measure_in_turn(arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of all rounds, with one server at a time."""
+    for _ in range(arguments.rounds):
+        for name in arguments.servers:
+            with ready(name, arguments, log, arguments.gpus[0]) as measure_load:
+                for streams, long_prompts in loads_of(name, arguments):
+                    yield measure_load(streams, long_prompts)
+
+
+def measure_together(arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of all rounds, with servers that all run and take turns, without those that do not start."""
+    servers: dict[str, Measure] = {}
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+
+        def start(name: str, gpu: str | None) -> None:
+            try:
+                servers[name] = stack.enter_context(ready(name, arguments, log, gpu))
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+
+        (first, *others), gpus = arguments.servers, cycle(arguments.gpus)
+        start(first, next(gpus))  # alone: it fills the compile cache for the others
+        list(pool.map(start, others, gpus))
+        for _ in range(arguments.rounds):
+            for load in loads_of("", arguments):
+                for name in arguments.servers:
+                    if name in servers and load in loads_of(name, arguments):
+                        yield servers[name](*load)
+
+
+def loads_of(name: str, arguments: argparse.Namespace) -> list[tuple[int, float]]:
+    """Return the number of streams, and of long prompts in each second, of each measurement of a server."""
+    loads: list[tuple[int, float]] = [(streams, 0) for streams in arguments.streams]
+    if arguments.long_prompts and name != "offline":
+        loads.append((arguments.streams[-1], arguments.long_prompts))
+    return loads
 
 
 def load_of(arguments: argparse.Namespace, protocol: str, addresses: tuple[str, ...]) -> Load:
@@ -246,6 +320,10 @@ def _free_port() -> int:
         return port
 
 
+def _list(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("servers", nargs="*", default=["offline", "yuan"], metavar="SERVER")
@@ -266,9 +344,12 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="repeat the last number of streams while N prompts of 4,096 tokens arrive in each second",
     )
+    parser.add_argument("--together", action="store_true", help="start all servers first; they take turns")
+    parser.add_argument("--gpus", type=_list, default=[None], metavar="N,N", help="GPUs, over which they are spread")
+    parser.add_argument("--server-cpus", metavar="N-N", help="CPUs of the servers and engines, without the clients")
     parser.add_argument("--offline-job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.streams = [int(number) for number in arguments.streams.split(",")]
+    arguments.streams = [int(number) for number in _list(arguments.streams)]
     if arguments.model is None:
         from yuan_grpc.server.settings import DEMO
 
@@ -285,14 +366,11 @@ def main() -> None:
         return
     records: list[dict[str, Any]] = []
     log = arguments.out.with_suffix(".log")
-    for _ in range(arguments.rounds):
-        for name in arguments.servers:
-            is_offline = name == "offline"
-            for record in measure_offline(arguments, log) if is_offline else measure_server(name, arguments, log):
-                records.append(record)
-                with arguments.out.open("a") as file:
-                    print(json.dumps(record), file=file)
-                print(json.dumps(record), file=sys.stderr, flush=True)
+    for record in (measure_together if arguments.together else measure_in_turn)(arguments, log):
+        records.append(record)
+        with arguments.out.open("a") as file:
+            print(json.dumps(record), file=file)
+        print(json.dumps(record), file=sys.stderr, flush=True)
     print(table(records))
 
 

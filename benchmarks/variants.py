@@ -65,10 +65,14 @@ class Shape:
         """Return `config.json` for a Yuan model, or for one of the same size with equal numbers of key and query heads.
 
         `yuan` is compared with `llama`, and `m32` with `mixtral`, which has as wide heads and the same experts.
+        `yuan-int4` and the other schemes of `yuan-grpc quantize` are files that it wrote.
 
         Raises:
-            ValueError: the model is neither.
+            ValueError: there is no such model.
         """
+        from yuan_grpc.model.checkpoint.quantize import GROUP_SIZE, SCHEMES, quantization_config
+
+        model, _, scheme = model.partition("-")
         architectures = {
             "yuan": "YuanForCausalLM",
             "llama": "LlamaForCausalLM",
@@ -77,6 +81,8 @@ class Shape:
         }
         if model not in architectures:
             raise ValueError(f"the model must be one of {', '.join(architectures)}, not {model!r}")
+        if scheme and scheme not in SCHEMES:
+            raise ValueError(f"the scheme must be one of {', '.join(SCHEMES)}, not {scheme!r}")
         config: dict[str, Any] = {
             "architectures": [architectures[model]],
             "model_type": "yuan" if model == "m32" else model,
@@ -91,6 +97,9 @@ class Shape:
             "tie_word_embeddings": True,
             "torch_dtype": "bfloat16",
         }
+        if scheme:
+            group_size = GROUP_SIZE if SCHEMES[scheme].is_grouped else None
+            config["quantization_config"] = quantization_config(SCHEMES[scheme], group_size)
         eod = min(77185, self.vocabulary - 1)
         special = ("eod_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
         return (

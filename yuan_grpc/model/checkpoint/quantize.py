@@ -95,7 +95,7 @@ def quantize_checkpoint(
             if file.is_file() and not any(file.match(pattern) for pattern in WEIGHTS):
                 shutil.copyfile(file, folder / file.name)
         _write_weights(folder, _quantized(files, kind, group), report)
-        config["quantization_config"] = _describe(kind, group)
+        config["quantization_config"] = quantization_config(kind, group)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         folder.rename(target)
 
@@ -185,8 +185,13 @@ def pack(values: torch.Tensor) -> torch.Tensor:
     return (words << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
 
 
-def _describe(scheme: Scheme, group_size: int | None) -> dict[str, Any]:
-    """Return `quantization_config` as compressed-tensors writes it."""
+def quantization_config(scheme: Scheme, group_size: int | None) -> dict[str, Any]:
+    """Return `quantization_config` of config.json as compressed-tensors writes it.
+
+    Args:
+        scheme: a value of `SCHEMES`.
+        group_size: number of columns with one scale; None for whole rows.
+    """
 
     def numbers(strategy: str, **fields: object) -> dict[str, Any]:
         kind = {"num_bits": scheme.bits, "type": scheme.type, "symmetric": True, "strategy": strategy}
