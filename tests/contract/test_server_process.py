@@ -219,7 +219,7 @@ async def test_a_rejected_request_does_not_delay_the_tokens_of_others(port: int,
             gap_before = await _largest_gap(stream, asyncio.sleep(1))
             gap = await _largest_gap(stream, _send_repeatedly(generate, raw))
             stream.cancel()
-    assert gap < 0.5 + 3 * gap_before
+    assert gap < 2 + 3 * gap_before  # tokenizing would take four seconds
 
 
 async def _send_repeatedly(generate: Any, raw: bytes) -> None:
