@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, SupportsHMA
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from yuan_grpc.model.lfa.cache_layout import StateBackend
 
 _KEPT: dict[tuple[int, ...], list[torch.Tensor]] = {}
 """By prompt: the blocks of each layer."""
@@ -71,7 +74,9 @@ class HandOverConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Use the caches of all layers."""
+        """Use the caches of all layers; NIXL compares the engines by the backend of the first."""
+        first, *_ = get_current_attn_backends(self._vllm_config)
+        assert first is not StateBackend
         self._caches = list(kv_caches.values())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

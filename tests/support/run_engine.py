@@ -55,7 +55,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         if number and (level := next(sleep, None)):
             _sleep(llm, level)
         if job.get("reset"):
-            llm.reset_prefix_cache()
+            _empty_prefix_cache(llm)
         adapters = [requests.get(folder) for folder in job.get("adapters", [None] * len(prompts))]
         tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         if priorities := job.get("priorities"):
@@ -87,6 +87,12 @@ def _generate_in_turn(llm: Any, prompts: list[Any], sampling: Any, priorities: l
     while engine.has_unfinished_requests():
         step()
     return [finished[name] for name in names]
+
+
+def _empty_prefix_cache(llm: Any) -> None:
+    """Evict all blocks, once the steps that are still in flight have freed theirs."""
+    while not llm.reset_prefix_cache():
+        llm.llm_engine.step()
 
 
 def _sleep(llm: Any, level: int) -> None:

@@ -17,8 +17,9 @@ REASONS = {
     "DecodeBenchConnector": "it fills the cache with random values",
     "ExampleConnector": "it saves attention layers only",
     "HF3FSKVConnector": "it requires layers of one shape",
-    "LMCacheConnectorV1": "it copies keys and values only",
-    "MoRIIOConnector": "it takes the size of all blocks from one layer",
+    "HiSparseConnector": "it is for models with sparse attention",
+    "LMCacheConnectorV1": "its chunks hold keys and values only",
+    "MoRIIOConnector": "it requires blocks of one size in all layers",
 }
 GPUS_ONLY = "vLLM offloads the cache of GPUs only"
 UNKNOWN = "it is not known to transfer the LFA state"

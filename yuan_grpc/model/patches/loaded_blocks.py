@@ -4,7 +4,7 @@ Why: if a connector has loaded all tokens of a request, vLLM computes the last o
     state before that token is not in the cache: a block stores the state after its last token only.
 How: `Scheduler._update_waiting_for_remote_kv` first reduces the loaded tokens of a Yuan model to whole blocks, without
     the last token. A request whose tokens fit into one block is computed without a load.
-Upstream: not a fault; for Mamba layers, connectors have code of their own. See docs/decisions/0097-kv-connectors.md.
+Upstream: not reported; a fault only for models like this. Text: docs/upstream/loaded-blocks.md.
 Remove when: connectors ask the model for the tokens from which it can continue.
 """
 
