@@ -1,14 +1,21 @@
 """The model on the real engine compared with the reference: equal tokens and log-probabilities in every schedule."""
 
+import json
+import os
 import random
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 import torch
 from engine_process import run_program
 from gpus import FLOAT32_ON_GPUS, VLLM_DEFAULTS, largest_difference, requires_gpu
+from ports import free_port
 from reference import Continuation, ReferenceYuan
 from safetensors.torch import load_file, save_file
 
@@ -39,6 +46,13 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "four ranks": {"tensor_parallel_size": 4},
     "two stages, compiled": {"pipeline_parallel_size": 2, "enforce_eager": False},
 }
+OFFLOADING: dict[str, Any] = {"kv_offloading_size": 2**-4}
+HAND_OVER: dict[str, Any] = {
+    "kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"},
+    "install": ["hand_over"],
+}
+
+NIXL_ENGINE = Path(__file__).parents[1] / "support" / "nixl_engine.py"
 
 Run = Callable[..., dict[str, Any]]
 
@@ -70,13 +84,56 @@ def run(tmp_path: Path, checkpoint: Path) -> Run:
     """A function that runs an engine in a separate process."""
 
     def run(
-        rounds: list[list[list[int]]], model: Path = checkpoint, n: int = 1, sleep: Sequence[int] = (), **engine: object
+        rounds: list[list[list[int]]],
+        model: Path = checkpoint,
+        n: int = 1,
+        sleep: Sequence[int] = (),
+        install: Sequence[str] = (),
+        reset: bool = False,
+        **engine: object,
     ) -> dict[str, Any]:
         job = {"model": model, "engine": ENGINE | engine, "rounds": rounds, "tokens": TOKENS, "n": n, "sleep": sleep}
+        job |= {"install": install, "reset": reset}
         result: dict[str, Any] = run_program("run_engine.py", job, tmp_path / "out.json")
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def whole_blocks(prompts: list[list[int]]) -> list[list[int]]:
+    """Prompts that fill their blocks of 32 tokens, and one with a token more."""
+    return [prompts[-1][start : start + length] for start, length in ((0, 32), (32, 96), (128, 33))]
+
+
+@pytest.fixture(scope="session")
+def expected_of_whole_blocks(checkpoint: Path, tokens: int, whole_blocks: list[list[int]]) -> list[Continuation]:
+    """The reference's continuation of these prompts."""
+    reference = ReferenceYuan(checkpoint, tokens)
+    return [reference.continue_greedily(prompt, TOKENS) for prompt in whole_blocks]
+
+
+@contextmanager
+def started_engine(engine: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """Start a process with an engine for NIXL; it does not outlive the block."""
+    variables = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    program = [sys.executable, str(NIXL_ENGINE)]
+    with subprocess.Popen(program, env=os.environ | variables, text=True, stdin=PIPE, stdout=PIPE) as process:
+        try:
+            assert process.stdin is not None
+            print(json.dumps(engine), file=process.stdin, flush=True)
+            yield process
+        finally:
+            process.kill()
+
+
+def ask(engine: subprocess.Popen[str], **request: Any) -> dict[str, Any]:
+    """Return the answer of such a process."""
+    assert engine.stdin is not None
+    assert engine.stdout is not None
+    print(json.dumps(request), file=engine.stdin, flush=True)
+    answer: dict[str, Any] = json.loads(engine.stdout.readline())
+    return answer
 
 
 def logprob_difference(answers: list[dict[str, Any]], expected: list[Continuation]) -> float:
@@ -137,6 +194,34 @@ def test_ranks_on_gpus(
     assert results[1][-1]["cached"] > 0
     reference = ReferenceYuan(checkpoint, tokens)
     for requested, answers in zip(rounds, results, strict=True):
+        assert largest_difference(reference, requested, answers) < tolerance
+
+
+@requires_gpu
+@pytest.mark.parametrize("speculation", [None, DRAFTS], ids=["plain", "drafts"])
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [(VLLM_DEFAULTS, BFLOAT16_TOLERANCE), (FLOAT32_ON_GPUS, TF32_TOLERANCE)],
+    ids=["bfloat16, compiled", "float32, eager"],
+)
+@pytest.mark.parametrize("connector", [OFFLOADING, HAND_OVER], ids=["offloaded", "handed over"])
+def test_loaded_blocks_on_a_gpu(
+    run: Run,
+    checkpoint: Path,
+    tokens: int,
+    prompts: list[list[int]],
+    whole_blocks: list[list[int]],
+    options: dict[str, Any],
+    tolerance: float,
+    connector: dict[str, Any],
+    speculation: dict[str, Any] | None,
+) -> None:
+    requested = prompts + whole_blocks
+    rounds = [requested, requested, *(requested[start : start + 2] for start in range(0, len(requested), 2))]
+    result = run(rounds, reset=True, speculative_config=speculation, **options | {"block_size": 32} | connector)
+    assert result["loaded"] > 1000
+    reference = ReferenceYuan(checkpoint, tokens)
+    for requested, answers in zip(rounds, result["rounds"], strict=True):
         assert largest_difference(reference, requested, answers) < tolerance
 
 
@@ -221,6 +306,83 @@ def test_preempted_requests(
     result = run([prompts * 2], enable_prefix_caching=caching, **few_blocks)
     assert result["preemptions"] > 0
     assert logprob_difference(result["rounds"][0], expected * 2) < TOLERANCE
+
+
+def test_offloaded_blocks(
+    run: Run,
+    prompts: list[list[int]],
+    expected: list[Continuation],
+    whole_blocks: list[list[int]],
+    expected_of_whole_blocks: list[Continuation],
+) -> None:
+    """Evict all blocks from the cache before each round, also while few blocks make requests wait for each other."""
+    requested, continuations = prompts + whole_blocks, expected + expected_of_whole_blocks
+    rounds = [requested, requested, requested[4:6], requested[6:8], requested[8:]]
+    result = run(rounds, install=["memory_offload"], reset=True, num_gpu_blocks_override=20, **OFFLOADING)
+    assert result["preemptions"] > 0
+    first, again, *pairs = result["rounds"]
+    assert logprob_difference(first, continuations) < TOLERANCE
+    assert logprob_difference(again, continuations) < TOLERANCE
+    for start, answers in zip((4, 6, 8), pairs, strict=True):
+        assert logprob_difference(answers, continuations[start : start + 2]) < TOLERANCE
+    cached = [answer["cached"] for answers in pairs for answer in answers]
+    assert cached == [96, 320, 0, 96, 32]  # a prompt of one block is computed, and of three blocks the last one
+
+
+def test_offloaded_blocks_with_drafts(
+    run: Run, whole_blocks: list[list[int]], expected_of_whole_blocks: list[Continuation]
+) -> None:
+    result = run(
+        [whole_blocks] * 2,
+        install=["memory_offload"],
+        reset=True,
+        speculative_config=DRAFTS,
+        max_num_seqs=3,
+        **OFFLOADING,
+    )
+    for answers in result["rounds"]:
+        assert logprob_difference(answers, expected_of_whole_blocks) < TOLERANCE
+    assert result["loaded"] == 32 + 96 + 32
+    assert 0 < result["accepted"] < result["drafted"]
+
+
+def test_prompts_that_were_handed_over(
+    run: Run,
+    prompts: list[list[int]],
+    expected: list[Continuation],
+    whole_blocks: list[list[int]],
+    expected_of_whole_blocks: list[Continuation],
+) -> None:
+    requested, continuations = prompts + whole_blocks, expected + expected_of_whole_blocks
+    result = run([requested, requested, *alone(requested[4:])], reset=True, **HAND_OVER)
+    first, again, *one_by_one = result["rounds"]
+    assert logprob_difference(first, continuations) < TOLERANCE
+    assert logprob_difference(again, continuations) < TOLERANCE
+    assert logprob_difference([answers[0] for answers in one_by_one], continuations[4:]) < TOLERANCE
+    assert result["loaded"] == sum(map(len, requested)) + sum(map(len, requested[4:]))
+
+
+@pytest.mark.parametrize("speculation", [None, DRAFTS], ids=["plain", "drafts"])
+def test_prompts_that_nixl_hands_over_to_another_engine(
+    checkpoint: Path,
+    tokens: int,
+    prompts: list[list[int]],
+    whole_blocks: list[list[int]],
+    speculation: dict[str, Any] | None,
+) -> None:
+    """Prefill in one engine and decode in another; `pip install nixl` to run this, on a CPU or a GPU."""
+    pytest.importorskip("nixl", reason="NIXL is not installed")
+    requested, on_gpu = prompts + whole_blocks, torch.cuda.is_available()
+    engine = (
+        ENGINE | {"model": str(checkpoint), "speculative_config": speculation} | (FLOAT32_ON_GPUS if on_gpu else {})
+    )
+    engine["kv_transfer_config"] = HAND_OVER["kv_transfer_config"]
+    with started_engine(engine) as prefill, started_engine(engine) as decode:
+        prefilled = ask(prefill, prompts=requested, transfers=[None] * len(requested), tokens=1)
+        decoded = ask(decode, prompts=requested, transfers=prefilled["transfers"], tokens=TOKENS)
+    tolerance = TF32_TOLERANCE if on_gpu else TOLERANCE
+    assert largest_difference(ReferenceYuan(checkpoint, tokens), requested, decoded["answers"]) < tolerance
+    assert decoded["loaded"] == sum(map(len, requested))
 
 
 def test_accepted_and_rejected_drafts(run: Run, checkpoint: Path, tokens: int) -> None:

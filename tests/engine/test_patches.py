@@ -341,6 +341,27 @@ def test_grammar_timeout_vllm_compiles_with_the_priority_of_the_model(monkeypatc
     assert priority(StructuredOutputManager()) == unpatched + grammar_timeout.NICE
 
 
+@on_a_cpu
+def test_loaded_blocks_vllm_computes_only_the_last_token_of_a_loaded_prompt(demo: Path, tmp_path: Path) -> None:
+    """The state before it is in no block, at the end of a block as well as inside one."""
+    engine = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_seqs": 2,
+        "max_model_len": 128,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 32 * 2**20,
+        "kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"},
+    }
+    generator = random.Random(0)
+    prompts = [[generator.randrange(1000) for _ in range(length)] for length in (64, 50)]
+    job = {"model": demo, "engine": engine, "tokens": 4, "rounds": [prompts] * 2, "reset": True}
+    unpatched = {"install": ["hand_over"], "unpatched": ["loaded_blocks"]}
+    result = run_program("run_engine.py", job | unpatched, tmp_path / "out.json")
+    for computed, loaded in zip(*result["rounds"], strict=True):
+        assert abs(computed["logprobs"][0] - loaded["logprobs"][0]) > 0.01
+
+
 def test_logprob_token_ids_vllm_drops_the_top_tokens_of_other_requests(
     kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,11 +57,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "`block_size` must be at least 33 for 31 speculative tokens, not 32",
     ),
     "another quantization": ({"quantization": "mxfp8"}, "`quantization` must be one of fp8, .* for Yuan, not 'mxfp8'"),
-    "KV cache offloading": ({"kv_offloading_size": 4.0}, r"`kv_offloading_size` must be unset for Yuan, not 4\.0"),
-    "KV cache transfer": (
-        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-        "`kv_transfer_config` must be unset for Yuan, not 'ExampleConnector'",
-    ),
     "another grammar backend": (
         {"structured_outputs_config": {"backend": "guidance"}},
         "must be 'xgrammar', not 'guidance'",
@@ -74,6 +69,83 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 def test_unsupported_options_are_rejected(demo: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure(demo, **options)
+
+
+OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+TRANSFERS: dict[str, tuple[dict[str, Any], str]] = {
+    "a connector of layers": (
+        {"kv_transfer_config": OFFLOADING | {"kv_connector": "ExampleConnector"}},
+        "`kv_connector` must be one of OffloadingConnector, NixlConnector for Yuan, not 'ExampleConnector': "
+        "it saves attention layers only",
+    ),
+    "a connector that was not tried": (
+        {"kv_transfer_config": OFFLOADING | {"kv_connector": "MooncakeConnector"}},
+        "not 'MooncakeConnector': it is not known to transfer the LFA state",
+    ),
+    "a connector of one's own": (
+        {"kv_transfer_config": NIXL | {"kv_connector_module_path": "mine"}},
+        "`kv_connector_module_path` must be unset for Yuan, not 'mine'",
+    ),
+    "offloading to another program": (
+        {"kv_offloading_size": 4.0, "kv_offloading_backend": "lmcache"},
+        "`kv_offloading_backend` must be 'native' for Yuan, not 'lmcache'",
+    ),
+    "offloading to files": (
+        {"kv_transfer_config": OFFLOADING | {"kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec"}}},
+        "`spec_name` must be 'CPUOffloadingSpec' for Yuan, not 'TieringOffloadingSpec': .* LoRA adapters",
+    ),
+    "conversion of blocks": (
+        {"kv_transfer_config": NIXL | {"enable_permute_local_kv": True}},
+        "`enable_permute_local_kv` must be false for Yuan, not true",
+    ),
+    "engines that differ": (
+        {"kv_transfer_config": NIXL | {"kv_connector_extra_config": {"enforce_handshake_compat": False}}},
+        "`enforce_handshake_compat` must be true for Yuan, not false",
+    ),
+    "stages": (
+        {"kv_transfer_config": NIXL, "pipeline_parallel_size": 2},
+        "`pipeline_parallel_size` must be 1 with a KV connector, not 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), TRANSFERS.values(), ids=TRANSFERS)
+def test_unsupported_transfers_of_the_cache_are_rejected(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    from yuan_grpc.model import kv_transfer
+
+    monkeypatch.setattr(kv_transfer, "can_offload", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        configure(demo, **options)
+
+
+def test_vllms_other_offloading_is_rejected(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from yuan_grpc.model import kv_transfer
+
+    monkeypatch.setattr(kv_transfer, "can_offload", lambda: True)
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    with pytest.raises(ValueError, match="`VLLM_USE_SIMPLE_KV_OFFLOAD` must be unset for Yuan, not 1"):
+        configure(demo, kv_offloading_size=4.0)
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_offloading_size": 4.0}, r"`kv_offloading_size` must be unset on CPUs, not 4\.0"),
+        ({"kv_transfer_config": OFFLOADING}, "`kv_connector` must be NixlConnector on CPUs, not 'OffloadingConnector'"),
+    ],
+    ids=["size", "connector"],
+)
+def test_offloading_is_rejected_on_cpus(demo: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(demo, **options)
+
+
+def test_nixl_is_accepted(demo: Path) -> None:
+    configure(demo, kv_transfer_config=NIXL)
 
 
 EXPERTS = {"moe_config": {"moe_num_experts": 4, "moe_top_k": 2}, "num_attention_heads": 4}

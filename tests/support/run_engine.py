@@ -6,7 +6,8 @@ A job has `model`, `engine` (vLLM's arguments) and `rounds`: lists of prompts (t
 greedily, with `tokens` tokens each. Optional are `n`, the number of consecutive choices per prompt; `sleep`, the sleep
 levels to use before the later rounds; `load`, folders of LoRA adapters to load first; `adapters`, the folder or null
 for each prompt of every round; `priorities`, one per prompt, with which each prompt arrives a step after the previous
-one; and `unpatched`, the names of patches to leave out. The result of an engine that does not start is
+one; `unpatched`, the names of patches to leave out; `install`, modules of this folder whose `install` is called first;
+and `reset`, whether the prefix cache is emptied before each round. The result of an engine that does not start is
 `{"error": "…"}`. The engine runs in this process, and its parallel workers are forks, as those of the server are.
 """
 
@@ -29,6 +30,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
+    for module in job.get("install", []):
+        import_module(module).install()
     if PARALLEL & job["engine"].keys():
         from yuan_grpc.server.engine.vllm import warm_fork
 
@@ -51,6 +54,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     for number, prompts in enumerate(job["rounds"]):
         if number and (level := next(sleep, None)):
             _sleep(llm, level)
+        if job.get("reset"):
+            _empty_prefix_cache(llm)
         adapters = [requests.get(folder) for folder in job.get("adapters", [None] * len(prompts))]
         tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         if priorities := job.get("priorities"):
@@ -61,6 +66,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     counters = {
         "preemptions": metrics["vllm:num_preemptions"],
+        "loaded": metrics.get("vllm:external_prefix_cache_hits", 0),
         "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
     }
@@ -81,6 +87,12 @@ def _generate_in_turn(llm: Any, prompts: list[Any], sampling: Any, priorities: l
     while engine.has_unfinished_requests():
         step()
     return [finished[name] for name in names]
+
+
+def _empty_prefix_cache(llm: Any) -> None:
+    """Evict all blocks, once the steps that are still in flight have freed theirs."""
+    while not llm.reset_prefix_cache():
+        llm.llm_engine.step()
 
 
 def _sleep(llm: Any, level: int) -> None:

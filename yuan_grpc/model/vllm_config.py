@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from yuan_grpc.model.config import TOKENIZER_MODE, check_overrides, check_split, check_stages
 from yuan_grpc.model.hopper import HOPPER, MULTIPROCESSORS
+from yuan_grpc.model.kv_transfer import check_transfer
 from yuan_grpc.model.lfa.cache_layout import check_block_size
 
 GRAMMAR_BACKEND = "xgrammar"
@@ -61,7 +62,7 @@ class YuanModelConfig(VerifyAndUpdateConfig):
         _check_split(vllm_config)
         _check_drafts(vllm_config)
         _check_quantization(vllm_config)
-        _check_transfer(vllm_config)
+        check_transfer(vllm_config)
         _check_invariance()
         outputs = vllm_config.structured_outputs_config
         if outputs.backend not in ("auto", GRAMMAR_BACKEND):
@@ -152,14 +153,6 @@ def _check_quantization(vllm_config: VllmConfig) -> None:
             f"`quantization` must be one of {', '.join(ONLINE_QUANTIZATIONS)} for Yuan, "
             f"not '{model_config.quantization}': no other is known to work with LFA's joined products"
         )
-
-
-def _check_transfer(vllm_config: VllmConfig) -> None:
-    reason = "it is not known to transfer the LFA state with the keys and values"  # some handle attention layers only
-    if (transfer := vllm_config.kv_transfer_config) is not None:
-        raise ValueError(f"`kv_transfer_config` must be unset for Yuan, not '{transfer.kv_connector}': {reason}")
-    if (size := vllm_config.cache_config.kv_offloading_size) is not None:
-        raise ValueError(f"`kv_offloading_size` must be unset for Yuan, not {size}: {reason}")
 
 
 def _check_invariance() -> None:

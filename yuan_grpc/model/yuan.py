@@ -55,7 +55,6 @@ class YuanAttention(nn.Module):
         ranks = get_tensor_model_parallel_world_size()
         heads, self.sizes = config.num_attention_heads // ranks, [hidden // ranks, config.attention_size // ranks]
         self.input_proj = input_projection(config, vllm_config, f"{prefix}.input_proj")
-        self.lf_gate = LocalizedFiltering(config, vllm_config, f"{prefix}.lf_gate")
         self.qk_proj = query_key_projection(config, vllm_config, f"{prefix}.qk_proj")
         self.o_proj = RowParallelLinear(
             config.attention_size, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
@@ -70,6 +69,8 @@ class YuanAttention(nn.Module):
             prefix=f"{prefix}.attn",
             attn_backend=attention_backend(vllm_config, self.head_dim),
         )
+        # After the attention: NIXL compares the engines' backends, and takes the first layer's.
+        self.lf_gate = LocalizedFiltering(config, vllm_config, f"{prefix}.lf_gate")
 
     def forward(self, positions: torch.Tensor, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
         projected, _ = self.input_proj(y)  # [tokens, (hidden + heads * head_dim) / ranks]

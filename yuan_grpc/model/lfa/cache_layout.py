@@ -12,7 +12,6 @@ tokens: positions use the slots in turn, so that the state before a rejected dra
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from vllm.config import VllmConfig
@@ -30,6 +29,9 @@ SEQUENCE_START = -1
 """Entry in a plan's first row: the token has no predecessor."""
 IN_BATCH = -2
 """Entries in a plan's first row <= IN_BATCH: the predecessor is batch row `IN_BATCH - entry`."""
+
+NOT_PER_TOKEN = -1
+"""Tokens per state of a cache with one state per block and head, as in vLLM's `MambaSpec`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ def check_block_size(vllm_config: VllmConfig) -> None:
 
 
 def cache_spec(vllm_config: VllmConfig, dim: int) -> FullAttentionSpec:
-    """Return the specification of one layer's cache: [blocks, 1, slots, dim] in the model's dtype."""
+    """Return the specification of one layer's cache: [blocks, slots, 1, dim] in the model's dtype.
+
+    Slots take the place of heads, because NIXL refuses caches with a state of more than one token in this layout.
+    """
     check_block_size(vllm_config)  # vLLM may choose the block size after it has verified its configuration
     block_size = vllm_config.cache_config.block_size
     dtype = vllm_config.model_config.dtype
@@ -74,8 +79,9 @@ def cache_spec(vllm_config: VllmConfig, dim: int) -> FullAttentionSpec:
         num_kv_heads=1,
         head_size=dim,
         dtype=dtype,
-        tokens_per_state=Fraction(block_size, slots),
+        num_head_slots=slots,
         state_content_bytes=dim * dtype.itemsize,
+        tokens_per_state=NOT_PER_TOKEN,
     )
 
 

@@ -90,5 +90,5 @@ class LocalizedFiltering(nn.Module, AttentionLayerBase):
         return cache_spec(vllm_config, sum(self.dims))
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Use the cache that was allocated for `get_kv_cache_spec`, [blocks, 1, slots, sum of dims]."""
-        self.kv_cache = list(torch.split(kv_cache[:, 0], self.dims, dim=-1))
+        """Use the cache that was allocated for `get_kv_cache_spec`, [blocks, slots, 1, sum of dims]."""
+        self.kv_cache = list(torch.split(kv_cache[:, :, 0], self.dims, dim=-1))

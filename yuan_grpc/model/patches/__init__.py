@@ -13,6 +13,7 @@
 | `cpu_spec_decode` | drafts get uninitialized sampling parameters | vLLM has #55006 and accepts empty logits |
 | `detokenizer` | text that ends with U+FFFD is held back and may be lost | only incomplete characters are held back |
 | `grammar_timeout` | the constraint of one request can delay all requests | vLLM or xgrammar limits the time |
+| `loaded_blocks` | a request that was loaded completely has no LFA state to continue from | connectors ask the model |
 | `logprob_token_ids` | other requests of the batch lose their most likely tokens | the sampler merges the results |
 | `lora_classes` | a model cannot register LoRA layers or an adapter manager | a model can |
 | `priority_preemption` | a preempted request resumes on blocks that were not computed | vLLM evicts such blocks |
