@@ -2,7 +2,8 @@
 
 `yuan-grpc serve --worker-cls benchmarks.scripted_worker.ScriptedWorker` runs the whole server around it: vLLM's
 scheduler, its processes and sockets, the detokenizer and gRPC. So the processor time of a token outside of the model
-can be measured without a GPU. The variable STEP_MILLISECONDS sets the duration of a step.
+can be measured without a GPU. The variable STEP_MILLISECONDS sets the duration of a step, and PREFILL_MICROSECONDS adds
+time for each token of a prompt, to see what the scheduler does with long steps.
 """
 
 import os
@@ -28,6 +29,7 @@ class ScriptedWorker(WorkerBase):
         """Set a device on which nothing is allocated."""
         self.device = torch.device("cpu")
         self._seconds = float(os.environ.get("STEP_MILLISECONDS", STEP_MILLISECONDS)) / 1e3
+        self._prompt_token_seconds = float(os.environ.get("PREFILL_MICROSECONDS", 0)) / 1e6
         self._prompt_lengths: dict[str, int] = {}
         self._script = range(300, min(4000, self.model_config.get_vocab_size()))
         self._step_end = 0.0
@@ -66,7 +68,10 @@ class ScriptedWorker(WorkerBase):
             return EMPTY_MODEL_RUNNER_OUTPUT
         computed = self._computed_tokens(scheduler_output)
         tokens = [self._next_tokens(request, computed[request] + count) for request, count in counts.items()]
-        self._wait()
+        prompt_tokens = sum(
+            count for request, count in counts.items() if computed[request] < self._prompt_lengths[request]
+        )
+        self._wait(self._seconds + prompt_tokens * self._prompt_token_seconds)
         indexes = {request: index for index, request in enumerate(counts)}
         return ModelRunnerOutput(req_ids=list(counts), req_id_to_index=indexes, sampled_token_ids=tokens)
 
@@ -85,8 +90,8 @@ class ScriptedWorker(WorkerBase):
         """Return the token at a position of the sequence; none within its prompt."""
         return [self._script[length % len(self._script)]] if length >= self._prompt_lengths[request] else []
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
         """Wait for the end of the step, whose time includes that of the scheduler, as on a GPU."""
         now = time.monotonic()
-        self._step_end = max(self._step_end + self._seconds, now)
+        self._step_end = max(self._step_end + seconds, now)
         time.sleep(self._step_end - now)

@@ -184,7 +184,7 @@ def ready_server(name: str, arguments: argparse.Namespace, log: Path, gpu: str |
 
 @contextmanager
 def ready_offline(arguments: argparse.Namespace, log: Path, gpu: str | None) -> Iterator[Measure]:
-    """Yield the measurement of vLLM's offline engine in a process of its own. It has no long prompts."""
+    """Yield the measurement of the offline engine, in a process of its own. It has no long prompts."""
     keys = ("model", "engine", "prompt_tokens", "max_tokens", "vocabulary")
     job = json.dumps({key: getattr(arguments, key) for key in keys})
     command = [*_on_cpus(arguments), sys.executable, __file__, "--offline-job", job]

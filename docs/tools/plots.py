@@ -67,11 +67,11 @@ def model_speed(title: str, columns: Mapping[str, str]) -> Drawing:
 
 def streams() -> Drawing:
     """Return the plot of servers by number of streams."""
-    names = {"offline": "engine alone", "yuan": "yuan-grpc", "vllm-http-4": "vLLM, 4 processes"}
-    rows = {(row[0], row[1]): number(row[2]) for row in read_table("2026-11-26-h100-serving.md", "streams")}
+    names = {"offline": "engine alone", "yuan@4": "yuan-grpc", "vllm-http-4": "vLLM HTTP", "vllm-grpc": "vLLM gRPC"}
+    rows = {(row[0], row[1]): number(row[2]) for row in read_table("2026-11-27-h100-front-ends.md", "streams")}
     values = {label: [rows[(count, name)] for count in ("1", "64", "256")] for name, label in names.items()}
     return grouped_bars(
-        "Streams over the network", "tokens/s on one H100, one measurement each", ["1 stream", "64", "256"], values
+        "Streams over the network", "tokens/s on H100s, medians of three", ["1 stream", "64", "256"], values
     )
 
 

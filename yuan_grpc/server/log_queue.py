@@ -8,7 +8,7 @@ import select
 import stat
 import sys
 from contextlib import suppress
-from queue import Full, Queue
+from queue import SimpleQueue
 from threading import Thread
 
 from yuan_grpc.server.log_format import create_formatter, format_line
@@ -34,17 +34,17 @@ class QueuedStream(io.TextIOBase):
 
     def __init__(self, log_format: str = "text") -> None:
         self._log_format = log_format
-        self._texts: Queue[str | None] = Queue(MAX_TEXTS)
+        self._texts = SimpleQueue[str | None]()
         self._dropped = 0
         self._thread = Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def write(self, text: str) -> int:
         """Pass a text to the thread, or drop it."""
-        try:
-            self._texts.put_nowait(text)
-        except Full:
+        if self._is_full:
             self._dropped += text.count("\n")
+        else:
+            self._texts.put(text)
         return len(text)
 
     def fileno(self) -> int:
@@ -57,9 +57,13 @@ class QueuedStream(io.TextIOBase):
 
     def drain(self) -> None:
         """End the thread when it has written the remaining texts; stop waiting for it after some time."""
-        with suppress(Full):
-            self._texts.put_nowait(None)
+        if not self._is_full:
+            self._texts.put(None)
             self._thread.join(FLUSH_SECONDS)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._texts.qsize() >= MAX_TEXTS
 
     def _run(self) -> None:
         while (text := self._texts.get()) is not None:
