@@ -1,5 +1,7 @@
 """Defaults for options that the operator does not set, on GPUs. No engine starts, so no GPU is needed."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,3 +154,46 @@ def test_vllm_chooses_the_backend_elsewhere(configure: Any, head_dim: int, optio
     from yuan_grpc.model.attention.backend import attention_backend
 
     assert attention_backend(configure(**options), head_dim) is None
+
+
+@pytest.fixture
+def scheduler_on_an_h100(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that returns the scheduler's configuration for flags, with vLLM's defaults for an H100."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from yuan_grpc.server.engine.vllm import args
+
+    server = UsageContext.OPENAI_API_SERVER
+    monkeypatch.setattr(EngineArgs, "get_batch_defaults", lambda *_: ({server: 8192}, {server: 1024}))
+    monkeypatch.setattr(args, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    model = tmp_path / "model"
+    shutil.copytree(demo, model)
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}), "utf-8")
+
+    def scheduler(*flags: str) -> Any:
+        return args.parse_engine_flags(["--model", str(model), *flags]).config.scheduler_config
+
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens", "sequences", "threshold"),
+    [
+        ((), 8192, 256, 2048),
+        (("--max-num-batched-tokens", "2048"), 2048, 256, 0),
+        (("--max-num-seqs", "64"), 8192, 64, 2048),
+        (("--max-model-len", "2048"), 8192, 256, 0),
+        (("--long-prefill-token-threshold", "0"), 8192, 256, 0),
+        (("--long-prefill-token-threshold", "512"), 8192, 256, 512),
+        (("--performance-mode", "throughput"), 16384, 2048, 2048),
+    ],
+    ids=str,
+)
+def test_a_step_has_the_size_of_vllm_serve_unless_the_operator_chooses(
+    scheduler_on_an_h100: Any, flags: tuple[str, ...], tokens: int, sequences: int, threshold: int
+) -> None:
+    scheduler = scheduler_on_an_h100(*flags)
+    sizes = (scheduler.max_num_batched_tokens, scheduler.max_num_seqs, scheduler.long_prefill_token_threshold)
+    assert sizes == (tokens, sequences, threshold)

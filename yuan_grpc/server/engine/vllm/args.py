@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine import arg_utils
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -22,6 +23,12 @@ from yuan_grpc.server.engine.vllm.stat_logger import StatLogger
 
 BEAM_SEARCH_LOGPROBS = 2048
 """Log-probabilities per position. Beam search may request this many, regardless of the callers' limit."""
+
+MAX_NUM_SEQS = 256
+"""Sequences computed at a time on GPUs, unless the operator chooses: the most that were measured."""
+
+LONG_PREFILL_TOKENS = 2048
+"""Most tokens of one prompt in a step that other requests share, unless the operator chooses: see decision 0098."""
 
 MAX_MESSAGE = 300
 """Length above which a message about a configuration has more than its cause, in characters."""
@@ -150,12 +157,13 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
     """
     parser = _Parser(add_help=False)
     AsyncEngineArgs.add_cli_args(parser)
-    parser.set_defaults(use_tqdm_on_load=False)  # `engine_log` reports progress
+    # `engine_log` reports progress, and `_create_config` chooses the threshold.
+    parser.set_defaults(use_tqdm_on_load=False, long_prefill_token_threshold=None)
     arguments: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
     if arguments.skip_tokenizer_init:
         raise ValueError("`--skip-tokenizer-init` cannot be set: this service takes and returns text")
     try:
-        config = arguments.create_engine_config()
+        config = _create_config(arguments)
     except ValidationError as error:  # its own text is a page long
         raise ValueError("; ".join(_shorten(one["msg"]) for one in error.errors())) from error
     except KeyError as error:  # an object in the overrides replaces the one in config.json
@@ -163,3 +171,21 @@ def parse_engine_flags(flags: Sequence[str]) -> EngineOptions:
     max_logprobs = config.model_config.max_logprobs
     config.model_config.max_logprobs = max(max_logprobs, BEAM_SEARCH_LOGPROBS) if max_logprobs >= 0 else max_logprobs
     return EngineOptions(config, arguments, max_logprobs)
+
+
+def _create_config(arguments: AsyncEngineArgs) -> VllmConfig:
+    """Return vLLM's configuration with the size of a step that `vllm serve` has, where none is chosen.
+
+    Without the usage context, vLLM computes at most 2,048 tokens and 128 sequences in a step on any machine.
+    """
+    is_chosen = arguments.max_num_seqs is not None or arguments.performance_mode == "throughput"
+    if current_platform.is_cuda() and not is_chosen:
+        arguments.max_num_seqs = MAX_NUM_SEQS
+    threshold: int | None = arguments.long_prefill_token_threshold
+    arguments.long_prefill_token_threshold = threshold or 0
+    config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    scheduler = config.scheduler_config
+    largest_chunk = min(scheduler.max_num_batched_tokens, config.model_config.max_model_len)
+    if threshold is None and largest_chunk > LONG_PREFILL_TOKENS:
+        scheduler.long_prefill_token_threshold = LONG_PREFILL_TOKENS
+    return config
