@@ -219,7 +219,7 @@ def test_loaded_blocks_on_a_gpu(
     requested = prompts + whole_blocks
     rounds = [requested, requested, *(requested[start : start + 2] for start in range(0, len(requested), 2))]
     result = run(rounds, reset=True, speculative_config=speculation, **options | {"block_size": 32} | connector)
-    assert result["loaded"] > 1000
+    assert result["loaded_tokens"] > 1000
     reference = ReferenceYuan(checkpoint, tokens)
     for requested, answers in zip(rounds, result["rounds"], strict=True):
         assert largest_difference(reference, requested, answers) < tolerance
@@ -342,7 +342,7 @@ def test_offloaded_blocks_with_drafts(
     )
     for answers in result["rounds"]:
         assert logprob_difference(answers, expected_of_whole_blocks) < TOLERANCE
-    assert result["loaded"] == 32 + 96 + 32
+    assert result["loaded_tokens"] == 32 + 96 + 32
     assert 0 < result["accepted"] < result["drafted"]
 
 
@@ -359,7 +359,7 @@ def test_prompts_that_were_handed_over(
     assert logprob_difference(first, continuations) < TOLERANCE
     assert logprob_difference(again, continuations) < TOLERANCE
     assert logprob_difference([answers[0] for answers in one_by_one], continuations[4:]) < TOLERANCE
-    assert result["loaded"] == sum(map(len, requested)) + sum(map(len, requested[4:]))
+    assert result["loaded_tokens"] == sum(map(len, requested)) + sum(map(len, requested[4:]))
 
 
 @pytest.mark.parametrize("speculation", [None, DRAFTS], ids=["plain", "drafts"])
@@ -382,7 +382,7 @@ def test_prompts_that_nixl_hands_over_to_another_engine(
         decoded = ask(decode, prompts=requested, transfers=prefilled["transfers"], tokens=TOKENS)
     tolerance = TF32_TOLERANCE if on_gpu else TOLERANCE
     assert largest_difference(ReferenceYuan(checkpoint, tokens), requested, decoded["answers"]) < tolerance
-    assert decoded["loaded"] == sum(map(len, requested))
+    assert decoded["loaded_tokens"] == sum(map(len, requested))
 
 
 def test_accepted_and_rejected_drafts(run: Run, checkpoint: Path, tokens: int) -> None:

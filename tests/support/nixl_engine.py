@@ -39,7 +39,7 @@ def _answer(llm: Any, prompts: list[list[int]], transfers: list[dict[str, Any] |
     outputs = llm.generate(requested, [sampling(transfer) for transfer in transfers], use_tqdm=False)
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     return {
-        "loaded": metrics["vllm:external_prefix_cache_hits"],
+        "loaded_tokens": metrics["vllm:external_prefix_cache_hits"],
         "answers": [_result(output.outputs[0]) for output in outputs],
         "transfers": [output.kv_transfer_params for output in outputs],
     }

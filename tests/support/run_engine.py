@@ -66,7 +66,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     counters = {
         "preemptions": metrics["vllm:num_preemptions"],
-        "loaded": metrics.get("vllm:external_prefix_cache_hits", 0),
+        "loaded_tokens": metrics.get("vllm:external_prefix_cache_hits", 0),
         "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
     }
