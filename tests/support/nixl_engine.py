@@ -5,7 +5,7 @@
 The first line of the standard input has the engine's arguments as JSON. Each further line has `prompts` (token ids),
 `tokens`, the number of tokens to decode, and `transfers`: for each prompt the transfer parameters that the other engine
 has returned, or null to prefill it for the other engine. For each, a line is printed with `answers`, `transfers` and
-`loaded`, the number of tokens that were loaded so far.
+`loaded_tokens`, the number of tokens that were loaded so far.
 """
 
 import json
