@@ -3,8 +3,8 @@
 import asyncio
 import sys
 import warnings
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import pytest
 import pytest_asyncio
 import torch
 from adapters import write_adapter
+from prometheus_client import REGISTRY
+from prometheus_client.registry import Collector
 from random_checkpoint import random_checkpoint
 from safetensors.torch import load_file
 
@@ -116,6 +118,22 @@ async def session_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
         yield served
 
 
+@contextmanager
+def metrics_kept() -> Iterator[None]:
+    """Register the metrics of an earlier engine again, which vLLM removes when the block starts another one."""
+    before = _engine_metrics()
+    yield
+    if before:
+        for collector in _engine_metrics():
+            REGISTRY.unregister(collector)
+        for collector in before:
+            REGISTRY.register(collector)
+
+
+def _engine_metrics() -> list[Collector]:
+    return [each for each in REGISTRY._collector_to_names if getattr(each, "_name", "").startswith("vllm:")]
+
+
 @asynccontextmanager
 async def serve_demo(flags: tuple[str, ...], lora_folder: Path, model: Path | None = None) -> AsyncIterator[Served]:
     """Serve a model, random weights by default, with the demo's flags and others, and with adapters in a folder."""
@@ -135,16 +153,19 @@ async def serve_demo(flags: tuple[str, ...], lora_folder: Path, model: Path | No
 
         fork_engines()
         engine = VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)
-        await engine.start()
-    server, port = await create_server(YuanService(GenerationService(engine)), Health(NAME), "127.0.0.1:0")
-    try:
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = yuan_pb2_grpc.YuanServiceStub(channel)
-            yield Served(f"127.0.0.1:{port}", model, lora_folder, stub, YuanTokenizer.from_pretrained(model), engine)
-        await server.stop(None)
-    finally:
-        engine.stop()
+    with metrics_kept():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            await engine.start()
+        server, port = await create_server(YuanService(GenerationService(engine)), Health(NAME), "127.0.0.1:0")
+        try:
+            await server.start()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub, tokenizer = yuan_pb2_grpc.YuanServiceStub(channel), YuanTokenizer.from_pretrained(model)
+                yield Served(f"127.0.0.1:{port}", model, lora_folder, stub, tokenizer, engine)
+            await server.stop(None)
+        finally:
+            engine.stop()
 
 
 @pytest.fixture

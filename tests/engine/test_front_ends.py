@@ -25,6 +25,7 @@ pytestmark = pytest.mark.engine
 QUEUE_LIMIT = 6
 ENDLESS = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=2000, ignore_eos=True)
 LONG = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=300, ignore_eos=True)
+LONGER = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=600, ignore_eos=True)
 SHORT = pb.GenerateRequest(prompt="世界上最高的山是什么", max_tokens=4, temperature=0)
 
 
@@ -140,14 +141,14 @@ def test_an_adapter_is_loaded_and_unloaded_on_all_front_ends(stubs: list[YuanSer
 
 
 def test_the_limit_on_requests_holds_for_all_front_ends_together(stubs: list[YuanServiceStub]) -> None:
-    calls = [stubs[number % 2].GenerateStream(LONG) for number in range(QUEUE_LIMIT)]
+    calls = [stubs[number % 2].GenerateStream(LONGER) for number in range(QUEUE_LIMIT)]
     for call in calls:
         next(call)
     for stub in stubs:
         with pytest.raises(grpc.RpcError) as raised:
             stub.Generate(SHORT)
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert [list(call)[-1].usage.completion_tokens for call in calls] == [300] * QUEUE_LIMIT
+    assert [list(call)[-1].usage.completion_tokens for call in calls] == [LONGER.max_tokens] * QUEUE_LIMIT
 
 
 def test_a_front_end_that_dies_is_replaced_and_its_requests_are_freed(
