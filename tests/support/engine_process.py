@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -96,7 +97,8 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for module in PRELOADED:
-        import_module(module)
+        with suppress(ModuleNotFoundError):  # another version of vLLM may lack one
+            import_module(module)
     _prepare_for_forks()
     for line in sys.stdin:
         fork = os.fork()
