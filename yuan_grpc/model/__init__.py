@@ -4,7 +4,26 @@ vLLM calls `register` through the entry point group `vllm.general_plugins`, in t
 process. The model and the tokenizer are registered by name and imported only when a Yuan checkpoint is loaded.
 """
 
+from importlib import import_module
+
 from yuan_grpc.vllm_check import vllm_imports_checked
+
+PATCHES = (
+    "client_requests",
+    "cpu_amx",
+    "cpu_busy_wait",
+    "cpu_logprob_ranks",
+    "cpu_model_info",
+    "cpu_spec_decode",
+    "detokenizer",
+    "grammar_timeout",
+    "loaded_blocks",
+    "logprob_token_ids",
+    "priority_preemption",
+    "worker_death",
+    "worker_process",
+)
+"""Modules of `patches` that are applied in each process. The model applies the others when it is built."""
 
 
 @vllm_imports_checked()
@@ -23,22 +42,9 @@ def register() -> None:
 
     from yuan_grpc.model.config import ARCHITECTURE, TOKENIZER_MODE, Yuan2Config, YuanConfig
     from yuan_grpc.model.lfa.ops import PLAN_OP
-    from yuan_grpc.model.patches import (
-        client_requests,
-        cpu_amx,
-        cpu_busy_wait,
-        cpu_logprob_ranks,
-        cpu_model_info,
-        cpu_spec_decode,
-        detokenizer,
-        grammar_timeout,
-        loaded_blocks,
-        logprob_token_ids,
-        priority_preemption,
-        worker_death,
-        worker_process,
-    )
     from yuan_grpc.model.vllm_config import YuanModelConfig
+
+    patches = [import_module(f"{__name__}.patches.{name}") for name in PATCHES]
 
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
         return
@@ -52,20 +58,5 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = YuanModelConfig
     # The op reads metadata that changes with every step, so CUDA graphs are split around it.
     CompilationConfig._attention_ops.append(PLAN_OP)
-    patches = (
-        client_requests,
-        cpu_amx,
-        cpu_busy_wait,
-        cpu_logprob_ranks,
-        cpu_model_info,
-        cpu_spec_decode,
-        detokenizer,
-        grammar_timeout,
-        loaded_blocks,
-        logprob_token_ids,
-        priority_preemption,
-        worker_death,
-        worker_process,
-    )
     for patch in patches:
         patch.apply()
