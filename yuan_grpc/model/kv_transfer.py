@@ -55,9 +55,7 @@ def _check_offloading_size(vllm_config: VllmConfig) -> None:
     if (size := cache.kv_offloading_size) is None:
         return
     if not can_offload():
-        raise ValueError(
-            f"`kv_offloading_size` must be unset on CPUs, not {size}: vLLM offloads the cache of GPUs only"
-        )
+        raise ValueError(f"`kv_offloading_size` must be unset on CPUs, not {size}: {GPUS_ONLY}")
     if cache.kv_offloading_backend != "native":
         raise ValueError(
             f"`kv_offloading_backend` must be 'native' for Yuan, not '{cache.kv_offloading_backend}': {UNKNOWN}"
