@@ -144,18 +144,16 @@ async def serve_demo(flags: tuple[str, ...], lora_folder: Path, model: Path | No
         write_adapter(lora_folder / name, weights, ["v_proj", "up_proj"], seed=seed)
     write_adapter(lora_folder / "broken", {"lm_head.weight": torch.zeros(8, 8)}, ["lm_head"])
     settings = Settings(model=str(model), host="127.0.0.1", port=0, grace_seconds=0, engine_flags=(*DEMO_FLAGS, *flags))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vLLM and torch warn while they are imported
-        from engine_forks import fork_engines
-
-        from yuan_grpc.server.engine.vllm.args import parse_engine_flags
-        from yuan_grpc.server.engine.vllm.engine import VllmEngine
-
-        fork_engines()
-        engine = VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)
     with metrics_kept():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # vLLM and torch warn while they are imported
+            from engine_forks import fork_engines
+
+            from yuan_grpc.server.engine.vllm.args import parse_engine_flags
+            from yuan_grpc.server.engine.vllm.engine import VllmEngine
+
+            fork_engines()
+            engine = VllmEngine(parse_engine_flags(settings.vllm_flags), lora_folder)
             await engine.start()
         server, port = await create_server(YuanService(GenerationService(engine)), Health(NAME), "127.0.0.1:0")
         try:

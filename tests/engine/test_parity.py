@@ -113,6 +113,18 @@ def expected_of_whole_blocks(checkpoint: Path, tokens: int, whole_blocks: list[l
     return [reference.continue_greedily(prompt, TOKENS) for prompt in whole_blocks]
 
 
+@pytest.fixture(scope="session")
+def requested(prompts: list[list[int]], whole_blocks: list[list[int]]) -> list[list[int]]:
+    """The prompts of the tests that load blocks; from the fifth on they have a block or more."""
+    return prompts + whole_blocks
+
+
+@pytest.fixture(scope="session")
+def continuations(expected: list[Continuation], expected_of_whole_blocks: list[Continuation]) -> list[Continuation]:
+    """The reference's continuation of these prompts."""
+    return expected + expected_of_whole_blocks
+
+
 @contextmanager
 def started_engine(engine: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
     """Start a process with an engine for NIXL; it does not outlive the block."""
@@ -209,20 +221,18 @@ def test_loaded_blocks_on_a_gpu(
     run: Run,
     checkpoint: Path,
     tokens: int,
-    prompts: list[list[int]],
-    whole_blocks: list[list[int]],
+    requested: list[list[int]],
     options: dict[str, Any],
     tolerance: float,
     connector: dict[str, Any],
     speculation: dict[str, Any] | None,
 ) -> None:
-    requested = prompts + whole_blocks
     rounds = [requested, requested, *(requested[start : start + 2] for start in range(0, len(requested), 2))]
     result = run(rounds, reset=True, speculative_config=speculation, **options | {"block_size": 32} | connector)
     assert result["loaded_tokens"] > 1000
     reference = ReferenceYuan(checkpoint, tokens)
-    for requested, answers in zip(rounds, result["rounds"], strict=True):
-        assert largest_difference(reference, requested, answers) < tolerance
+    for asked, answers in zip(rounds, result["rounds"], strict=True):
+        assert largest_difference(reference, asked, answers) < tolerance
 
 
 @requires_gpu
@@ -308,15 +318,8 @@ def test_preempted_requests(
     assert logprob_difference(result["rounds"][0], expected * 2) < TOLERANCE
 
 
-def test_offloaded_blocks(
-    run: Run,
-    prompts: list[list[int]],
-    expected: list[Continuation],
-    whole_blocks: list[list[int]],
-    expected_of_whole_blocks: list[Continuation],
-) -> None:
+def test_offloaded_blocks(run: Run, requested: list[list[int]], continuations: list[Continuation]) -> None:
     """Evict all blocks from the cache before each round, also while few blocks make requests wait for each other."""
-    requested, continuations = prompts + whole_blocks, expected + expected_of_whole_blocks
     rounds = [requested, requested, requested[4:6], requested[6:8], requested[8:]]
     result = run(rounds, install=["memory_offload"], reset=True, num_gpu_blocks_override=20, **OFFLOADING)
     assert result["preemptions"] > 0
@@ -346,14 +349,7 @@ def test_offloaded_blocks_with_drafts(
     assert 0 < result["accepted"] < result["drafted"]
 
 
-def test_prompts_that_were_handed_over(
-    run: Run,
-    prompts: list[list[int]],
-    expected: list[Continuation],
-    whole_blocks: list[list[int]],
-    expected_of_whole_blocks: list[Continuation],
-) -> None:
-    requested, continuations = prompts + whole_blocks, expected + expected_of_whole_blocks
+def test_prompts_that_were_handed_over(run: Run, requested: list[list[int]], continuations: list[Continuation]) -> None:
     result = run([requested, requested, *alone(requested[4:])], reset=True, **HAND_OVER)
     first, again, *one_by_one = result["rounds"]
     assert logprob_difference(first, continuations) < TOLERANCE
@@ -366,13 +362,12 @@ def test_prompts_that_were_handed_over(
 def test_prompts_that_nixl_hands_over_to_another_engine(
     checkpoint: Path,
     tokens: int,
-    prompts: list[list[int]],
-    whole_blocks: list[list[int]],
+    requested: list[list[int]],
     speculation: dict[str, Any] | None,
 ) -> None:
     """Prefill in one engine and decode in another; `pip install nixl` to run this, on a CPU or a GPU."""
     pytest.importorskip("nixl", reason="NIXL is not installed")
-    requested, on_gpu = prompts + whole_blocks, torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     engine = (
         ENGINE | {"model": str(checkpoint), "speculative_config": speculation} | (FLOAT32_ON_GPUS if on_gpu else {})
     )
