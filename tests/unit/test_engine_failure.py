@@ -82,9 +82,16 @@ def log_level(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_and_real_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     record(logging.INFO, "Starting to load model %s...", "x")
     record(logging.INFO, "loading weights: %d %%", 40, name="vllm.yuan_grpc.model")
+    cache = "%s KV cache size: %s tokens, Maximum concurrency for %s tokens per request: %.2fx"
+    record(logging.INFO, cache, "GPU", "348,224", "8,192", 42.51)
     record(logging.WARNING, "the disk is slow")
     lines = [line.split(" ", 2)[2] for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["INFO loading weights", "INFO loading weights: 40 %", "WARNING the disk is slow"]
+    assert lines == [
+        "INFO loading weights",
+        "INFO loading weights: 40 %",
+        "INFO GPU KV cache size: 348,224 tokens, Maximum concurrency for 8,192 tokens per request: 42.51x",
+        "WARNING the disk is slow",
+    ]
 
 
 def test_harmless_warnings_and_details_are_hidden(capsys: pytest.CaptureFixture[str]) -> None:

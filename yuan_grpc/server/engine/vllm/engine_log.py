@@ -27,6 +27,7 @@ PROGRESS = {
     "Warming up model for the compilation": "compiling the model; the next start is faster",
     "%sStarting torch.compile": "compiling the model; the next start is faster",
     "Profiling CUDA graph memory": "capturing CUDA graphs",
+    "%s KV cache size": "{message}",
     "Graph capturing finished": "captured CUDA graphs",
 }
 """Start of messages about steps that may take long, with the line that is logged instead."""
@@ -102,7 +103,8 @@ class EngineLogHandler(logging.Handler):
             return False
         if record.name.startswith(OWN_LOGGER):
             return True
-        progress = next((text for start, text in PROGRESS.items() if message.startswith(start)), "")
+        text = next((text for start, text in PROGRESS.items() if message.startswith(start)), "")
+        progress = text.format(message=record.getMessage())
         if not progress or progress == self._last_progress:
             return False
         self._last_progress, record.msg, record.args = progress, progress, ()
