@@ -96,18 +96,24 @@ def measure(load: Load) -> dict[str, Any]:
         except EOFError:
             raise RuntimeError(f"a client of {load.protocol} failed") from None
         client.join()
-    return summarize(timings)
+    return summarize(timings, without_start=load.long_prompts_per_s > 0)
 
 
-def summarize(timings: list[Timing]) -> dict[str, Any]:
+def summarize(timings: list[Timing], *, without_start: bool) -> dict[str, Any]:
     """Return the rate of tokens, and the latencies in milliseconds.
 
     A message of k tokens counts as one gap, as a reader sees it.
+
+    Args:
+        timings: all streams of a load.
+        without_start: count the gaps from the moment at which all streams have a token, without those that come from
+            the prompts of the streams themselves, which arrive at once.
     """
+    start = max(timing.times[0] for timing in timings) if without_start else 0.0
     tokens = sum(timing.tokens for timing in timings)
     seconds = max(timing.times[-1] for timing in timings) - min(timing.start for timing in timings)
     first = sorted(timing.times[0] - timing.start for timing in timings)
-    gaps = sorted(after - before for timing in timings for before, after in pairwise(timing.times))
+    gaps = sorted(after - before for timing in timings for before, after in pairwise(timing.times) if before >= start)
     return {
         "streams": len(timings),
         "tokens": tokens,

@@ -181,13 +181,13 @@ def scheduler_on_an_h100(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("flags", "tokens", "sequences", "threshold"),
     [
-        ((), 8192, 256, 2048),
-        (("--max-num-batched-tokens", "2048"), 2048, 256, 0),
-        (("--max-num-seqs", "64"), 8192, 64, 2048),
-        (("--max-model-len", "2048"), 8192, 256, 0),
+        ((), 8192, 256, 1024),
+        (("--max-num-batched-tokens", "1024"), 1024, 256, 0),
+        (("--max-num-seqs", "64"), 8192, 64, 1024),
+        (("--max-model-len", "1024"), 8192, 256, 0),
         (("--long-prefill-token-threshold", "0"), 8192, 256, 0),
         (("--long-prefill-token-threshold", "512"), 8192, 256, 512),
-        (("--performance-mode", "throughput"), 16384, 2048, 2048),
+        (("--performance-mode", "throughput"), 16384, 2048, 1024),
     ],
     ids=str,
 )

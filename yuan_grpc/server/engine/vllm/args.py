@@ -27,8 +27,8 @@ BEAM_SEARCH_LOGPROBS = 2048
 MAX_NUM_SEQS = 256
 """Sequences computed at a time on GPUs, unless the operator chooses: the most that were measured."""
 
-LONG_PREFILL_TOKENS = 2048
-"""Most tokens of one prompt in a step that other requests share, unless the operator chooses: see decision 0098."""
+LONG_PREFILL_TOKENS = 1024
+"""Most tokens of one prompt in a step that other requests share, unless the operator chooses: see decision 0099."""
 
 MAX_MESSAGE = 300
 """Length above which a message about a configuration has more than its cause, in characters."""
