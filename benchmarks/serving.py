@@ -12,7 +12,7 @@ the median of all rounds.
     yuan@N             the same with N front ends, each called on a port of its own
     vllm-http[-N]      vLLM's OpenAI server, with N processes
     vllm-grpc          `vllm serve --grpc` (needs smg-grpc-servicer); token ids only, no text
-    vllm-rust          vLLM's Rust front end
+    vllm-rust          vLLM's Rust front end; the checkpoint's folder needs a tokenizer.json
 
 With `--scripted`, the engine has no model: each step takes STEP_MILLISECONDS (9) and every sequence gets a token. It
 needs no GPU. `µs/token` is the processor time of the processes that accept calls, and of their supervisor.

@@ -67,7 +67,13 @@ def model_speed(title: str, columns: Mapping[str, str]) -> Drawing:
 
 def streams() -> Drawing:
     """Return the plot of servers by number of streams."""
-    names = {"offline": "engine alone", "yuan@4": "yuan-grpc", "vllm-http-4": "vLLM HTTP", "vllm-grpc": "vLLM gRPC"}
+    names = {
+        "offline": "engine alone",
+        "yuan@4": "yuan-grpc",
+        "vllm-http-4": "vLLM HTTP",
+        "vllm-rust": "vLLM Rust",
+        "vllm-grpc": "vLLM gRPC",
+    }
     rows = {(row[0], row[1]): number(row[2]) for row in read_table("2026-11-27-h100-front-ends.md", "streams")}
     values = {label: [rows[(count, name)] for count in ("1", "64", "256")] for name, label in names.items()}
     return grouped_bars(
