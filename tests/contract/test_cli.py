@@ -251,6 +251,10 @@ def test_without_fcntl_only_humaneval_is_missing() -> None:
         ),
         (("bench", "-z"), "yuan-grpc bench: error: unrecognized arguments: -z"),
         (
+            ("bench", "--concurency", "4"),
+            "yuan-grpc bench: error: unrecognized arguments: --concurency 4: did you mean --concurrency?",
+        ),
+        (
             ("humaneval", "score", "r", "--problem", "x"),
             "yuan-grpc humaneval score: error: unrecognized arguments: --problem x: did you mean --problems?",
         ),

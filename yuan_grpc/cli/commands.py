@@ -66,6 +66,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             import_module(f"yuan_grpc.cli.{command}").add_command(subparsers)
             if command in QUIET:
                 _add_quiet(subparsers.choices[command])
+            if command == name:
+                _remove_unused(subparsers.choices[command], arguments)
         else:
             subparsers.add_parser(command, help=summary)
     if not arguments:
@@ -84,6 +86,15 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
                 _add_quiet(action.choices[name])
             return
     parser.add_argument("-q", "--quiet", action="store_true", help="print no notes and no progress, only errors")
+
+
+def _remove_unused(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Remove an optional subcommand that is not called. argparse takes the value of an unknown option for its name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and not action.required:
+            if not {"-h", "--help", *action.choices}.intersection(arguments):
+                parser._remove_action(action)
+            return
 
 
 def reject_unknown(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> None:
