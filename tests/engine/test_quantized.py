@@ -66,6 +66,11 @@ def test_a_quantized_checkpoint_gives_the_answers_of_its_weights(
     assert difference(original, tmp_path / "quantized", scheme, tokens) < TOLERANCE[scheme]
 
 
+@pytest.mark.parametrize("scheme", ["int8", "awq"])
+def test_two_ranks_share_a_quantized_checkpoint(original: Path, tmp_path: Path, tokens: int, scheme: str) -> None:
+    assert difference(original, tmp_path / "quantized", scheme, tokens, tensor_parallel_size=2) < TOLERANCE[scheme]
+
+
 @requires_gpu
 @pytest.mark.parametrize("scheme", ["fp8"])
 def test_a_checkpoint_in_fp8_gives_the_answers_of_its_weights(

@@ -71,7 +71,7 @@ def test_the_server_finishes_running_calls_and_leaves_no_process_and_no_temporar
     assert status == 0, log
     assert "Traceback" not in log
     assert "WARNING" not in log  # as when a process has to be killed
-    assert len((server.start_log + log).splitlines()) == 13  # ten of the start, one of the call, two of the stop
+    assert len((server.start_log + log).splitlines()) == 14  # eleven of the start, one of the call, two of the stop
     assert engine_processes
     assert have_exited(engine_processes)
     assert [path.name for path in folder.iterdir()] == ["cache"]
