@@ -15,14 +15,14 @@ if sys.argv[1:2] == ["serve"]:
 # of a listening socket an error.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from yuan_grpc.cli.commands import build_parser, reject_unknown
+from yuan_grpc.cli.commands import build_parser, parse, reject_unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the process's exit status."""
     command_arguments, engine_flags = _split_engine_flags(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(command_arguments)
-    options, unknown = parser.parse_known_args(command_arguments)
+    options, unknown = parse(parser, command_arguments)
     if unknown and options.command != "serve":
         reject_unknown(parser, options, unknown)
     if options.command in ("serve", "run"):

@@ -66,8 +66,6 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             import_module(f"yuan_grpc.cli.{command}").add_command(subparsers)
             if command in QUIET:
                 _add_quiet(subparsers.choices[command])
-            if command == name:
-                _remove_unused(subparsers.choices[command], arguments)
         else:
             subparsers.add_parser(command, help=summary)
     if not arguments:
@@ -78,32 +76,43 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _subparsers(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[argparse.ArgumentParser] | None:
+    """Return the commands below a parser, if it has any."""
+    return next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
+
+
 def _add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add `--quiet` to a command, or to the commands below it."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction) and action.required:
-            for name in action.choices:
-                _add_quiet(action.choices[name])
-            return
+    commands = _subparsers(parser)
+    if commands and commands.required:
+        for name in commands.choices:
+            _add_quiet(commands.choices[name])
+        return
     parser.add_argument("-q", "--quiet", action="store_true", help="print no notes and no progress, only errors")
 
 
-def _remove_unused(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Remove an optional subcommand that is not called. argparse takes the value of an unknown option for its name."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction) and not action.required:
-            if not {"-h", "--help", *action.choices}.intersection(arguments):
-                parser._remove_action(action)
-            return
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the unknown arguments.
+
+    argparse takes the value of an unknown option for the name of an optional subcommand, so one that is not called is
+    removed first.
+    """
+    commands = _subparsers(parser)
+    assert commands is not None
+    for command in commands.choices.values():
+        optional = _subparsers(command)
+        if optional and not optional.required and not {"-h", "--help", *optional.choices}.intersection(arguments):
+            command._remove_action(optional)
+    return parser.parse_known_args(arguments)
 
 
 def reject_unknown(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> None:
     """Exit with an error that names the unknown arguments, and the command's option most similar to the first one."""
-    while subcommands := [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]:
-        name = getattr(options, subcommands[0].dest)
+    while commands := _subparsers(parser):
+        name = getattr(options, commands.dest)
         if name is None:
             break
-        parser = subcommands[0].choices[name]
+        parser = commands.choices[name]
     mistyped = next((argument for argument in unknown if argument.startswith("--")), "")
     hint = suggestion(mistyped, parser._option_string_actions)
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
