@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Generator
 from contextlib import suppress
@@ -106,3 +107,12 @@ def published() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the published tokenizer is missing: no shared/data next to the checkout")
     return SHARED
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the log of the newest server process to the report of a failed test."""
+    report = yield
+    if report.failed and (module := sys.modules.get("server_process")):
+        report.sections.append(("log of the newest server", "".join(module.ServerProcess.newest_log[-200:])))
+    return report

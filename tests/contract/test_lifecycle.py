@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 from fake_engine import FakeEngine, last
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
+from ports import free_port
 
 from yuan_grpc.server.server import serve
 from yuan_grpc.server.settings import DEMO, Settings
@@ -25,13 +25,6 @@ from yuan_grpc.v1 import yuan_pb2_grpc
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 PROBES = ("startup", "readiness", "liveness")
 REQUEST = pb.GenerateRequest(prompt="AB")
-
-
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port: int = unused.getsockname()[1]
-        return port
 
 
 @pytest.fixture

@@ -1,28 +1,21 @@
 """`yuan-grpc probe` as a process, as Docker and exec probes run it."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 from fake_server import Options, fake_server
+from ports import free_port
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def find_free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port: int = unused.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """The port of a server."""
-    port = find_free_port()
+    port = free_port()
     with fake_server(port, Options(), stderr=subprocess.DEVNULL):
         yield port
 
@@ -50,7 +43,7 @@ def test_an_unknown_service_is_a_failure(port: int) -> None:
 
 
 def test_a_server_that_does_not_answer_is_a_failure() -> None:
-    address = f"127.0.0.1:{find_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     done = probe("--address", address, "--timeout", "0.5")
     assert done.returncode == 1
     assert f"{address} does not answer" in done.stderr

@@ -19,7 +19,8 @@ from fake_engine import FakeEngine, last, more
 from fake_server import Options, fake_server
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.duration_pb2 import Duration
-from proxies import Proxy, free_port, run_proxy
+from ports import free_port
+from proxies import Proxy, run_proxy
 from servers import serve_grpc
 
 from yuan_grpc.client import AsyncClient, AsyncStream, YuanError

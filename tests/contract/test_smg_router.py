@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine, last, more
-from proxies import free_port
+from ports import free_port
 from servers import serve_grpc
 
 from yuan_grpc.server.engine.types import EngineRequest, StepOutput

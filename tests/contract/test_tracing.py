@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from fake_engine import FakeEngine, last, more
 from grpc_health.v1 import health_pb2
 from health_client import health_stub
 from otlp_collector import Span, collect_spans
+from ports import free_port
 
 from yuan_grpc.server.server import serve
 from yuan_grpc.server.settings import DEMO, Settings
@@ -25,13 +25,6 @@ TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACE = [("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01")]
 REQUEST = pb.GenerateRequest(prompt="AB", request_id="mine")
 SERVER, ERROR = 2, 2
-
-
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port: int = unused.getsockname()[1]
-        return port
 
 
 async def traced(engine: FakeEngine, use: Callable[[Any, int], Awaitable[None]]) -> list[Span]:

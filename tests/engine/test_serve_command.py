@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 from otlp_collector import collect_spans
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import COMMAND, ENVIRONMENT, ServerProcess
 
@@ -178,13 +178,6 @@ def check_metrics(port: int) -> None:
     dashboard = (REPOSITORY / "deploy/grafana/dashboard.json").read_text()
     names = set(re.findall(r"(?:vllm:|yuan_grpc_|process_)[a-z_]+", dashboard))
     assert names <= scraped | {f"{name}_bucket" for name in scraped}
-
-
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port: int = unused.getsockname()[1]
-        return port
 
 
 def test_a_killed_server_takes_its_engine_with_it(start: Callable[..., ServerProcess]) -> None:

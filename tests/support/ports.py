@@ -1,28 +1,32 @@
 """Free ports, and the processes that listen on one."""
 
+import random
 import socket
 from contextlib import ExitStack
 
 import psutil
 
+CHOSEN = range(20_000, 32_000)
+"""The kernel gives these to nobody who asks for any port. Otherwise, another test could get the same one, and share it:
+gRPC servers listen with SO_REUSEPORT."""
+
 
 def free_port() -> int:
     """Return a port that is free."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port: int = unused.getsockname()[1]
-        return port
+    return free_ports(1)
 
 
-def free_ports() -> int:
-    """Return the first of two consecutive ports that are free."""
+def free_ports(count: int = 2) -> int:
+    """Return the first of some consecutive ports that are free."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as first, ExitStack() as stack:
-            port: int = first.getsockname()[1]
+        first = random.SystemRandom().choice(CHOSEN)
+        with ExitStack() as stack:
             try:
-                stack.enter_context(socket.create_server(("127.0.0.1", port + 1)))
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
             except OSError:
                 continue
-            return port
+            return first
 
 
 def processes_on(port: int) -> list[psutil.Process]:

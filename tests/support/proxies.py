@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ports import free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 LOG_LINES = 20
@@ -32,14 +33,6 @@ class Proxy:
     address: str
     tls_address: str
     log: Path
-
-
-def free_port() -> int:
-    """Return a port of loopback that is not in use."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def find_envoy() -> str | None:

@@ -3,6 +3,9 @@
 import re
 import subprocess
 import sys
+from queue import SimpleQueue
+from threading import Thread
+from typing import IO, ClassVar
 
 import grpc
 import psutil
@@ -18,7 +21,10 @@ ENVIRONMENT = default_environment()  # before an engine in this process sets var
 
 
 class ServerProcess:
-    """A `yuan-grpc serve` process."""
+    """A `yuan-grpc serve` process. The report of a failed test has the log of the newest one."""
+
+    newest_log: ClassVar[list[str]] = []
+    """The lines that the newest server has logged so far."""
 
     def __init__(self, *options: str, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -30,9 +36,12 @@ class ServerProcess:
             umask=0o022,
         )
         assert self.process.stderr is not None
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._reader = Thread(target=self._read_log, args=(self.process.stderr,), daemon=True)
+        self._reader.start()
         log = ""
         while not (found := re.search(r"gRPC listening on port (\d+)", log)):
-            line = self.process.stderr.readline()
+            line = self._lines.get()
             assert line, log
             log += line
         assert log.startswith(("yuan-grpc ", "{"))
@@ -40,6 +49,14 @@ class ServerProcess:
         self.address = f"127.0.0.1:{found[1]}"
         self.channel = grpc.insecure_channel(self.address)
         self.stub = yuan_pb2_grpc.YuanServiceStub(self.channel)
+
+    def _read_log(self, stderr: IO[str]) -> None:
+        ServerProcess.newest_log = lines = []
+        with stderr:
+            for line in stderr:
+                lines.append(line)
+                self._lines.put(line)
+        self._lines.put("")
 
     def wait_until_serving(self) -> None:
         """Return when health is SERVING."""
@@ -58,15 +75,15 @@ class ServerProcess:
 
     def wait_for_exit(self) -> tuple[int, str]:
         """Return the exit status and the remaining log."""
-        _, log = self.process.communicate(timeout=60)
+        status = self.process.wait(timeout=60)
+        self._reader.join(timeout=60)
+        assert not self._reader.is_alive(), "a process of the server is still running"
         self.channel.close()
-        return self.process.returncode, log
+        return status, "".join(iter(self._lines.get, ""))
 
     def kill(self) -> None:
         """Kill all processes, if the server is running."""
         if self.process.poll() is None:
             ProcessTree([self.process.pid]).kill()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
         self.process.wait()
         self.channel.close()
