@@ -36,11 +36,21 @@ def test_each_front_end_has_its_own_port_socket_and_channelz() -> None:
         assert ports.settings_for(1).mesh.channelz_port == 9001
 
 
-def test_a_port_in_use_stops_the_start() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_port_in_use_stops_the_start(shared: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=shared) as taken:
         port = taken.getsockname()[1]
         with (
             pytest.raises(StartError, match=rf"cannot listen on 127\.0\.0\.1:{port}: "),
             Ports(replace(SETTINGS, http_port=port), 2),
         ):
             pass
+
+
+def test_a_port_that_another_server_has_reserved_stops_the_start() -> None:
+    with (
+        Ports(SETTINGS, 2) as other,
+        pytest.raises(StartError, match=rf"cannot listen on 127\.0\.0\.1:{other.settings.port}: "),
+        Ports(replace(SETTINGS, port=other.settings.port), 2),
+    ):
+        pass

@@ -75,6 +75,9 @@ class Ports:
         try:
             addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, kind, protocol, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
+            with socket.socket(family, kind, protocol) as probe:  # another server's port can be bound below, and shared
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
             reserved = stack.enter_context(socket.socket(family, kind, protocol))
             reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             reserved.bind(address)
