@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import sys
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from yuan_grpc.cli.commands import SUMMARIES
@@ -84,7 +85,8 @@ def _serve(config: Settings) -> int:
     from yuan_grpc import preflight
 
     env.set_defaults(config.log_level, config.telemetry.log_format)
-    preflight.check(config)
+    count = config.frontends or default_front_ends()
+    preflight.check(replace(config, frontends=count))
     import uvloop
 
     from yuan_grpc.server import server
@@ -94,7 +96,7 @@ def _serve(config: Settings) -> int:
     logger.info("importing vLLM")
     from yuan_grpc.server.engine.vllm import warm_fork
 
-    if (count := config.frontends or default_front_ends()) > 1:
+    if count > 1:
         return _serve_with_front_ends(config, count)
     from yuan_grpc.server.engine.vllm.args import parse_engine_flags
     from yuan_grpc.server.engine.vllm.engine import VllmEngine

@@ -7,6 +7,8 @@ from itertools import combinations
 from yuan_grpc.server.settings import Settings
 from yuan_grpc.server.start_error import StartError
 
+LAST_PORT = 65_535
+
 
 def check(settings: Settings) -> None:
     """Bind the ports, and release them.
@@ -14,14 +16,29 @@ def check(settings: Settings) -> None:
     Raises:
         StartError: a port is taken or not allowed, or the host is not an address of this machine.
     """
-    metrics_port = settings.telemetry.metrics_port
-    ports = {"--port": settings.port, "--http-port": settings.http_port, "--metrics-port": metrics_port}
-    for (flag, port), (other_flag, other_port) in combinations(ports.items(), 2):
+    ports = _ports(settings)
+    for (flag, port), (other_flag, other_port) in combinations(ports, 2):
         if port and port == other_port:
             raise StartError(f"{flag} and {other_flag} must differ, and both are {port}")
-    for flag, number in ports.items():
-        if number is not None:
-            _check_port(settings, flag, number)
+    for flag, number in ports:
+        _check_port(settings, flag, number)
+
+
+def _ports(settings: Settings) -> list[tuple[str, int]]:
+    """Return the ports to listen on, each with its option."""
+    metrics_port, first = settings.telemetry.metrics_port, settings.frontend_ports
+    options = (("--port", settings.port), ("--http-port", settings.http_port), ("--metrics-port", metrics_port))
+    ports = [(flag, port) for flag, port in options if port is not None]
+    if first is None:
+        return ports
+    count = settings.frontends or 1
+    if count == 1:
+        raise StartError("--frontend-ports needs several front ends: set --frontends to 2 or more")
+    if first > LAST_PORT + 1 - count:
+        raise StartError(
+            f"--frontend-ports must be at most {LAST_PORT + 1 - count} for {count} front ends, not {first}"
+        )
+    return [*ports, *(("--frontend-ports", first + number) for number in range(count))]
 
 
 def _check_port(settings: Settings, flag: str, port: int) -> None:
