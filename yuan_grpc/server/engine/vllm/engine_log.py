@@ -104,8 +104,7 @@ class EngineLogHandler(logging.Handler):
         if record.name.startswith(OWN_LOGGER):
             return True
         text = next((text for start, text in PROGRESS.items() if message.startswith(start)), "")
-        progress = text.format(message=record.getMessage())
-        if not progress or progress == self._last_progress:
+        if not text or (progress := text.format(message=record.getMessage())) == self._last_progress:
             return False
         self._last_progress, record.msg, record.args = progress, progress, ()
         return True
