@@ -40,6 +40,8 @@ from stream_client import Load, measure
 ENGINE_OPTIONS = ["--max-num-seqs", "256", "--no-enable-log-requests"]
 SCRIPTED = ["--worker-cls", "benchmarks.scripted_worker.ScriptedWorker", "--kv-cache-memory-bytes", "8G"]
 START_SECONDS = 600
+SEQUENTIAL = 8
+"""Requests of a single stream, one after another. One alone takes half a second, of which a tenth is chance."""
 COLUMNS = ("tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "us_per_token")
 
 
@@ -112,13 +114,14 @@ def running(
 def _wait_until_ready(server: Server, port: int, process: "subprocess.Popen[bytes]") -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
-        if _is_ready(server, port):
+        if is_ready(server, port):
             return
         time.sleep(0.5)
     raise RuntimeError(f"{' '.join(server.command)} did not start")
 
 
-def _is_ready(server: Server, port: int) -> bool:
+def is_ready(server: Server, port: int) -> bool:
+    """Return whether a server accepts requests at a port."""
     import urllib.request
 
     import grpc
@@ -164,7 +167,7 @@ Measure = Callable[[int, float], dict[str, Any]]
 @contextmanager
 def ready_server(name: str, arguments: argparse.Namespace, log: Path, gpu: str | None) -> Iterator[Measure]:
     """Yield the measurement of a server that has started and is warm."""
-    port = _free_port()
+    port = free_port()
     server = server_of(name, arguments.model, port)
     with running(server, arguments, port, log, gpu) as process:
         ports = server.ports or (port,)
@@ -173,7 +176,9 @@ def ready_server(name: str, arguments: argparse.Namespace, log: Path, gpu: str |
 
         def measure_load(streams: int, long_prompts: float) -> dict[str, Any]:
             cpu = server_cpu_seconds(process, ports)
-            result = measure(replace(load, streams=streams, long_prompts_per_s=long_prompts))
+            result = measure(
+                replace(load, streams=streams, requests=requests_of(streams), long_prompts_per_s=long_prompts)
+            )
             cpu = server_cpu_seconds(process, ports) - cpu
             if long_prompts:
                 return {"server": f"{name}, long prompts", **result}
@@ -221,13 +226,16 @@ def run_offline_job(job: dict[str, Any]) -> None:
     args = EngineArgs.from_cli_args(parser.parse_args(["--model", job["model"], *options]))
     llm = LLM(**{key: value for key, value in vars(args).items() if value is not None})
     for streams in map(int, sys.stdin):
-        prompts: list[Any] = [
-            {"prompt_token_ids": random.choices(range(300, job["vocabulary"]), k=job["prompt_tokens"])}
-            for _ in range(streams)
+        batches: list[Any] = [
+            [
+                {"prompt_token_ids": random.choices(range(300, job["vocabulary"]), k=job["prompt_tokens"])}
+                for _ in range(streams)
+            ]
+            for _ in range(requests_of(streams))
         ]
         start = time.monotonic()
         params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = [output for batch in batches for output in llm.generate(batch, params, use_tqdm=False)]
         seconds = time.monotonic() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         record = {"server": "offline", "streams": streams, "tokens": tokens, "tokens_per_s": tokens / seconds}
@@ -277,6 +285,11 @@ def loads_of(name: str, arguments: argparse.Namespace) -> list[tuple[int, float]
     return loads
 
 
+def requests_of(streams: int) -> int:
+    """Return the number of requests that each of some streams sends, one after another."""
+    return SEQUENTIAL if streams == 1 else 1
+
+
 def load_of(arguments: argparse.Namespace, protocol: str, addresses: tuple[str, ...]) -> Load:
     """Return the load of the arguments, for one stream."""
     return Load(
@@ -313,7 +326,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,7 +1,7 @@
 """A load client in several processes: streams of one server at one concurrency, with the arrival time of each token.
 
 `measure` starts the processes, lets them connect, starts all streams at once and returns one summary. Each stream is
-one request of random token ids that ignores the end-of-text token.
+one request of random token ids that ignores the end-of-text token, or several, one after another.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import cycle, pairwise
+from itertools import chain, cycle, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -44,6 +44,7 @@ class Load:
         prompt_tokens: length of each prompt.
         max_tokens: number of tokens to generate for each prompt.
         vocabulary: upper limit of the token ids, exclusive.
+        requests: number of requests of each stream, one after another.
         long_prompts_per_s: number of additional prompts of `LONG_PROMPT_TOKENS` in a second, which are not measured.
     """
 
@@ -55,12 +56,13 @@ class Load:
     prompt_tokens: int
     max_tokens: int
     vocabulary: int
+    requests: int = 1
     long_prompts_per_s: float = 0.0
 
 
 @dataclass
 class Timing:
-    """Arrival times of one stream, in seconds.
+    """Arrival times of one request, in seconds.
 
     Attributes:
         start: time of the call.
@@ -96,7 +98,7 @@ def measure(load: Load) -> dict[str, Any]:
         except EOFError:
             raise RuntimeError(f"a client of {load.protocol} failed") from None
         client.join()
-    return summarize(timings, without_start=load.long_prompts_per_s > 0)
+    return {"streams": load.streams, **summarize(timings, without_start=load.long_prompts_per_s > 0)}
 
 
 def summarize(timings: list[Timing], *, without_start: bool) -> dict[str, Any]:
@@ -105,9 +107,9 @@ def summarize(timings: list[Timing], *, without_start: bool) -> dict[str, Any]:
     A message of k tokens counts as one gap, as a reader sees it.
 
     Args:
-        timings: all streams of a load.
-        without_start: count the gaps from the moment at which all streams have a token, without those that come from
-            the prompts of the streams themselves, which arrive at once.
+        timings: all requests of a load.
+        without_start: count the gaps from the moment at which all requests have a token, without those that come from
+            the prompts of the requests themselves, which arrive at once.
     """
     start = max(timing.times[0] for timing in timings) if without_start else 0.0
     tokens = sum(timing.tokens for timing in timings)
@@ -115,7 +117,6 @@ def summarize(timings: list[Timing], *, without_start: bool) -> dict[str, Any]:
     first = sorted(timing.times[0] - timing.start for timing in timings)
     gaps = sorted(after - before for timing in timings for before, after in pairwise(timing.times) if before >= start)
     return {
-        "streams": len(timings),
         "tokens": tokens,
         "messages": sum(len(timing.times) for timing in timings),
         "seconds": seconds,
@@ -144,7 +145,10 @@ def _run_client(load: Load, index: int, count: int, barrier: Barrier, sender: Co
 async def _run_streams(load: Load, index: int, count: int, barrier: Barrier) -> list[Timing]:
     generator = random.Random(f"{index} {time.time_ns()}")
     streams = range(index, load.streams, count)
-    prompts = [generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=load.prompt_tokens) for _ in streams]
+    prompts = [
+        [generator.choices(range(FIRST_TOKEN_ID, load.vocabulary), k=load.prompt_tokens) for _ in range(load.requests)]
+        for _ in streams
+    ]
     async with PROTOCOLS[load.protocol](load, index) as stream, asyncio.TaskGroup() as group:
         await asyncio.to_thread(barrier.wait)
         others = (
@@ -152,10 +156,14 @@ async def _run_streams(load: Load, index: int, count: int, barrier: Barrier) -> 
             if index == 0 and load.long_prompts_per_s
             else None
         )
-        timings = list(await asyncio.gather(*(_time(stream(prompt)) for prompt in prompts)))
+
+        async def run(prompts: list[list[int]]) -> list[Timing]:
+            return [await _time(stream(prompt)) for prompt in prompts]
+
+        timings = await asyncio.gather(*map(run, prompts))
         if others:
             others.cancel()
-    return timings
+    return list(chain.from_iterable(timings))
 
 
 async def _send_long_prompts(load: Load, generator: random.Random, stream: Callable[[list[int]], Arrivals]) -> None:
