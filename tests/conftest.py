@@ -19,8 +19,8 @@ from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
 set_one_thread()
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-WAIT_SECONDS = 10
-"""Timeout of a test without an engine, unless it has its own."""
+WAIT_SECONDS = 30
+"""Timeout of a test without an engine, unless it has its own. The longest take 20 s on a machine five times slower."""
 
 BOOT_TIME_ERROR = 1.0
 """Error of the start time of a process, in seconds: it is relative to the boot time, which the kernel rounds."""
