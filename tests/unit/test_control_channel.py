@@ -42,6 +42,16 @@ async def test_an_error_of_the_service_arrives_with_its_violations() -> None:
     assert raised.value.violations == [Violation("name", "`name` must be short")]
 
 
+async def test_an_unexpected_error_arrives_with_its_traceback() -> None:
+    async def divide() -> float:
+        return 1 / 0
+
+    async with channels(divide=divide) as (near, _):
+        with pytest.raises(ZeroDivisionError) as raised:
+            await near.call("divide")
+    assert "return 1 / 0" in raised.value.__notes__[0]
+
+
 async def test_cancelling_a_call_cancels_it_in_the_other_process() -> None:
     started, cancelled = asyncio.Event(), asyncio.Event()
 

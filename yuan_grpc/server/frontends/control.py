@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from traceback import format_exception
 from typing import Any
 
 Handler = Callable[..., Awaitable[object]]
@@ -108,6 +109,7 @@ class ControlChannel:
         except Exception as error:
             if not number:
                 raise
+            error.add_note(f"In the other process:\n{''.join(format_exception(error))}")  # the pipe drops the traceback
             self._send("error", number, error)
         else:
             if number:

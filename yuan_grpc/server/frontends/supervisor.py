@@ -87,6 +87,7 @@ class Supervisor:
         self._loras = LoraLeader(create_registry(options, self._settings.lora_folder), self._engine)
         self._links: Iterator[ClientLink] = iter(())
         self._front_ends = [self._create_front_end(number) for number in range(count)]
+        self._front_ends_ready = asyncio.Event()
         self._all_ready = asyncio.Event()
         self._failure: asyncio.Future[str] = self._loop.create_future()
         self._is_stopping = False
@@ -116,7 +117,8 @@ class Supervisor:
         for each in self._front_ends:
             each.control.start()
         await self._await_unless_failed(self._engine.start(self._start_first_processes))
-        await self._await_unless_failed(self._all_ready.wait())
+        await self._await_unless_failed(self._front_ends_ready.wait())
+        self._all_ready.set()
 
     async def _await_unless_failed(self, awaitable: Awaitable[object]) -> None:
         """Await, or raise the cause if a front end fails first. It takes precedence over the engine's error."""
@@ -148,8 +150,8 @@ class Supervisor:
         async def set_ready() -> None:
             created.is_ready = True
             if all(each.is_ready for each in self._front_ends):
-                self._all_ready.set()
-            await self._all_ready.wait()
+                self._front_ends_ready.set()
+            await self._all_ready.wait()  # also for this process: calls of a front end may need its engine client
 
         async def set_listening() -> None:
             created.is_listening = True
