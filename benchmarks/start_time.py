@@ -3,7 +3,7 @@
     python benchmarks/start_time.py --model MODEL --rounds 2 yuan vllm-http
 
 Servers are those of `serving.py`, started one after the other in `--rounds` rounds. The first start also compiles what
-is not compiled yet. All of vLLM's log messages are kept, in `--out`, each with the seconds since the start.
+is not compiled yet. `--out` gets every log message, with the seconds since the start.
 """
 
 import argparse
