@@ -76,3 +76,59 @@ async def test_a_request_that_is_cancelled_while_it_ends_releases_its_adapter() 
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert leader.released == ["style/1"]
+
+
+class Engine:
+    """Removes an adapter when `permission` is set."""
+
+    def __init__(self) -> None:
+        self.permission = asyncio.Event()
+        self.permission.set()
+        self.removed: list[int] = []
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        await self.permission.wait()
+        self.removed.append(lora_id)
+        return True
+
+
+async def leader_of(engine: Engine, folder: Path, *names: str) -> Any:
+    """Return the leader of an engine with adapters in a folder, which front end 0 uses."""
+    from yuan_grpc.server.engine.vllm.lora import LoraRegistry
+    from yuan_grpc.server.engine.vllm.shared_lora import LoraLeader
+
+    leader = LoraLeader(LoraRegistry(folder, 4, "yuan"), engine)
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").touch()
+        await leader.load(name)
+        await leader.acquire(0, name)
+    return leader
+
+
+async def test_an_adapter_that_a_front_end_got_twice_is_removed_when_it_is_released(tmp_path: Path) -> None:
+    engine = Engine()
+    leader = await leader_of(engine, tmp_path, "style")
+    await leader.acquire(0, "style")  # as a front end that is starting while the adapter is loaded
+    await leader.unload("style")
+    assert engine.removed == []
+    await leader.release(0, "style/1")
+    assert engine.removed == [1]
+
+
+async def test_an_adapter_that_a_dead_front_end_gets_meanwhile_is_released_too(tmp_path: Path) -> None:
+    engine = Engine()
+    leader = await leader_of(engine, tmp_path, "style", "tone")
+    await leader.release(0, "tone/2")
+    await leader.unload("style")
+    engine.permission.clear()
+    releasing = asyncio.ensure_future(leader.release_all(0))
+    await asyncio.sleep(0)
+    await leader.acquire(0, "tone")
+    engine.permission.set()
+    await releasing
+    await leader.unload("tone")
+    assert engine.removed == [1, 2]

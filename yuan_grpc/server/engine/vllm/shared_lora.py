@@ -85,10 +85,11 @@ class LoraLeader:
         await self._registry.unload(self._engine, name)
 
     async def acquire(self, front_end: int, name: str) -> None:
-        """Keep an adapter until a front end has released it."""
+        """Keep an adapter until a front end has released it; do nothing if it has the adapter already."""
         lora_request = self._registry.lora_requests[name]
-        stack = self._users[front_end, lora_request.lora_name] = AsyncExitStack()
-        await stack.enter_async_context(self._registry.pin_lora(self._engine, name))
+        if (user := (front_end, lora_request.lora_name)) not in self._users:
+            stack = self._users[user] = AsyncExitStack()
+            await stack.enter_async_context(self._registry.pin_lora(self._engine, name))
 
     async def release(self, front_end: int, lora_name: str) -> None:
         """Let an adapter be removed; `lora_name` is vLLM's name for it."""
@@ -96,9 +97,9 @@ class LoraLeader:
             await stack.aclose()
 
     async def release_all(self, front_end: int) -> None:
-        """Release the adapters of a front end that has died."""
-        for key in [key for key in self._users if key[0] == front_end]:
-            await self.release(*key)
+        """Release the adapters of a front end that has died, also those that are loaded meanwhile."""
+        while user := next((user for user in self._users if user[0] == front_end), None):
+            await self.release(*user)
 
 
 _NO_ENGINE: Any = None
