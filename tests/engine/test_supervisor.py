@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from yuan_grpc.server.frontends.control import ControlChannel
 from yuan_grpc.server.frontends.ports import Ports
@@ -29,6 +30,7 @@ class FrontEnd:
         self.sentinel, self._writer = os.pipe()
         self.pid, self.exitcode = os.getpid(), 0
         self.control = ControlChannel(connection, {"stop": self._exit, "abort": self._abort})
+        self.abort_error: OSError | None = None
 
     def is_alive(self) -> bool:
         return False
@@ -41,6 +43,8 @@ class FrontEnd:
         os.close(self._writer)
 
     async def _abort(self, request_id: str, owner: str, of_all: bool) -> bool:
+        if self.abort_error:
+            raise self.abort_error
         return False
 
 
@@ -67,9 +71,9 @@ class Engine:
         pass
 
 
-async def test_front_ends_serve_once_the_supervisor_can_use_the_engine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest_asyncio.fixture
+async def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Engine]:
+    """The engine of a running supervisor, with two front ends that have started."""
     from yuan_grpc.server.frontends import supervisor  # imports vLLM, which warns then
 
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
@@ -78,15 +82,32 @@ async def test_front_ends_serve_once_the_supervisor_can_use_the_engine(
     with Ports(SETTINGS, 2) as ports:
         running = asyncio.ensure_future(supervisor.Supervisor(ports, NO_LORA, 2).run())
         await engine.accepts_clients.wait()
-        controls = [front_end.control for front_end in engine.front_ends]
-        for control in controls:
-            control.start()
-        are_ready = [asyncio.ensure_future(control.call("ready")) for control in controls]
-        for control in controls:  # once this has returned, the supervisor has handled the calls before it
-            assert not await control.call("abort", "request", "owner", False)
-        assert not any(each.done() for each in are_ready)
-        engine.is_connected.set()
-        await asyncio.gather(*are_ready)
+        for front_end in engine.front_ends:
+            front_end.control.start()
+        yield engine
         running.cancel()
         with suppress(asyncio.CancelledError):
             await running
+
+
+async def become_ready(engine: Engine) -> None:
+    engine.is_connected.set()
+    await asyncio.gather(*(front_end.control.call("ready") for front_end in engine.front_ends))
+
+
+async def test_front_ends_serve_once_the_supervisor_can_use_the_engine(engine: Engine) -> None:
+    controls = [front_end.control for front_end in engine.front_ends]
+    are_ready = [asyncio.ensure_future(control.call("ready")) for control in controls]
+    for control in controls:  # once this has returned, the supervisor has handled the calls before it
+        assert not await control.call("abort", "request", "owner", False)
+    assert not any(each.done() for each in are_ready)
+    engine.is_connected.set()
+    await asyncio.gather(*are_ready)
+
+
+async def test_an_error_of_another_front_end_is_not_taken_for_its_result(engine: Engine) -> None:
+    await become_ready(engine)
+    first, second = engine.front_ends
+    second.abort_error = OSError("broken")
+    with pytest.raises(OSError, match="broken"):
+        await first.control.call("abort", "request", "owner", False)

@@ -287,10 +287,18 @@ class Supervisor:
         await self._call_all(self._front_ends, "discard_lora", name)
 
     async def _call_all(self, front_ends: Sequence[_FrontEnd], name: str, *arguments: object) -> list[Any]:
-        """Call a function of several front ends, and return the results of those that have not ended."""
+        """Call a function of several front ends, and return the results of those that have not ended.
+
+        Raises:
+            Exception: the first exception of the function, once all calls have ended.
+        """
         calls = (each.control.call(name, *arguments) for each in front_ends if not each.control.closed.is_set())
         results = await asyncio.gather(*calls, return_exceptions=True)
-        return [result for result in results if not isinstance(result, PeerLostError)]
+        results = [result for result in results if not isinstance(result, PeerLostError)]
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results
 
     def _notify_all(self, name: str) -> None:
         for each in self._front_ends:
