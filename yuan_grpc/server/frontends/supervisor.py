@@ -91,7 +91,7 @@ class Supervisor:
         self._all_ready = asyncio.Event()
         self._failure: asyncio.Future[str] = self._loop.create_future()
         self._is_stopping = False
-        self._tasks: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> int:
         """Start, serve until a stop signal or a failure, and stop; return the exit status.
@@ -214,9 +214,7 @@ class Supervisor:
         if self._is_stopping:
             return
         if self._all_ready.is_set():
-            task = asyncio.ensure_future(self._replace_or_fail(exited))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(asyncio.ensure_future(self._replace_or_fail(exited)))
         else:
             self._fail(f"a front end ended with status {exited.process.exitcode} while it started")
 
@@ -280,11 +278,22 @@ class Supervisor:
         for each in self._front_ends:
             if each.link:
                 await self._loras.acquire(each.link.index, name)
-        await self._call_all(self._front_ends, "add_lora", name, lora_request)
+        await self._update_all("add_lora", name, lora_request)
 
     async def _unload_lora(self, name: str) -> None:
         await self._loras.unload(name)
-        await self._call_all(self._front_ends, "discard_lora", name)
+        await self._update_all("discard_lora", name)
+
+    async def _update_all(self, name: str, *arguments: object) -> None:
+        """Call a function of all front ends, even if this is cancelled: they must have the same adapters.
+
+        A front end that is starting gets the call before it serves. That can take long, so this does not wait for it.
+        """
+        ready = [each for each in self._front_ends if each.is_ready]
+        for each in self._front_ends:
+            if each not in ready:
+                each.control.notify(name, *arguments)
+        await asyncio.shield(self._keep(asyncio.ensure_future(self._call_all(ready, name, *arguments))))
 
     async def _call_all(self, front_ends: Sequence[_FrontEnd], name: str, *arguments: object) -> list[Any]:
         """Call a function of several front ends, and return the results of those that have not ended.
@@ -299,6 +308,12 @@ class Supervisor:
             if isinstance(result, BaseException):
                 raise result
         return results
+
+    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """Return a task, and keep it until it is done: the event loop alone does not."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _notify_all(self, name: str) -> None:
         for each in self._front_ends:
