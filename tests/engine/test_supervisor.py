@@ -149,11 +149,12 @@ async def test_an_adapter_reaches_all_front_ends_although_its_load_is_cancelled(
     await second.has_added.wait()
 
 
-async def test_a_load_does_not_wait_for_a_front_end_that_is_starting(engine: Engine) -> None:
+async def test_calls_do_not_wait_for_a_front_end_that_is_starting(engine: Engine) -> None:
     await become_ready(engine)
     first, lost = engine.front_ends
     await lost.exit()
     replacement = await engine.started.get()
+    assert not await first.control.call("abort", "request", "owner", False)
     await first.control.call("load_lora", "style")
     replacement.control.start()
     await replacement.has_added.wait()

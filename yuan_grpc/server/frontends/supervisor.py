@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -56,12 +56,16 @@ async def serve(settings: Settings, options: EngineOptions, count: int) -> int:
 
 @dataclass(eq=False)
 class _FrontEnd:
-    """A front end, from the creation of its pipe to the end of its process."""
+    """A front end, from the creation of its pipe to the end of its process.
+
+    It starts with the adapters of `loras`, and gets all changes after that through its pipe.
+    """
 
     number: int
     control: ControlChannel
     far_end: Connection
     exited: asyncio.Event
+    loras: Mapping[str, AdapterRequest]
     link: ClientLink | None = None
     process: BaseProcess | None = None
     is_listening: bool = False
@@ -162,7 +166,7 @@ class Supervisor:
             self._fail(cause)
 
         async def abort(request_id: str, owner: str, of_all: bool) -> bool:
-            others = [each for each in self._front_ends if each is not created]
+            others = [each for each in self._front_ends if each is not created and each.is_ready]
             return any(await self._call_all(others, "abort", request_id, owner, of_all))
 
         async def release_lora(lora_name: str) -> None:
@@ -178,7 +182,8 @@ class Supervisor:
             "unload_lora": self._unload_lora,
             "release_lora": release_lora,
         }
-        created = _FrontEnd(number, ControlChannel(near_end, handlers), far_end, asyncio.Event())
+        control, loras = ControlChannel(near_end, handlers), self._loras.lora_requests
+        created = _FrontEnd(number, control, far_end, asyncio.Event(), loras)
         return created
 
     def _log_ports(self) -> None:
@@ -196,8 +201,8 @@ class Supervisor:
     def _start_process(self, started: _FrontEnd, link: ClientLink) -> BaseProcess:
         started.link = link
         own_address = self._ports.own_address(started.number)
-        settings, loras = self._ports.settings_for(started.number), self._loras.lora_requests
-        task = front_end.FrontEndTask(settings, self._options, link, self._budget, own_address, loras)
+        settings = self._ports.settings_for(started.number)
+        task = front_end.FrontEndTask(settings, self._options, link, self._budget, own_address, started.loras)
         arguments = (task, started.far_end)
         started.process = process = self._engine.start_process(front_end.run, arguments, f"front-end-{started.number}")
         started.far_end.close()
