@@ -104,24 +104,28 @@ def running(
         environment = _environment(gpu) | dict(server.environment)
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
-        _wait_until_ready(server, port, process)
+        wait_until_ready(server, port, process)
         yield psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
 
 
-def _wait_until_ready(server: Server, port: int, process: "subprocess.Popen[bytes]") -> None:
+def wait_until_ready(server: Server, port: int, process: "subprocess.Popen[Any]") -> None:
+    """Wait until a server accepts requests at a port.
+
+    Raises:
+        RuntimeError: its process has ended, or it takes longer than `START_SECONDS`.
+    """
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
-        if is_ready(server, port):
+        if _is_ready(server, port):
             return
         time.sleep(0.5)
     raise RuntimeError(f"{' '.join(server.command)} did not start")
 
 
-def is_ready(server: Server, port: int) -> bool:
-    """Return whether a server accepts requests at a port."""
+def _is_ready(server: Server, port: int) -> bool:
     import urllib.request
 
     import grpc

@@ -11,16 +11,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
-from serving import Server, free_port, is_ready, server_of
+from serving import free_port, server_of, wait_until_ready
 
-POLL_SECONDS = 0.1
 SHOWN_WIDTH = 100
 
 
@@ -32,14 +30,18 @@ class Line:
     text: str
 
 
-@contextmanager
-def started(server: Server, options: Sequence[str]) -> Iterator[tuple["subprocess.Popen[str]", list[Line]]]:
-    """Yield the process of a server, and the log that grows while it runs; end it afterwards."""
-    environment = os.environ | dict(server.environment) | {"VLLM_LOGGING_LEVEL": "DEBUG"}
+def measure(name: str, arguments: argparse.Namespace) -> list[Line]:
+    """Return the log of a start, whose last line says that the server is ready.
+
+    Raises:
+        RuntimeError: it did not start; a note has the last line of its log.
+    """
+    port = free_port()
+    server = server_of(name, arguments.model, port)
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *server.command, *options],
-        env=environment,
+        [sys.executable, *server.command, *arguments.engine.split()],
+        env=os.environ | dict(server.environment) | {"VLLM_LOGGING_LEVEL": "DEBUG"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -54,28 +56,15 @@ def started(server: Server, options: Sequence[str]) -> Iterator[tuple["subproces
     reader = Thread(target=read)
     reader.start()
     try:
-        yield process, lines
+        wait_until_ready(server, port, process)
+        return [*lines, Line(time.monotonic() - start, "ready")]
+    except RuntimeError as error:
+        error.add_note(lines[-1].text if lines else "no output")
+        raise
     finally:
         process.terminate()
         process.wait()
         reader.join()
-
-
-def measure(name: str, arguments: argparse.Namespace) -> list[Line]:
-    """Return the log of a start, whose last line says that the server is ready.
-
-    Raises:
-        RuntimeError: it ended before.
-    """
-    port = free_port()
-    server = server_of(name, arguments.model, port)
-    start = time.monotonic()
-    with started(server, arguments.engine.split()) as (process, lines):
-        while not is_ready(server, port):
-            if process.poll() is not None:
-                raise RuntimeError(f"{name} did not start: {lines[-1].text if lines else 'no output'}")
-            time.sleep(POLL_SECONDS)
-        return [*lines, Line(time.monotonic() - start, "ready")]
 
 
 def table(lines: Sequence[Line], gap: float) -> str:
