@@ -92,6 +92,14 @@ def test_all_front_ends_listen_on_one_port_and_give_equal_answers(
             assert YuanServiceStub(channel).Generate(SHORT).usage.completion_tokens == 4
 
 
+def test_all_processes_are_forks_of_one_and_have_names(server: ServerProcess) -> None:
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    parents = {" ".join(each.cmdline()).strip(): each.ppid() for each in processes}
+    names = {"DPCoordinator", "EngineCore_DP0", "EngineCore_DP1", "front-end-0", "front-end-1"}
+    (fork_server,) = (each.pid for each in processes if "VLLM::ForkServer" in each.cmdline())
+    assert {name: parents.get(f"VLLM::{name}") for name in names} == dict.fromkeys(names, fork_server)
+
+
 def runs_on_both_engines(stub: YuanServiceStub) -> bool:
     """Return whether requests that are sent together run on both engines."""
     calls = [stub.GenerateStream(ENDLESS) for _ in range(QUEUE_LIMIT // 2)]  # earlier ones may not be freed yet

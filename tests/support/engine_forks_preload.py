@@ -3,13 +3,13 @@
 import gc
 from importlib import import_module
 
-from engine_forks import keep_fork_server, use_fork_server
+from engine_forks import keep_fork_server
 
 from yuan_grpc.server.engine.vllm import warm_fork
 
-for module in warm_fork.PRELOADED:
+for module in warm_fork.preloaded():
     import_module(module)
-use_fork_server()
+warm_fork.use_context()
 keep_fork_server()
 gc.collect()
 gc.freeze()
