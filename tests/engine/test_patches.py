@@ -42,6 +42,7 @@ from yuan_grpc.model.patches import (
     grammar_timeout,
     logprob_token_ids,
     lora_classes,
+    model_info,
     worker_death,
 )
 from yuan_grpc.model.tokenizer import YuanTokenizer
@@ -170,11 +171,32 @@ def test_cpu_logprob_ranks_vllm_compiles_the_ranks_even_if_nothing_else_is_compi
     assert "@torch.compile(backend=current_platform.simple_compile_backend)\ndef batched_count" in compiled
 
 
-@on_a_cpu
-def test_cpu_model_info_vllm_inspects_the_class_in_another_process() -> None:
+def test_model_info_vllm_inspects_the_class_in_another_process() -> None:
     from vllm.model_executor.models import registry
 
     assert "_run_in_subprocess(" in inspect.getsource(registry._LazyRegisteredModel.inspect_model_cls)
+
+
+@pytest.mark.parametrize(
+    ("module", "elsewhere"), [("yuan_grpc.model.yuan", 0), ("vllm.model_executor.models.llama", 1)]
+)
+def test_model_info_on_a_gpu_only_our_class_is_inspected_in_this_process(
+    module: str, elsewhere: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vllm.model_executor.models import registry
+
+    def in_subprocess(fn: Any) -> Any:
+        calls.append(fn)
+        return fn()
+
+    calls: list[Any] = []
+    monkeypatch.setattr(registry, "_run_in_subprocess", in_subprocess)
+    monkeypatch.setattr(model_info, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    model_info.apply()
+    name = {"yuan": "YuanForCausalLM", "llama": "LlamaForCausalLM"}[module.rpartition(".")[2]]
+    info = registry._LazyRegisteredModel(module_name=module, class_name=name).inspect_model_cls()
+    assert (info.architecture, len(calls)) == (name, elsewhere)
 
 
 def test_worker_death_vllm_does_not_name_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:

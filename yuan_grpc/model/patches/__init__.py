@@ -7,7 +7,6 @@
 | `cpu_busy_wait` | waiting processes poll with `sched_yield` and delay all others | vLLM sleeps between polls |
 | `cpu_expert_map` | the kernel of experts reads beyond its weights with expert parallelism | the kernel maps the ids |
 | `cpu_logprob_ranks` | the first request compiles for 8 s, and needs g++ | vLLM compiles nothing if it must not |
-| `cpu_model_info` | the first start imports vLLM once more | vLLM inspects a class elsewhere only for GPUs |
 | `cpu_lora_slots` | requests without an adapter get the adapter of the last slot | the CPU kernels skip slot -1 |
 | `cpu_seeds` | a long prompt with a seed ends the engine | CPU generators are not rewound |
 | `cpu_spec_decode` | drafts get uninitialized sampling parameters | vLLM has #55006 and accepts empty logits |
@@ -16,6 +15,7 @@
 | `loaded_blocks` | a request that was loaded completely has no LFA state to continue from | connectors ask the model |
 | `logprob_token_ids` | other requests of the batch lose their most likely tokens | the sampler merges the results |
 | `lora_classes` | a model cannot register LoRA layers or an adapter manager | a model can |
+| `model_info` | the first start imports vLLM once more | vLLM does not inspect safe classes elsewhere |
 | `priority_preemption` | a preempted request resumes on blocks that were not computed | vLLM evicts such blocks |
 | `worker_death` | a worker that is killed while it starts leaves no message | vLLM reports its exit status |
 | `worker_process` | Ctrl-C ends the workers at once; the engine outlives a killed server | vLLM does neither |
