@@ -178,10 +178,14 @@ def test_model_info_vllm_inspects_the_class_in_another_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "elsewhere"), [("yuan_grpc.model.yuan", 0), ("vllm.model_executor.models.llama", 1)]
+    ("module", "name", "elsewhere"),
+    [
+        ("yuan_grpc.model.yuan", "YuanForCausalLM", 0),
+        ("vllm.model_executor.models.llama", "LlamaForCausalLM", 1),
+    ],
 )
 def test_model_info_on_a_gpu_only_our_class_is_inspected_in_this_process(
-    module: str, elsewhere: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    module: str, name: str, elsewhere: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from vllm.model_executor.models import registry
 
@@ -194,7 +198,6 @@ def test_model_info_on_a_gpu_only_our_class_is_inspected_in_this_process(
     monkeypatch.setattr(model_info, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     model_info.apply()
-    name = {"yuan": "YuanForCausalLM", "llama": "LlamaForCausalLM"}[module.rpartition(".")[2]]
     info = registry._LazyRegisteredModel(module_name=module, class_name=name).inspect_model_cls()
     assert (info.architecture, len(calls)) == (name, elsewhere)
 

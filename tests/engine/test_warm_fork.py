@@ -20,7 +20,7 @@ out.write_text(f"{len(os.listdir('/proc/self/task'))} {torch.get_num_threads()}"
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Any:
+def start() -> Any:
     """Returns a function that starts a process in the way in which vLLM starts one, and returns it."""
     from engine_forks import fork_engines
     from vllm.utils import system_utils

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -219,7 +219,7 @@ class Supervisor:
         if self._is_stopping:
             return
         if self._all_ready.is_set():
-            self._keep(asyncio.ensure_future(self._replace_or_fail(exited)))
+            self._start_task(self._replace_or_fail(exited))
         else:
             self._fail(f"a front end ended with status {exited.process.exitcode} while it started")
 
@@ -296,9 +296,9 @@ class Supervisor:
         """
         ready = [each for each in self._front_ends if each.is_ready]
         for each in self._front_ends:
-            if each not in ready:
+            if not each.is_ready:
                 each.control.notify(name, *arguments)
-        await asyncio.shield(self._keep(asyncio.ensure_future(self._call_all(ready, name, *arguments))))
+        await asyncio.shield(self._start_task(self._call_all(ready, name, *arguments)))
 
     async def _call_all(self, front_ends: Sequence[_FrontEnd], name: str, *arguments: object) -> list[Any]:
         """Call a function of several front ends, and return the results of those that have not ended.
@@ -314,8 +314,9 @@ class Supervisor:
                 raise result
         return results
 
-    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
-        """Return a task, and keep it until it is done: the event loop alone does not."""
+    def _start_task(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Return a new task, and keep it until it is done: the event loop alone does not."""
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
