@@ -187,7 +187,7 @@ def test_a_front_end_that_dies_is_replaced_and_its_requests_are_freed(
     assert answer.choices[0].text == stubs[1].Generate(SHORT).choices[0].text
     (replacement,) = processes_on(ports)
     assert replacement.pid != killed.pid
-    adapted = pb.GenerateRequest(prompt=SHORT.prompt, max_tokens=4, model="style")
+    adapted = pb.GenerateRequest(prompt=SHORT.prompt, max_tokens=4, ignore_eos=True, model="style")
     assert stubs[0].Generate(adapted).usage.completion_tokens == 4
     stubs[1].UnloadLora(pb.UnloadLoraRequest(name="style"))
     with ThreadPoolExecutor(QUEUE_LIMIT) as pool:  # the queue is empty: the lost requests do not count any more

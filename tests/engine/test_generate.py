@@ -170,7 +170,8 @@ async def test_token_texts_keep_their_spaces(served: Served) -> None:
 
 
 async def test_zero_logprobs_return_only_the_chosen_tokens(served: Served) -> None:
-    (choice,) = (await served.generate(pb.GenerateRequest(prompt=PROMPT, max_tokens=5, logprobs=0))).choices
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=5, logprobs=0, ignore_eos=True)
+    (choice,) = (await served.generate(request)).choices
     assert [list(position.top) for position in choice.logprobs] == [[]] * 5
 
 

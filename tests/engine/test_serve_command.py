@@ -130,7 +130,7 @@ def test_a_stalled_engine_is_seen_and_ends_the_server_without_traces(
         engine_processes = server.engine_processes()
         core = max(engine_processes, key=lambda process: process.memory_info().rss)
         core.suspend()
-        slow = server.stub.Generate.future(pb.GenerateRequest(prompt="一", max_tokens=2))
+        slow = server.stub.Generate.future(pb.GenerateRequest(prompt="一", max_tokens=2, ignore_eos=True))
         server.wait_for(health_pb2.HealthCheckResponse.NOT_SERVING)
         with pytest.raises(grpc.RpcError) as raised:
             server.stub.Generate(ENDLESS)
@@ -158,7 +158,9 @@ def test_a_stalled_engine_is_seen_and_ends_the_server_without_traces(
 
 
 def check_timings(server: ServerProcess) -> None:
-    request = pb.GenerateRequest(prompt="世界上最高的山是什么", request_id="timed", max_tokens=4, return_timings=True)
+    request = pb.GenerateRequest(
+        prompt="世界上最高的山是什么", request_id="timed", max_tokens=4, ignore_eos=True, return_timings=True
+    )
     timings = server.stub.Generate(request, metadata=TRACE).timings
     seconds = {field.name: value.ToTimedelta().total_seconds() for field, value in timings.ListFields()}
     assert seconds.keys() == {"queue", "prefill", "first_token", "decode", "total"}
