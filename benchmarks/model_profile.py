@@ -1,9 +1,9 @@
 """Time of a step by kernel: GPU time, launches and GPU idle time, as compact text.
 
 Decode steps are profiled after the prefill of a batch of random prompts. Prefill steps are whole prompts answered with
-one token. The same number of steps is timed without a profiler first, to show its overhead. Python functions are
-profiled as well, which increases their own time. All engines are started at once, each in a separate process, and used
-consecutively.
+one token. Mixed steps decode a batch and compute one such prompt. The same number of steps is timed without a profiler
+first, to show its overhead. Python functions are profiled as well, which increases their own time. All engines are
+started at once, each in a separate process, and used consecutively.
 
     python benchmarks/model_profile.py --out profile.jsonl yuan 'yuan:{"quantization":"fp8"}'
 
@@ -36,6 +36,7 @@ from variants import (
     base_parser,
     describe,
     jobs_from,
+    parse_batches,
     random_prompts,
     serve,
     start_engine,
@@ -43,6 +44,8 @@ from variants import (
 )
 
 WARM_STEPS = 8
+MEASUREMENTS = 3
+"""Number of times that `measure` runs its work."""
 FUNCTIONS = 120
 NAME_LENGTH = 100
 KINDS = {
@@ -76,14 +79,20 @@ class Stepping:
 
     def add(self, batch: int, length: int, tokens: int) -> list[str]:
         """Queue a batch of random prompts and return their request ids."""
+        return [self.add_prompt(ids, tokens) for ids in self.prompts(batch, length)]
+
+    def prompts(self, batch: int, length: int) -> list[list[int]]:
+        """Return a batch of random prompts."""
+        return random_prompts(self.generator, batch, length, self.vocabulary)
+
+    def add_prompt(self, ids: list[int], tokens: int) -> str:
+        """Queue a prompt and return its request id."""
         from vllm import SamplingParams, TokensPrompt
 
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        request_ids = []
-        for ids in random_prompts(self.generator, batch, length, self.vocabulary):
-            request_ids.append(f"request-{next(self.numbers)}")
-            self.engine.add_request(request_ids[-1], TokensPrompt(prompt_token_ids=ids), sampling)
-        return request_ids
+        request_id = f"request-{next(self.numbers)}"
+        self.engine.add_request(request_id, TokensPrompt(prompt_token_ids=ids), sampling)
+        return request_id
 
     def step(self) -> set[str]:
         """Run a step and return the ids of the requests that got a token."""
@@ -110,6 +119,12 @@ class Stepping:
         for _ in range(repeats):
             self.add(batch, length, 1)
             self.finish()
+
+    def run_mixed_steps(self, prompts: list[list[int]]) -> None:
+        """Run a step for each prompt, which also decodes all sequences that are running."""
+        for ids in prompts:
+            self.add_prompt(ids, 1)
+            self.step()
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -248,10 +263,23 @@ def decode(stepping: Stepping, batch: int, length: int, steps: int) -> dict[str,
     return result
 
 
-def prefill(stepping: Stepping, batch: int, length: int, repeats: int) -> dict[str, Any]:
+def prefill(stepping: Stepping, batch: int, length: int, steps: int) -> dict[str, Any]:
     """Profile prompts answered with one token; a step is one such batch."""
     stepping.prefill(batch, length, 2)
-    return measure(partial(stepping.prefill, batch, length, repeats), repeats)
+    return measure(partial(stepping.prefill, batch, length, steps), steps)
+
+
+def mixed(stepping: Stepping, batch: int, length: int, steps: int, prompt: int) -> dict[str, Any]:
+    """Profile steps that decode a batch and compute one prompt of `prompt` tokens."""
+    stepping.add_and_prefill(batch, length, 4 * steps + 4 * WARM_STEPS)
+    stepping.run_mixed_steps(stepping.prompts(WARM_STEPS, prompt))
+    prompts = iter([stepping.prompts(steps, prompt) for _ in range(MEASUREMENTS)])
+    result = measure(lambda: stepping.run_mixed_steps(next(prompts)), steps)
+    stepping.finish()
+    return result
+
+
+PROFILES: dict[str, Callable[..., dict[str, Any]]] = {"decode": decode, "prefill": prefill, "mixed": mixed}
 
 
 def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
@@ -259,8 +287,8 @@ def start(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, 
     llm = start_engine(job)
     stepping = Stepping(llm, job["shape"]["vocabulary"])
 
-    def handle(decoding: bool, batch: int, length: int, steps: int) -> dict[str, Any]:
-        return (decode if decoding else prefill)(stepping, batch, length, steps)
+    def handle(kind: str, **sizes: int) -> dict[str, Any]:
+        return PROFILES[kind](stepping, **sizes)
 
     return describe(llm), handle
 
@@ -269,6 +297,9 @@ def read_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = base_parser(__doc__, "profile.jsonl", limit=300)
     add_engine_options(parser, decode="1,256", prefill="1x1024,4x4096")
+    parser.add_argument(
+        "--mixed", type=parse_batches, default="", help="decoding sequences x tokens of the prompt (default: none)"
+    )
     parser.add_argument("--steps", type=int, default=50, help="profiled decode steps (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="profiled prefills (default: %(default)s)")
     parser.add_argument("--top", type=int, default=40, help="displayed kernels and functions (default: %(default)s)")
@@ -281,13 +312,16 @@ def main() -> None:
     if arguments.child:
         return serve(start)
     jobs = jobs_from(arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    requests = {
-        f"decode {batch}": {"decoding": True, "batch": batch, "length": arguments.prompt, "steps": arguments.steps}
-        for batch in arguments.decode
-    }
+    requests: dict[str, dict[str, Any]] = {}
+    for batch in arguments.decode:
+        sizes = {"batch": batch, "length": arguments.prompt, "steps": arguments.steps}
+        requests[f"decode {batch}"] = {"kind": "decode"} | sizes
+    for batch, prompt in arguments.mixed:
+        sizes = {"batch": batch, "length": arguments.prompt, "steps": arguments.repeats, "prompt": prompt}
+        requests[f"decode {batch} with a prompt of {prompt}"] = {"kind": "mixed"} | sizes
     for batch, length in arguments.prefill:
-        prompts = {"decoding": False, "batch": batch, "length": length, "steps": arguments.repeats}
-        requests[f"prefill {batch}×{length}"] = prompts
+        sizes = {"batch": batch, "length": length, "steps": arguments.repeats}
+        requests[f"prefill {batch}×{length}"] = {"kind": "prefill"} | sizes
     record = Record(arguments.out)
     with started_children(Path(__file__).absolute(), jobs, record, arguments.limit) as running:
         for child in running:
