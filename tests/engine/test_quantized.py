@@ -76,4 +76,5 @@ def test_two_ranks_share_a_quantized_checkpoint(original: Path, tmp_path: Path, 
 def test_a_checkpoint_in_fp8_gives_the_answers_of_its_weights(
     original: Path, tmp_path: Path, tokens: int, scheme: str
 ) -> None:
-    assert difference(original, tmp_path / "quantized", scheme, tokens) < TOLERANCE[scheme]
+    options = {"gpu_memory_utilization": 0.2}  # other tests may still have memory in this process
+    assert difference(original, tmp_path / "quantized", scheme, tokens, **options) < TOLERANCE[scheme]
