@@ -1,6 +1,7 @@
-"""The choice between FlashAttention and `decode_kernel` for each step. Both are fakes, so no GPU is needed."""
+"""The choice between FlashAttention and `decode_kernel` for each sequence. Both are fakes, so no GPU is needed."""
 
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     recorded: list[tuple[str, Any]] = []
 
     def record(name: str) -> Any:
-        return lambda *arguments: recorded.append((name, arguments))
+        return lambda *arguments, **options: recorded.append((name, arguments + tuple(options.values())))
 
     fake = SimpleNamespace(MAX_WRITE_TOKENS=32, decode_attention=record("decode"), write_kv_cache=record("write"))
     monkeypatch.setitem(sys.modules, "yuan_grpc.model.attention.decode_kernel", fake)
@@ -30,7 +31,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     impl, builder = flash_attn.FlashAttentionImpl, flash_attn.FlashAttentionMetadataBuilder
     monkeypatch.setattr(impl, "forward", lambda self, *arguments: recorded.append(("flash", arguments)))
     monkeypatch.setattr(impl, "do_kv_cache_update", lambda self, *arguments: recorded.append(("flash", arguments)))
-    monkeypatch.setattr(builder, "build", lambda self, *arguments: recorded.append(("flash", arguments)))
+    monkeypatch.setattr(
+        builder, "build", lambda self, *arguments, **options: recorded.append(("flash", arguments + tuple(options)))
+    )
     return recorded
 
 
@@ -50,18 +53,29 @@ def test_a_step_with_one_token_per_sequence_uses_the_decode_kernel(layer: Any, c
     assert layer.forward(None, q, key, value, cache, step, out) is out
     ((name, arguments),) = calls
     assert name == "decode"
-    for actual, expected in zip(arguments, (q, cache, step.block_table, step.seq_lens, out, SCALE), strict=True):
+    for actual, expected in zip(arguments, (q, cache, step.block_table, step.seq_lens, out, SCALE, None), strict=True):
         assert actual is expected
 
 
-@pytest.mark.parametrize("step", [None, SimpleNamespace(max_query_len=2)], ids=["profiling", "a prompt"])
-def test_all_other_steps_use_flash_attention(layer: Any, calls: list[tuple[str, Any]], step: Any) -> None:
+def test_the_memory_profiling_run_uses_flash_attention_only(layer: Any, calls: list[tuple[str, Any]]) -> None:
     tensors = [torch.zeros(3, 2, 16) for _ in range(4)]
-    layer.forward(None, *tensors, step, tensors[0])
+    assert layer.forward(None, *tensors, None, tensors[0]) is tensors[0]
     ((name, arguments),) = calls
     assert name == "flash"
     assert len(arguments) == 9
-    assert arguments[5] is step
+    assert arguments[5] is None
+
+
+def test_a_step_with_prompts_uses_both(layer: Any, calls: list[tuple[str, Any]]) -> None:
+    q, key, value, cache, out = (torch.zeros(3, 2, 16) for _ in range(5))
+    starts = torch.tensor([2, 2, 2, 5], dtype=torch.int32)
+    step = SimpleNamespace(max_query_len=3, query_start_loc=starts, block_table=torch.zeros(3, 4), seq_lens=None)
+    assert layer.forward(None, q, key, value, cache, step, out) is out
+    (prompts, flash_arguments), (decoding, arguments) = calls
+    assert (prompts, decoding) == ("flash", "decode")
+    assert flash_arguments[5] is step
+    assert arguments[-1].tolist() == [2]
+    assert arguments[-1].data_ptr() == starts.data_ptr()  # graphs read the number of decoding sequences there
 
 
 @pytest.mark.parametrize(("tokens", "writer"), [(1, "write"), (32, "write"), (33, "flash")])
@@ -73,15 +87,61 @@ def test_keys_and_values_of_few_tokens_are_written_by_our_kernel(
     assert [name for name, _ in calls] == [writer]
 
 
-@pytest.mark.parametrize(("max_query_len", "fast_build"), [(1, True), (2, False)])
-def test_the_schedule_is_built_only_for_steps_that_use_it(
-    calls: list[tuple[str, Any]], max_query_len: int, fast_build: bool
-) -> None:
+@dataclass
+class Common:
+    """The fields of `CommonAttentionMetadata` that the builder uses."""
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    max_query_len: int
+    num_reqs: int
+
+    @staticmethod
+    def of(tokens: list[int]) -> "Common":
+        """Return the metadata of a step with these numbers of tokens."""
+        starts = torch.tensor([0, *torch.tensor(tokens).cumsum(0)], dtype=torch.int32)
+        return Common(starts.clone(), starts, max(tokens), len(tokens))
+
+
+@pytest.fixture
+def builder(calls: list[tuple[str, Any]]) -> Any:
+    """Metadata builder, created without its constructor."""
     from yuan_grpc.model.attention.backend import YuanAttentionMetadataBuilder
 
-    common = SimpleNamespace(max_query_len=max_query_len)
-    object.__new__(YuanAttentionMetadataBuilder).build(0, common)
-    assert calls == [("flash", (0, common, fast_build))]
+    builder = object.__new__(YuanAttentionMetadataBuilder)
+    builder.prompt_starts = torch.full((65,), -1, dtype=torch.int32)
+    builder.num_heads_q = 32
+    return builder
+
+
+def test_a_step_that_only_decodes_has_no_schedule(builder: Any, calls: list[tuple[str, Any]]) -> None:
+    common = Common.of([1, 1, 1])
+    builder.build(0, common)
+    ((_, (prefix, given, option)),) = calls
+    assert (prefix, given, option) == (0, common, "fast_build")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1] * 8 + [3, 7], [8] * 9 + [11, 18]),
+        ([1] * 9 + [2] + [0] * 3, [9] * 10 + [11] * 4),
+        ([1] * 7 + [3], [*range(8), 10]),
+        ([4], [0, 4]),
+        ([3] + [1] * 20, [0, *range(3, 24)]),
+    ],
+    ids=["decoding and prompts", "padding", "few decoding", "a prompt", "a prompt first"],
+)
+def test_flash_attention_gets_no_tokens_of_decoding_sequences(
+    builder: Any, calls: list[tuple[str, Any]], tokens: list[int], expected: list[int]
+) -> None:
+    common = Common.of(tokens)
+    builder.build(0, common)
+    ((_, (_, given, fast_build)),) = calls
+    assert given.query_start_loc.tolist() == expected
+    assert given.query_start_loc.data_ptr() == builder.prompt_starts.data_ptr()
+    assert not fast_build
+    assert common.query_start_loc.tolist() == common.query_start_loc_cpu.tolist()
 
 
 def test_the_backend_returns_its_classes(calls: list[tuple[str, Any]]) -> None:
@@ -93,5 +153,5 @@ def test_the_backend_returns_its_classes(calls: list[tuple[str, Any]]) -> None:
     assert backend_class.get_impl_cls() is backend.YuanAttentionImpl
     builder = backend_class.get_builder_cls()
     assert builder is backend.YuanAttentionMetadataBuilder
-    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
+    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.ALWAYS
     assert backend_class.get_name() == "FLASH_ATTN"

@@ -51,11 +51,12 @@ class Step:
             torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE),
         )
 
-    def attend(self, decode_kernel: Any, num_splits: int | None = None) -> torch.Tensor:
+    def attend(self, decode_kernel: Any, num_splits: int | None = None, count: int | None = None) -> torch.Tensor:
         """Return the output of the kernels."""
         out = torch.full_like(self.q, 7)
+        sequences = None if count is None else torch.tensor([count], dtype=torch.int32, device=DEVICE)
         decode_kernel.decode_attention(
-            self.q, self.cache, self.block_table, self.seq_lens, out, self.q.shape[-1] ** -0.5, num_splits
+            self.q, self.cache, self.block_table, self.seq_lens, out, self.q.shape[-1] ** -0.5, num_splits, sequences
         )
         return out
 
@@ -99,6 +100,19 @@ def test_padding_gets_zeros_and_extra_rows_are_not_written(decode_kernel: Any, n
     assert (actual[3] == 0).all()
     assert (actual[-1] == 7).all()
     torch.testing.assert_close(actual[:-1].double(), expected[:-1], rtol=0, atol=TOLERANCES[actual.dtype])
+
+
+@pytest.mark.parametrize("programs", [1, 2, 4096])
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("count", [0, 1, 3, len(LENGTHS)])
+def test_only_leading_sequences_are_computed(
+    decode_kernel: Any, monkeypatch: pytest.MonkeyPatch, count: int, num_splits: int, programs: int
+) -> None:
+    monkeypatch.setattr(decode_kernel, "MAX_COUNTED_PROGRAMS", programs)
+    step = Step.random()
+    actual = step.attend(decode_kernel, num_splits, count)
+    assert torch.equal(actual[:count], step.attend(decode_kernel, num_splits)[:count])
+    assert (actual[count:] == 7).all()
 
 
 def test_the_cache_may_have_either_layout(decode_kernel: Any) -> None:

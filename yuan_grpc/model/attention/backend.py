@@ -1,7 +1,9 @@
-"""Attention backend for Hopper: FlashAttention for steps with prompts, `decode_kernel` for steps that only decode."""
+"""Attention backend for Hopper: FlashAttention for prompts, `decode_kernel` for sequences that decode."""
 
+from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
@@ -14,6 +16,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from yuan_grpc.model.hopper import HOPPER
 
@@ -24,6 +27,9 @@ FLASH_ATTENTION_VERSION = 3
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128)
 """Head dimensions that `decode_kernel` supports. Those of Yuan2.0-M32, 256, leave decoding to FlashAttention too."""
+
+MIN_DECODING_HEADS = 256
+"""Fewest heads of decoding sequences for which a step with prompts uses `decode_kernel` too, without splits of keys."""
 
 
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
@@ -67,14 +73,17 @@ class YuanAttentionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the attention to `output`, [tokens, heads, head_dim]; the cache already has the new keys and values."""
-        if attn_metadata is None or attn_metadata.max_query_len > 1:
-            scales = (output_scale, output_block_scale)
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         from yuan_grpc.model.attention import decode_kernel
 
-        decode_kernel.decode_attention(
-            query, kv_cache, attn_metadata.block_table, attn_metadata.seq_lens, output, self.scale
-        )
+        decoding = None
+        if attn_metadata is None or attn_metadata.max_query_len > 1:
+            scales = (output_scale, output_block_scale)
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            if attn_metadata is None:  # the memory-profiling run has no sequences
+                return output
+            decoding = attn_metadata.query_start_loc[:1]  # see `YuanAttentionMetadataBuilder.build`
+        sequences = attn_metadata.block_table, attn_metadata.seq_lens
+        decode_kernel.decode_attention(query, kv_cache, *sequences, output, self.scale, count=decoding)
         return output
 
     def do_kv_cache_update(
@@ -95,17 +104,44 @@ class YuanAttentionImpl(FlashAttentionImpl):
 
 
 class YuanAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
-    """FlashAttention's metadata builder; skips FlashAttention's schedule in decode steps."""
+    """FlashAttention's metadata builder, without the sequences that `decode_kernel` computes."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    """A CUDA graph captured for decoding cannot be used for a step with prompts."""
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    """A graph captured for a step with prompts can be used for any step; one for decoding only for decoding."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        max_sequences = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
+        self.prompt_starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
-        """Return the metadata of a step."""
-        is_decode = common_attn_metadata.max_query_len == 1
-        return super().build(common_prefix_len, common_attn_metadata, fast_build or is_decode)
+        """Return the metadata of a step.
+
+        In a step with prompts, `query_start_loc` begins with the number of sequences that `decode_kernel` computes, and
+        these have no tokens for FlashAttention. CUDA graphs read it, so it is always the same tensor.
+        """
+        if common_attn_metadata.max_query_len == 1:  # all are decoded: FlashAttention needs no schedule
+            return super().build(common_prefix_len, common_attn_metadata, fast_build=True)
+        starts = self.prompt_starts[: common_attn_metadata.num_reqs + 1]
+        decoding = decoding_sequences(common_attn_metadata.query_start_loc_cpu)
+        if decoding * self.num_heads_q < MIN_DECODING_HEADS:
+            decoding = 0
+        torch.clamp(common_attn_metadata.query_start_loc, min=decoding, out=starts)
+        return super().build(common_prefix_len, replace(common_attn_metadata, query_start_loc=starts), fast_build)
+
+
+def decoding_sequences(starts: torch.Tensor) -> int:
+    """Return the number of sequences with one token before the first with another number; vLLM sorts them by it.
+
+    Args:
+        starts: [sequences + 1], on the CPU: the first row of each sequence in the batch, and the end of the last.
+    """
+    others = np.flatnonzero(np.diff(starts.numpy()) != 1)
+    return int(others[0]) if len(others) else len(starts) - 1
 
 
 class YuanAttentionBackend(FlashAttentionBackend):

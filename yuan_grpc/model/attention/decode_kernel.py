@@ -23,6 +23,8 @@ STAGES = 2
 """Tiles in flight at once."""
 TARGET_PROGRAMS = 1024
 """Number of programs that saturates the memory bandwidth of an H100."""
+MAX_COUNTED_PROGRAMS = 4096
+"""Largest number of programs if a tensor holds the number of sequences: programs without a sequence take time too."""
 MAX_SPLITS = 16
 """Largest number of splits of a head's keys."""
 QUERY_ROWS = 16
@@ -74,6 +76,7 @@ def decode_attention(
     out: torch.Tensor,
     scale: float,
     num_splits: int | None = None,
+    count: torch.Tensor | None = None,
 ) -> None:
     """Compute softmax(q Kᵀ · scale) V for each head of each sequence, where q is the query of its newest token.
 
@@ -86,6 +89,8 @@ def decode_attention(
         out: [tokens, heads, head_dim]; the first rows are overwritten.
         scale: scale of the attention scores.
         num_splits: overrides `num_splits_for`.
+        count: [1], int32: only this number of leading sequences is computed, and the other rows of `out` are not
+            written. A CUDA graph reads it at each replay.
     """
     sequences, (_, heads, dim) = seq_lens.shape[0], q.shape
     num_splits = num_splits or num_splits_for(sequences * heads)
@@ -93,7 +98,8 @@ def decode_attention(
     is_split = num_splits > 1
     partial_acc = q.new_empty((sequences, heads, num_splits, dim), dtype=torch.float32) if is_split else out
     partial_ml = q.new_empty((sequences, heads, num_splits, 2), dtype=torch.float32) if is_split else out
-    _decode_attention_kernel[(heads, sequences, num_splits)](
+    programs = sequences if count is None else min(sequences, triton.cdiv(MAX_COUNTED_PROGRAMS, heads))
+    _decode_attention_kernel[(heads, programs, num_splits)](
         q,
         cache,
         block_table,
@@ -101,6 +107,7 @@ def decode_attention(
         out,
         partial_acc,
         partial_ml,
+        count,
         q.stride(0),
         out.stride(0),
         block_table.stride(0),
@@ -117,7 +124,7 @@ def decode_attention(
     )
     if is_split:
         _merge_splits_kernel[(heads, sequences)](
-            out, partial_acc, partial_ml, out.stride(0), DIM=dim, NUM_SPLITS=num_splits, num_warps=2, **pdl
+            out, partial_acc, partial_ml, count, out.stride(0), DIM=dim, NUM_SPLITS=num_splits, num_warps=2, **pdl
         )
 
 
@@ -176,11 +183,12 @@ def _store_mean(out: tl.tensor, acc: tl.tensor, l_i: tl.tensor) -> None:
 
 
 @triton.jit
-def _decode_attention_kernel(
+def _attend(
+    sequence: tl.tensor,
+    length: tl.tensor,
     q: tl.tensor,
     cache: tl.tensor,
     block_table: tl.tensor,
-    seq_lens: tl.tensor,
     out: tl.tensor,
     partial_acc: tl.tensor,
     partial_ml: tl.tensor,
@@ -197,14 +205,12 @@ def _decode_attention_kernel(
     QUERY_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
-    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(seq_lens + sequence)
+    """Compute one split of one head of a sequence."""
+    head, split = tl.program_id(0), tl.program_id(2)
     split_length = tl.cdiv(tl.cdiv(length, TILE), tl.num_programs(2)) * TILE
     start = split * split_length
     end = tl.minimum(start + split_length, length)
-    wait_for_previous_kernel(USE_PDL)
     column = tl.arange(0, DIM)
     query = tl.load(q + sequence * q_stride + head * DIM + column)
     m_i, l_i, acc = _attend_to_keys(
@@ -232,10 +238,92 @@ def _decode_attention_kernel(
 
 
 @triton.jit
+def _decode_attention_kernel(
+    q: tl.tensor,
+    cache: tl.tensor,
+    block_table: tl.tensor,
+    seq_lens: tl.tensor,
+    out: tl.tensor,
+    partial_acc: tl.tensor,
+    partial_ml: tl.tensor,
+    count: tl.tensor | None,
+    q_stride: tl.tensor,
+    out_stride: tl.tensor,
+    table_stride: tl.tensor,
+    block_stride: tl.tensor,
+    head_stride: tl.tensor,
+    token_stride: tl.tensor,
+    scale: tl.tensor,  # includes log2(e), because weights are powers of two
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    USE_PDL: tl.constexpr,
+) -> None:
+    sequence = tl.program_id(1)
+    if count is None:  # one sequence for each program, whose length is read before the wait
+        length = tl.load(seq_lens + sequence)
+        wait_for_previous_kernel(USE_PDL)
+        _attend(
+            sequence,
+            length,
+            q,
+            cache,
+            block_table,
+            out,
+            partial_acc,
+            partial_ml,
+            q_stride,
+            out_stride,
+            table_stride,
+            block_stride,
+            head_stride,
+            token_stride,
+            scale,
+            DIM,
+            BLOCK_SIZE,
+            TILE,
+            QUERY_ROWS,
+            STAGES,
+            IS_SPLIT,
+        )
+    else:
+        sequences = tl.load(count)
+        wait_for_previous_kernel(USE_PDL)
+        for each in range(sequence, sequences, tl.num_programs(1)):
+            _attend(
+                each,
+                tl.load(seq_lens + each),
+                q,
+                cache,
+                block_table,
+                out,
+                partial_acc,
+                partial_ml,
+                q_stride,
+                out_stride,
+                table_stride,
+                block_stride,
+                head_stride,
+                token_stride,
+                scale,
+                DIM,
+                BLOCK_SIZE,
+                TILE,
+                QUERY_ROWS,
+                STAGES,
+                IS_SPLIT,
+            )
+
+
+@triton.jit
 def _merge_splits_kernel(
     out: tl.tensor,
     partial_acc: tl.tensor,
     partial_ml: tl.tensor,
+    count: tl.tensor | None,
     out_stride: tl.tensor,
     DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -244,6 +332,9 @@ def _merge_splits_kernel(
     """Merge the splits of a head, each scaled by 2 ** (its largest score - the largest score of all splits)."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     wait_for_previous_kernel(USE_PDL)
+    if count is not None:  # noqa: SIM102 - decided when the kernel is compiled
+        if sequence >= tl.load(count):
+            return
     column = tl.arange(0, DIM)
     index = (sequence * tl.num_programs(0) + head) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
     m_i = tl.load(partial_ml + index * 2)
