@@ -183,6 +183,21 @@ def test_vllms_default_configuration_on_a_gpu(
 
 
 @requires_gpu
+def test_prompts_are_computed_while_others_decode_on_a_gpu(run: Run, demo: Path, tokens: int, tmp_path: Path) -> None:
+    """Parts of prompts, and prompts of one token, share steps with enough decoding sequences to use both kernels."""
+    write_checkpoint(tmp_path, demo, SIZES | {"hidden_size": 256, "num_attention_heads": 16}, seed=7)
+    generator = random.Random(2)
+    lengths = [1, 2, 40, 100, 5, 1, 17, 30] * 8
+    prompts = [[generator.randrange(tokens) for _ in range(length)] for length in lengths]
+    one_token_each = [[generator.randrange(tokens)] for _ in range(20)]
+    rounds = [prompts, one_token_each, prompts[:1], prompts]
+    results = run(rounds, tmp_path, **VLLM_DEFAULTS | {"max_num_batched_tokens": 64, "max_num_seqs": 48})["rounds"]
+    reference = ReferenceYuan(tmp_path, tokens)
+    for requested, answers in zip(rounds, results, strict=True):
+        assert largest_difference(reference, requested, answers) < BFLOAT16_TOLERANCE
+
+
+@requires_gpu
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(
     ("options", "tolerance"),

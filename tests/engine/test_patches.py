@@ -43,6 +43,7 @@ from yuan_grpc.model.patches import (
     logprob_token_ids,
     lora_classes,
     model_info,
+    prompt_graphs,
     worker_death,
 )
 from yuan_grpc.model.tokenizer import YuanTokenizer
@@ -502,6 +503,125 @@ def unpatched_engine(tmp_path: Path) -> Iterator[UnpatchedEngine]:
 
 
 @slow_and_only_for_another_vllm
+@dataclass
+class GraphLayer:
+    """Layer with a cache whose graphs have this support."""
+
+    support: Any
+
+    def get_attn_backend(self) -> Any:
+        return SimpleNamespace(get_builder_cls=lambda: SimpleNamespace(get_cudagraph_support=lambda *_: self.support))
+
+    def get_kv_cache_spec(self, config: Any) -> None:
+        return None
+
+
+@pytest.fixture
+def graphs_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that returns vLLM's manager of graphs for a model; afterwards vLLM is as it was."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    def graphs_of(
+        mode: str = "FULL_AND_PIECEWISE",
+        support: str = "ALWAYS",
+        sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+        drafts: object = None,
+        ranks: int = 1,
+        loras: tuple[int, ...] = (0,),
+        of: str = "ModelCudaGraphManager",
+    ) -> Any:
+        layers = {"attention": GraphLayer(AttentionCGSupport[support]), "experts": object()}
+        compilation = SimpleNamespace(
+            cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes), static_forward_context=layers
+        )
+        manager = object.__new__(getattr(cudagraph_utils, of))
+        manager.__dict__ |= {
+            "vllm_config": SimpleNamespace(
+                speculative_config=drafts,
+                compilation_config=compilation,
+                cache_config=SimpleNamespace(use_kda_recoverssm=False),
+                parallel_config=SimpleNamespace(data_parallel_size=ranks),
+            ),
+            "compilation_config": compilation,
+            "cudagraph_mode": CUDAGraphMode[mode],
+            "max_num_reqs": 8,
+            "decode_query_len": 1,
+            "varlen_decode": False,
+            "ubatch_runner": None,
+            "lora_capture_cases": list(loras),
+            "use_breakable_cg": False,
+            "_candidates": {},
+            "_capture_descs": {},
+            "_graphs_captured": True,
+        }
+        manager._lora_dispatch_map, manager._max_lora_case = manager._build_lora_dispatch_map()
+        manager._init_candidates()
+        return manager
+
+    with pytest.MonkeyPatch.context() as restored:
+        for function in ("_init_candidates", "dispatch"):
+            original = getattr(cudagraph_utils.CudaGraphManager, function)
+            original = getattr(original, "__wrapped__", original)
+            restored.setattr(cudagraph_utils.CudaGraphManager, function, original)
+        yield graphs_of
+
+
+def dispatched(
+    manager: Any, sequences: int, tokens: int, uniform: int | None = None, loras: int = 0
+) -> tuple[Any, ...]:
+    """Return the mode of the graph for a step, its tokens and sequences, and whether it is for decoding only."""
+    graph = manager.dispatch(sequences, tokens, uniform, num_active_loras=loras)
+    return graph.cg_mode.name, graph.num_tokens, graph.num_reqs, graph.uniform_token_count == 1
+
+
+def test_prompt_graphs_vllm_captures_steps_with_prompts_in_parts(graphs_of: Any) -> None:
+    manager = graphs_of()
+    assert dispatched(manager, 3, 11) == ("PIECEWISE", 16, None, False)
+    assert dispatched(manager, 3, 3, 1) == ("FULL", 4, 4, True)
+    assert dispatched(manager, 3, 3) == ("PIECEWISE", 4, None, False)  # one has a prompt of one token
+
+
+@pytest.mark.parametrize("loras", [0, 1])
+def test_prompt_graphs_steps_with_prompts_are_whole_graphs(graphs_of: Any, loras: int) -> None:
+    from vllm.config import CUDAGraphMode
+
+    prompt_graphs.apply()
+    prompt_graphs.apply()
+    manager = graphs_of(loras=(0, 1))
+    assert manager._capture_descs.keys() == {CUDAGraphMode.FULL}
+    captured = [graph.num_tokens for graph in manager._capture_descs[CUDAGraphMode.FULL]]
+    assert captured == sorted([1, 2, 4, 8] * 4 + [16, 32] * 2, reverse=True)
+    assert dispatched(manager, 3, 11, loras=loras) == ("FULL", 16, 8, False)
+    assert dispatched(manager, 1, 3, loras=loras) == ("FULL", 4, 4, False)
+    assert dispatched(manager, 3, 3, 1, loras=loras) == ("FULL", 4, 4, True)
+    assert dispatched(manager, 3, 3, loras=loras) == ("FULL", 4, 4, True)
+    assert dispatched(manager, 1, 33)[0] == "NONE"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"support": "UNIFORM_BATCH"},
+        {"mode": "FULL_DECODE_ONLY"},
+        {"mode": "FULL"},
+        {"mode": "PIECEWISE"},
+        {"sizes": (1, 2, 4, 32)},  # a step that decodes 5 sequences has no graph of its own
+        {"drafts": SimpleNamespace(uses_dynamic_speculative_decoding=lambda: False)},
+        {"ranks": 2},
+        {"of": "CudaGraphManager"},
+    ],
+    ids=repr,
+)
+def test_prompt_graphs_other_models_keep_vllms_graphs(graphs_of: Any, model: dict[str, Any]) -> None:
+    expected = graphs_of(**model)
+    prompt_graphs.apply()
+    actual = graphs_of(**model)
+    assert (actual._capture_descs, actual._candidates) == (expected._capture_descs, expected._candidates)
+    assert dispatched(actual, 3, 3) == dispatched(expected, 3, 3)
+
+
 def test_worker_process_vllm_leaves_its_engine_in_the_servers_group_and_alive_after_it(
     unpatched_engine: UnpatchedEngine, tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ from yuan_grpc.model.lfa.layer import LocalizedFiltering
 from yuan_grpc.model.lfa.ops import new_plan
 from yuan_grpc.model.linear import has_quantized_weights, input_projection, query_key_projection
 from yuan_grpc.model.moe.layer import YuanExperts
-from yuan_grpc.model.patches import cpu_expert_map, cpu_lora_slots, cpu_seeds, lora_classes
+from yuan_grpc.model.patches import cpu_expert_map, cpu_lora_slots, cpu_seeds, lora_classes, prompt_graphs
 from yuan_grpc.model.rotary import rotary_embedding
 
 logger = init_logger("vllm.yuan_grpc.model")
@@ -187,6 +187,8 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         cpu_seeds.apply()
+        if current_platform.is_cuda():
+            prompt_graphs.apply()
         if vllm_config.lora_config is not None:
             cpu_lora_slots.apply()
             lora_classes.apply()
