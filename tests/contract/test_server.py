@@ -378,3 +378,14 @@ async def read_http2_frame(reader: asyncio.StreamReader) -> tuple[int, int, byte
     """Return the kind, the flags and the payload of the next HTTP/2 frame."""
     head = await reader.readexactly(9)
     return head[3], head[4], await reader.readexactly(int.from_bytes(head[:3], "big"))
+
+
+async def test_a_wait_that_is_cancelled_leaves_no_error_to_the_loop() -> None:
+    starting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    shielded = asyncio.shield(starting)
+    waiting = asyncio.create_task(server.wait_for_first(shielded, asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert shielded.cancelled()  # otherwise the loop logs the error of a start that a stop has ended

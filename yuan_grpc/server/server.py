@@ -479,10 +479,14 @@ def handle_stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 
 async def wait_for_first(*awaitables: Awaitable[object]) -> set[asyncio.Future[object]]:
-    """Wait for the first of the awaitables; return all that are done by then, and cancel the others."""
+    """Wait for the first of the awaitables; return all that are done by then, and cancel the others.
+
+    The others are cancelled too if this is cancelled: the loop would log their later errors with a traceback.
+    """
     futures: list[asyncio.Future[object]] = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-    done = {future for future in futures if future.done()}
-    for future in futures:
-        future.cancel()
-    return done
+    try:
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+        return {future for future in futures if future.done()}
+    finally:
+        for future in futures:
+            future.cancel()
