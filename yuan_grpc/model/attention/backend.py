@@ -35,7 +35,7 @@ MIN_DECODING_HEADS = 256
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
     """Return Yuan's backend where vLLM would choose FlashAttention 3 by default; otherwise None, so that vLLM chooses.
 
-    `decode_kernel` supports steps with one token per sequence, so no drafts, and 16-bit keys and values without a
+    `decode_kernel` supports sequences with one token in a step, so no drafts, and 16-bit keys and values without a
     sliding window. It does not support CUDA graphs shared by steps with and without prompts (`FULL`).
     """
     attention, cache = vllm_config.attention_config, vllm_config.cache_config
