@@ -301,7 +301,9 @@ def read_arguments() -> argparse.Namespace:
         "--mixed", type=parse_batches, default="", help="decoding sequences x tokens of the prompt (default: none)"
     )
     parser.add_argument("--steps", type=int, default=50, help="profiled decode steps (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="profiled prefills (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="profiled prefills and mixed steps (default: %(default)s)"
+    )
     parser.add_argument("--top", type=int, default=40, help="displayed kernels and functions (default: %(default)s)")
     return parser.parse_args()
 

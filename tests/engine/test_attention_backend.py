@@ -32,7 +32,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(impl, "forward", lambda self, *arguments: recorded.append(("flash", arguments)))
     monkeypatch.setattr(impl, "do_kv_cache_update", lambda self, *arguments: recorded.append(("flash", arguments)))
     monkeypatch.setattr(
-        builder, "build", lambda self, *arguments, **options: recorded.append(("flash", arguments + tuple(options)))
+        builder,
+        "build",
+        lambda self, *arguments, **options: recorded.append(("flash", (*arguments, *options.values()))),
     )
     return recorded
 
@@ -93,14 +95,16 @@ class Common:
 
     query_start_loc: torch.Tensor
     query_start_loc_cpu: torch.Tensor
+    seq_lens_cpu_upper_bound: torch.Tensor
     max_query_len: int
     num_reqs: int
 
     @staticmethod
-    def of(tokens: list[int]) -> "Common":
-        """Return the metadata of a step with these numbers of tokens."""
+    def of(tokens: list[int], lengths: list[int] | None = None) -> "Common":
+        """Return the metadata of a step with these numbers of tokens, and lengths of the sequences (100 each)."""
         starts = torch.tensor([0, *torch.tensor(tokens).cumsum(0)], dtype=torch.int32)
-        return Common(starts.clone(), starts, max(tokens), len(tokens))
+        bound = torch.tensor(lengths or [100] * len(tokens), dtype=torch.int32)
+        return Common(starts.clone(), starts, bound, max(tokens), len(tokens))
 
 
 @pytest.fixture
@@ -117,8 +121,21 @@ def builder(calls: list[tuple[str, Any]]) -> Any:
 def test_a_step_that_only_decodes_has_no_schedule(builder: Any, calls: list[tuple[str, Any]]) -> None:
     common = Common.of([1, 1, 1])
     builder.build(0, common)
-    ((_, (prefix, given, option)),) = calls
-    assert (prefix, given, option) == (0, common, "fast_build")
+    ((_, (prefix, given, fast_build)),) = calls
+    assert (prefix, given, fast_build) == (0, common, True)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "decoding"),
+    [([100] * 8, 8), ([100] * 7 + [101], 0), ([1000] + [100] * 40, 0), ([400] + [100] * 40, 41)],
+    ids=["equal", "one is longer", "one is much longer", "enough others"],
+)
+def test_flash_attention_computes_all_if_one_of_few_decoding_sequences_is_long(
+    builder: Any, calls: list[tuple[str, Any]], lengths: list[int], decoding: int
+) -> None:
+    builder.build(0, Common.of([1] * len(lengths) + [3], [*lengths, 5000]))
+    ((_, (_, given, _)),) = calls
+    assert int(given.query_start_loc[0]) == decoding
 
 
 @pytest.mark.parametrize(

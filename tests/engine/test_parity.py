@@ -187,7 +187,7 @@ def test_prompts_are_computed_while_others_decode_on_a_gpu(run: Run, demo: Path,
     """Parts of prompts, and prompts of one token, share steps with enough decoding sequences to use both kernels."""
     write_checkpoint(tmp_path, demo, SIZES | {"hidden_size": 256, "num_attention_heads": 16}, seed=7)
     generator = random.Random(2)
-    lengths = [1, 2, 40, 100, 5, 1, 17, 30] * 8
+    lengths = [20, 1, 24, 17, 22, 2, 30, 19] * 8  # similar, or FlashAttention would compute all
     prompts = [[generator.randrange(tokens) for _ in range(length)] for length in lengths]
     one_token_each = [[generator.randrange(tokens)] for _ in range(20)]
     rounds = [prompts, one_token_each, prompts[:1], prompts]

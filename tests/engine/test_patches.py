@@ -502,7 +502,6 @@ def unpatched_engine(tmp_path: Path) -> Iterator[UnpatchedEngine]:
             server.kill()
 
 
-@slow_and_only_for_another_vllm
 @dataclass
 class GraphLayer:
     """Layer with a cache whose graphs have this support."""
@@ -517,7 +516,7 @@ class GraphLayer:
 
 
 @pytest.fixture
-def graphs_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def graphs_of() -> Iterator[Any]:
     """A function that returns vLLM's manager of graphs for a model; afterwards vLLM is as it was."""
     from vllm.config import CUDAGraphMode
     from vllm.v1.attention.backend import AttentionCGSupport
@@ -530,6 +529,7 @@ def graphs_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         drafts: object = None,
         ranks: int = 1,
         loras: tuple[int, ...] = (0,),
+        breakable: bool = False,
         of: str = "ModelCudaGraphManager",
     ) -> Any:
         layers = {"attention": GraphLayer(AttentionCGSupport[support]), "experts": object()}
@@ -551,7 +551,7 @@ def graphs_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             "varlen_decode": False,
             "ubatch_runner": None,
             "lora_capture_cases": list(loras),
-            "use_breakable_cg": False,
+            "use_breakable_cg": breakable,
             "_candidates": {},
             "_capture_descs": {},
             "_graphs_captured": True,
@@ -610,9 +610,10 @@ def test_prompt_graphs_steps_with_prompts_are_whole_graphs(graphs_of: Any, loras
         {"sizes": (1, 2, 4, 32)},  # a step that decodes 5 sequences has no graph of its own
         {"drafts": SimpleNamespace(uses_dynamic_speculative_decoding=lambda: False)},
         {"ranks": 2},
+        {"breakable": True},
         {"of": "CudaGraphManager"},
     ],
-    ids=repr,
+    ids=["backend", "decoding", "shared", "parts", "few sizes", "drafts", "ranks", "breakable", "speculator"],
 )
 def test_prompt_graphs_other_models_keep_vllms_graphs(graphs_of: Any, model: dict[str, Any]) -> None:
     expected = graphs_of(**model)
@@ -622,6 +623,7 @@ def test_prompt_graphs_other_models_keep_vllms_graphs(graphs_of: Any, model: dic
     assert dispatched(actual, 3, 3) == dispatched(expected, 3, 3)
 
 
+@slow_and_only_for_another_vllm
 def test_worker_process_vllm_leaves_its_engine_in_the_servers_group_and_alive_after_it(
     unpatched_engine: UnpatchedEngine, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def register() -> None:
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm.renderers.deepseek_v32", "DeepseekV32Renderer")
     # Its hook selects YuanTokenizer for `--tokenizer-mode auto`: transformers' tokenizer encodes differently.
     MODELS_CONFIG_MAP[ARCHITECTURE] = YuanModelConfig
-    # The op reads metadata that changes with every step, so CUDA graphs are split around it.
+    # The op reads metadata that changes with every step: CUDA graphs of parts of a step are split around it.
     CompilationConfig._attention_ops.append(PLAN_OP)
     for patch in patches:
         patch.apply()

@@ -29,7 +29,8 @@ HEAD_DIMS = (16, 32, 64, 128)
 """Head dimensions that `decode_kernel` supports. Those of Yuan2.0-M32, 256, leave decoding to FlashAttention too."""
 
 MIN_DECODING_HEADS = 256
-"""Fewest heads of decoding sequences for which a step with prompts uses `decode_kernel` too, without splits of keys."""
+"""Fewest heads of equally long sequences that decode for `decode_kernel` in a step with prompts. It does not split keys
+there if the graph has room for many sequences, so one long sequence among short ones counts like fewer of them."""
 
 
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
@@ -52,7 +53,7 @@ def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionB
         and current_platform.is_device_capability_family(HOPPER)
         and get_flash_attn_version(head_size=head_dim) == FLASH_ATTENTION_VERSION
     ):
-        logger.info_once("Using FlashAttention for steps with prompts and Yuan's attention kernel for decoding")
+        logger.info_once("Using FlashAttention for prompts and Yuan's attention kernel for decoding")
         return YuanAttentionBackend
     return None
 
@@ -107,7 +108,7 @@ class YuanAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     """FlashAttention's metadata builder, without the sequences that `decode_kernel` computes."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
-    """A graph captured for a step with prompts can be used for any step; one for decoding only for decoding."""
+    """Only with the patch `prompt_graphs`: a graph captured with prompts is not replayed for steps that only decode."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -128,7 +129,9 @@ class YuanAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build=True)
         starts = self.prompt_starts[: common_attn_metadata.num_reqs + 1]
         decoding = decoding_sequences(common_attn_metadata.query_start_loc_cpu)
-        if decoding * self.num_heads_q < MIN_DECODING_HEADS:
+        assert common_attn_metadata.seq_lens_cpu_upper_bound is not None
+        lengths = common_attn_metadata.seq_lens_cpu_upper_bound[:decoding].numpy()
+        if lengths.sum() * self.num_heads_q < MIN_DECODING_HEADS * lengths.max(initial=1):
             decoding = 0
         torch.clamp(common_attn_metadata.query_start_loc, min=decoding, out=starts)
         return super().build(common_prefix_len, replace(common_attn_metadata, query_start_loc=starts), fast_build)

@@ -3,8 +3,8 @@
 The batch of a step is a sequence of rows: one token for each decoding sequence, chunks of prompts, then padding. Once
 per step `fill_plan` finds out where each row's predecessor is and which states must be kept; `shift_add` follows the
 plan in every layer. Both are opaque to torch.compile. Only `fill_plan` reads data that changes from step to step, so
-only there are CUDA graphs split. Each has a Triton kernel (see `kernels`) and, for devices without Triton, a PyTorch
-version here.
+CUDA graphs of parts of a step are split there. Each has a Triton kernel (see `kernels`) and, for devices without
+Triton, a PyTorch version here.
 """
 
 from typing import Protocol, cast

@@ -17,7 +17,7 @@
 | `lora_classes` | a model cannot register LoRA layers or an adapter manager | a model can |
 | `model_info` | the first start imports vLLM once more | vLLM does not inspect safe classes elsewhere |
 | `priority_preemption` | a preempted request resumes on blocks that were not computed | vLLM evicts such blocks |
-| `prompt_graphs` | launching a step with prompts in parts takes longer than the step | vLLM has a mode for it |
+| `prompt_graphs` | launching a step with prompts in parts takes longer than the GPU needs | vLLM has a mode for it |
 | `worker_death` | a worker that is killed while it starts leaves no message | vLLM reports its exit status |
 | `worker_process` | Ctrl-C ends the workers at once; the engine outlives a killed server | vLLM does neither |
 

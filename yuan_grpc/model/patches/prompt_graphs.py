@@ -3,8 +3,8 @@
 Why: vLLM captures steps with prompts as one graph for each part between two attention layers, because some attention
     backends need that. The host launches the parts and attention between them, and for short prompts that takes longer
     than the GPU needs. The mode `FULL` has whole graphs only, but then decoding uses the graphs of prompts too.
-How: `CudaGraphManager._init_candidates` replaces the graphs in parts by whole ones, if all backends allow it, and
-    `dispatch` chooses a graph for decoding whenever each sequence has one token, even if that is its whole prompt.
+How: `CudaGraphManager._init_candidates` replaces the graphs in parts by whole ones, if all backends allow it, and logs
+    it. `dispatch` chooses a graph for decoding whenever each sequence has one token, even if that is its whole prompt.
 Upstream: not requested yet; vLLM 0.32.0. Text: docs/upstream/prompt-graphs.md.
 Remove when: vLLM has a mode with whole graphs for both kinds of steps.
 """
@@ -14,7 +14,11 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+from vllm.logger import init_logger
+
 from yuan_grpc.vllm_check import check_vllm
+
+logger = init_logger("vllm.yuan_grpc.model")
 
 TARGETS = {
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates": "self",
@@ -54,6 +58,7 @@ def _with_whole_graphs(init_candidates: Callable[[Any], None]) -> Callable[[Any]
         for key, candidates in manager._candidates.items():
             manager._candidates[key] = [whole.get(graph, graph) for graph in candidates]
         manager.has_whole_graphs = True
+        logger.info_once("Capturing steps with prompts in one CUDA graph each")
 
     return with_whole_graphs
 
