@@ -183,61 +183,6 @@ def _store_mean(out: tl.tensor, acc: tl.tensor, l_i: tl.tensor) -> None:
 
 
 @triton.jit
-def _attend(
-    sequence: tl.tensor,
-    length: tl.tensor,
-    q: tl.tensor,
-    cache: tl.tensor,
-    block_table: tl.tensor,
-    out: tl.tensor,
-    partial_acc: tl.tensor,
-    partial_ml: tl.tensor,
-    q_stride: tl.tensor,
-    out_stride: tl.tensor,
-    table_stride: tl.tensor,
-    block_stride: tl.tensor,
-    head_stride: tl.tensor,
-    token_stride: tl.tensor,
-    scale: tl.tensor,  # includes log2(e), because weights are powers of two
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    QUERY_ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-) -> None:
-    """Compute one split of one head of a sequence."""
-    head, split = tl.program_id(0), tl.program_id(2)
-    split_length = tl.cdiv(tl.cdiv(length, TILE), tl.num_programs(2)) * TILE
-    start = split * split_length
-    end = tl.minimum(start + split_length, length)
-    column = tl.arange(0, DIM)
-    query = tl.load(q + sequence * q_stride + head * DIM + column)
-    m_i, l_i, acc = _attend_to_keys(
-        query,
-        cache + head * head_stride,
-        block_table + sequence * table_stride,
-        start,
-        end,
-        block_stride,
-        token_stride,
-        scale,
-        DIM,
-        BLOCK_SIZE,
-        TILE,
-        QUERY_ROWS,
-        STAGES,
-    )
-    if IS_SPLIT:
-        index = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + split
-        tl.store(partial_acc + index * DIM + column, acc)
-        tl.store(partial_ml + index * 2, m_i)
-        tl.store(partial_ml + index * 2 + 1, l_i)
-    else:
-        _store_mean(out + sequence * out_stride + head * DIM + column, acc, l_i)
-
-
-@triton.jit
 def _decode_attention_kernel(
     q: tl.tensor,
     cache: tl.tensor,
@@ -262,24 +207,25 @@ def _decode_attention_kernel(
     IS_SPLIT: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
-    sequence = tl.program_id(1)
-    if count is None:  # one sequence for each program, whose length is read before the wait
-        length = tl.load(seq_lens + sequence)
-        wait_for_previous_kernel(USE_PDL)
-        _attend(
-            sequence,
-            length,
-            q,
-            cache,
-            block_table,
-            out,
-            partial_acc,
-            partial_ml,
-            q_stride,
-            out_stride,
-            table_stride,
+    """Compute one split of one head: of the program's sequence or, with a count, of every n-th for n programs."""
+    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(seq_lens + sequence)
+    sequences = sequence + 1 if count is None else tl.load(count)
+    turns = 1 if count is None else tl.cdiv(tl.maximum(sequences - sequence, 0), tl.num_programs(1))
+    wait_for_previous_kernel(USE_PDL)
+    column = tl.arange(0, DIM)
+    for _ in range(turns):  # no loop in the compiled kernel without a count
+        split_length = tl.cdiv(tl.cdiv(length, TILE), tl.num_programs(2)) * TILE
+        start = split * split_length
+        end = tl.minimum(start + split_length, length)
+        query = tl.load(q + sequence * q_stride + head * DIM + column)
+        m_i, l_i, acc = _attend_to_keys(
+            query,
+            cache + head * head_stride,
+            block_table + sequence * table_stride,
+            start,
+            end,
             block_stride,
-            head_stride,
             token_stride,
             scale,
             DIM,
@@ -287,35 +233,16 @@ def _decode_attention_kernel(
             TILE,
             QUERY_ROWS,
             STAGES,
-            IS_SPLIT,
         )
-    else:
-        sequences = tl.load(count)
-        wait_for_previous_kernel(USE_PDL)
-        for each in range(sequence, sequences, tl.num_programs(1)):
-            _attend(
-                each,
-                tl.load(seq_lens + each),
-                q,
-                cache,
-                block_table,
-                out,
-                partial_acc,
-                partial_ml,
-                q_stride,
-                out_stride,
-                table_stride,
-                block_stride,
-                head_stride,
-                token_stride,
-                scale,
-                DIM,
-                BLOCK_SIZE,
-                TILE,
-                QUERY_ROWS,
-                STAGES,
-                IS_SPLIT,
-            )
+        if IS_SPLIT:
+            index = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + split
+            tl.store(partial_acc + index * DIM + column, acc)
+            tl.store(partial_ml + index * 2, m_i)
+            tl.store(partial_ml + index * 2 + 1, l_i)
+        else:
+            _store_mean(out + sequence * out_stride + head * DIM + column, acc, l_i)
+        sequence += tl.num_programs(1)
+        length = tl.load(seq_lens + sequence, mask=sequence < sequences, other=0)
 
 
 @triton.jit
