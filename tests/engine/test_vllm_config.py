@@ -20,7 +20,7 @@ def configure(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from yuan_grpc.model import vllm_config
+    from yuan_grpc.model import hopper, vllm_config
     from yuan_grpc.model.attention import backend as attention_backend
 
     def configure(
@@ -42,7 +42,7 @@ def configure(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         gpu = SimpleNamespace(
             is_cuda=lambda: True, is_cpu=lambda: False, is_device_capability_family=lambda other: other == family
         )
-        for module in (vllm_config, attention_backend):
+        for module in (vllm_config, hopper):
             monkeypatch.setattr(module, "current_platform", gpu)
         monkeypatch.setattr(attention_backend, "get_flash_attn_version", lambda head_size: flash_attention)
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(batch_invariant)))

@@ -9,7 +9,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from yuan_grpc.model.config import TOKENIZER_MODE, check_overrides, check_split, check_stages
-from yuan_grpc.model.hopper import HOPPER, MULTIPROCESSORS
+from yuan_grpc.model.hopper import MULTIPROCESSORS, is_hopper
 from yuan_grpc.model.kv_transfer import check_transfer
 from yuan_grpc.model.lfa.cache_layout import check_block_size
 
@@ -170,7 +170,7 @@ def _enable_pdl(vllm_config: VllmConfig) -> None:
     starts early after one of them can read incomplete results.
     """
     is_single_rank = vllm_config.parallel_config.tensor_parallel_size == 1
-    if is_single_rank and current_platform.is_device_capability_family(HOPPER):
+    if is_single_rank and is_hopper():
         vllm_config.compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
 
 
@@ -182,7 +182,7 @@ def _extend_capture_sizes(vllm_config: VllmConfig) -> None:
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     is_chosen = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
     is_special = vllm_config.speculative_config is not None or vllm_config.performance_mode != "balanced"
-    if is_chosen or is_special or not current_platform.is_device_capability_family(HOPPER):
+    if is_chosen or is_special or not is_hopper():
         return
     width, ranks = vllm_config.model_config.get_hidden_size(), vllm_config.parallel_config.tensor_parallel_size
     prefill_limit = min(MAX_LAUNCH_BOUND_WORK * ranks // width**2, PREFILL_CAPTURE_SIZES[-1])

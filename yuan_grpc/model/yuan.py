@@ -35,7 +35,7 @@ from yuan_grpc.model.checkpoint.mapping import parameter_of
 from yuan_grpc.model.checkpoint.progress import report_progress
 from yuan_grpc.model.checkpoint.quantized import load_quantized_checkpoint
 from yuan_grpc.model.config import YuanConfig
-from yuan_grpc.model.hopper import HOPPER
+from yuan_grpc.model.hopper import is_hopper
 from yuan_grpc.model.lfa.layer import LocalizedFiltering
 from yuan_grpc.model.lfa.ops import new_plan
 from yuan_grpc.model.linear import has_quantized_weights, input_projection, query_key_projection
@@ -188,7 +188,7 @@ class YuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         cpu_seeds.apply()
-        if current_platform.is_cuda() and current_platform.is_device_capability_family(HOPPER):
+        if is_hopper():
             prompt_graphs.apply()
         if vllm_config.lora_config is not None:
             cpu_lora_slots.apply()

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.flash_attn import (
@@ -18,7 +17,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from yuan_grpc.model.hopper import HOPPER
+from yuan_grpc.model.hopper import is_hopper
 
 logger = init_logger("vllm.yuan_grpc.model")
 
@@ -49,8 +48,7 @@ def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionB
         and is_supported
         and FlashAttentionBackend.supports_block_size(cache.block_size)
         and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.FULL
-        and current_platform.is_cuda()
-        and current_platform.is_device_capability_family(HOPPER)
+        and is_hopper()
         and get_flash_attn_version(head_size=head_dim) == FLASH_ATTENTION_VERSION
     ):
         logger.info_once("Using FlashAttention for prompts and Yuan's attention kernel for decoding")
